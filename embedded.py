@@ -1,0 +1,131 @@
+"""The embedded model: a tokenizer and a small Qwen3, made on the spot from word problems, and cached.
+
+It lets `python train.py` show the whole method on a laptop, without a download. The model is first taught by imitation:
+clean solutions teach it the arithmetic, then solutions with mistakes of several kinds make its samples diverse.
+"""
+
+import hashlib
+import os
+import random
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import nn
+from tqdm import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from data import SYSTEM_PROMPT, prompt_ids
+from grpo import learning_rate
+from packing import PackedLM, pack
+from rollout import Rollout
+from word_problems import PROBLEMS, TRAINING, flawed_solution, solution
+
+CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def train_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE on the task's own sentences: any text encodes, and the task's words and numbers are one token."""
+    rng = random.Random("tokenizer")
+    problems = [rng.choice(PROBLEMS) for _ in range(4000)]
+    lines = [problem.text(rng.randrange(4), rng) + " " + solution(problem) for problem in problems]
+    lines += [" ".join(f"{number} ={number}; -{number}" for number in range(100))] * 20
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(pattern=Regex(r"\\boxed\{|\d{1,2}| ?[A-Za-z]+|[;.,?] ?|."), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    # The system message is the same for every question: one token saves the model reading it.
+    special = ["<|end|>", "<|system|>", SYSTEM_PROMPT, "<|user|>", "<|assistant|>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        lines, trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet)
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
+    """Qwen3 in miniature, untrained."""
+    config = Qwen3Config(
+        vocab_size=len(tokenizer),
+        hidden_size=64,
+        intermediate_size=170,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        initializer_range=0.05,
+        tie_word_embeddings=True,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Qwen3ForCausalLM(config)
+
+
+def demonstrations(tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, flawed: bool) -> list[Rollout]:
+    """Solutions to random training problems, as if they had been sampled."""
+    rollouts = []
+    for problem in rng.choices(TRAINING, k=count):
+        wording = rng.randrange(4)
+        prompt = prompt_ids(tokenizer, problem.text(wording, rng))
+        text = flawed_solution(problem, wording, rng) if flawed else solution(problem)
+        response = tokenizer(text + "<|end|>").input_ids
+        rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished=True))
+    return rollouts
+
+
+def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+    """Imitation: clean solutions teach the arithmetic, then a few flawed ones the mistakes (from the start, mistakes
+    take four times as long to learn from)."""
+    rng = random.Random(f"warm-up {seed}")
+    steps = [(False, i, CLEAN_STEPS, 4e-3) for i in range(CLEAN_STEPS)]
+    steps += [(True, i, FLAWED_STEPS, 2e-3) for i in range(FLAWED_STEPS)]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    for flawed, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, total, peak, warmup=0.05, schedule="cosine")
+        rollouts = demonstrations(tokenizer, rng, 64, flawed)
+        batch = pack(rollouts, range(len(rollouts)), torch.device("cpu"))
+        logp = model(batch, temperature=1.0).logp
+        (-logp.sum() / batch.mask.sum()).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def model_folder(seed: int = 0) -> str:
+    """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
+    files = ("embedded.py", "word_problems.py", "data.py", "packing.py", "grpo.py")
+    sources = [Path(__file__).with_name(file).read_bytes() for file in files]
+    key = [sources, seed, torch.__version__, transformers.__version__, torch.get_num_threads()]
+    name = "embedded-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "co-rewarding"
+    if not (cache / name).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        tokenizer = train_tokenizer()
+        lm = new_model(tokenizer, seed)
+        warm_up(PackedLM(lm), tokenizer, seed)
+        aside = tempfile.mkdtemp(dir=cache)  # so that a killed or a second process never leaves half a model
+        lm.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        try:
+            os.rename(aside, cache / name)
+        except OSError:  # another process was first
+            shutil.rmtree(aside)
+    return str(cache / name)

@@ -1,0 +1,106 @@
+"""GRPO, the objective of Co-rewarding (arXiv 2508.00410, Eqs. 3-5), as pure functions of tensors.
+
+    A      = (r - mean(r)) / (std(r) + 1e-6)                      within a group of G rollouts     (Eq. 3)
+    L_t    = -w_t min(c_t A, clip(c_t, 1-eps, 1+eps) A) + beta k3_t,   c_t = pi(y_t) / pi_old(y_t)  (Eq. 4)
+    k3_t   = exp(d_t) - d_t - 1,   d_t = log pi_ref(y_t) - log pi(y_t)                              (Eq. 5)
+    loss   = sum over views of the mean of L_t over the view's response tokens                      (Eq. 6)
+
+Where this differs from the paper: the mean in Eq. 4 runs over all response tokens of a view's whole step ("token");
+"sequence" is the equation as printed. Eq. 5 is printed with its first ratio upside down, which can be negative; this is
+the k3 that the authors' code computes. w_t is 1 except for the correction of the sampler's rounding, see
+`truncated_importance_weight`.
+
+Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T response tokens (padded).
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Aggregation = Literal["token", "sequence", "dr-grpo"]
+
+
+def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
+    """Advantage [N] of each rollout within its group of `group_size` (Eq. 3); groups are contiguous.
+
+    The standard deviation is the unbiased one (n-1), as in the authors' code. A group whose rewards are all equal
+    teaches nothing: its advantages are exactly 0, whatever rounding leaves of its mean.
+    """
+    if rewards.ndim != 1 or len(rewards) % group_size:
+        raise ValueError(f"{tuple(rewards.shape)} rewards are not whole groups of {group_size}")
+    groups = rewards.float().view(-1, group_size)
+    centred = groups - groups.mean(dim=1, keepdim=True)
+    if scale_by_std and group_size > 1:
+        centred = centred / (groups.std(dim=1, keepdim=True) + eps)
+    all_equal = (groups == groups[:, :1]).all(dim=1, keepdim=True)
+    return centred.masked_fill(all_equal, 0.0).flatten()
+
+
+def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Estimate of KL(policy || reference) per sampled token (Eq. 5), never negative; shape of its input."""
+    d = ref_logp - logp
+    return torch.expm1(d) - d
+
+
+def policy_loss(
+    logp: Tensor,
+    old_logp: Tensor,
+    advantages: Tensor,
+    mask: Tensor,
+    clip: float = 0.2,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """Clipped surrogate per token [B, T], to be minimised (Eq. 4 without its KL term); 0 where `mask` is 0.
+
+    advantages is [B], everything else [B, T]. `weights` (detached) multiplies each token's term.
+    """
+    ratio = torch.exp(logp - old_logp)
+    gain = advantages[:, None] * ratio
+    clipped_gain = advantages[:, None] * ratio.clamp(1 - clip, 1 + clip)
+    loss = -torch.minimum(gain, clipped_gain)
+    if weights is not None:
+        loss = loss * weights
+    return loss.masked_fill(mask == 0, 0.0)
+
+
+def truncated_importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """min(pi(y_t) / pi_sampler(y_t), cap), detached, shape of its input: the sampler computes in other kernels, often
+    in a lower precision, so its rollouts come from a slightly different distribution than the one being trained."""
+    return torch.exp(logp.detach() - sampler_logp).clamp(max=cap)
+
+
+def step_denominator(how: Aggregation, sequences: int, tokens: int, max_tokens: int) -> int:
+    """What `aggregate` divides by: known for the WHOLE step before its first backward pass, so that the gradient does
+    not depend on how the step is cut into micro-batches or spread over processes."""
+    return {"token": max(tokens, 1), "sequence": sequences, "dr-grpo": sequences * max_tokens}[how]
+
+
+def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
+    """Scalar share of these sequences [B, T] in the step's loss.
+
+    "token": every response token of the step weighs the same; "sequence": every rollout does (Eq. 4 as printed);
+    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is that of
+    `step_denominator`, or one for each sequence [B] where they belong to different views.
+    """
+    per_sequence = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)
+    if how == "sequence":
+        per_sequence = per_sequence / mask.sum(dim=1).clamp(min=1)
+    return (per_sequence / denominator).sum()
+
+
+def learning_rate(
+    step: int, total_steps: int, peak: float, warmup: float, schedule: Literal["cosine", "constant"]
+) -> float:
+    """Rate of step 0 .. total_steps-1: linear over the first `warmup` (a share of all steps), then cosine towards 0.
+
+    The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
+    """
+    warmup_steps = round(warmup * total_steps)
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))

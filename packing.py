@@ -1,0 +1,190 @@
+"""Log-probs of responses without padding and without logits in memory.
+
+A micro-batch is one row: its sequences lie end to end, positions restart with each, attention never crosses them. The
+head works on response positions only, a chunk of tokens at a time, forward and backward, so that a tensor
+[tokens, vocabulary] never exists whole.
+
+Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T longest response, R response tokens,
+H hidden, V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from rollout import Rollout
+
+LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Sequences of one forward pass; `rows` are their positions among the step's rollouts."""
+
+    rows: Tensor  # [B]
+    input_ids: Tensor  # [1, S]
+    position_ids: Tensor  # [1, S]
+    token_at: Tensor  # [B, L] index into S; 0 past a sequence's end
+    row_at: Tensor  # [S] index into B*L, the inverse
+    predictor_at: Tensor  # [B, T] index into S of the token that predicts each response token
+    targets: Tensor  # [B, T] the response tokens
+    mask: Tensor  # [B, T] bool, by length and never by token id: the stop token is trained on, padding is not
+    sampler_logp: Tensor  # [B, T]
+
+
+class TokenStats(NamedTuple):
+    """Per response token [B, T], 0 where the mask is; of the distribution at the sampling temperature."""
+
+    logp: Tensor
+    entropy: Tensor  # nats; carries no gradient
+    self_certainty: Tensor  # logsumexp(z) - mean(z); carries no gradient
+
+
+def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device) -> MicroBatch:
+    """The rollouts at `rows`, end to end."""
+    chosen = [rollouts[row] for row in rows]
+    prompt_lengths = torch.tensor([len(r.prompt_ids) for r in chosen])
+    lengths = torch.tensor([len(r.prompt_ids) + len(r.response_ids) for r in chosen])
+    starts = lengths.cumsum(0) - lengths
+    in_sequence = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, L]
+    positions = torch.arange(int(lengths.max())).expand_as(in_sequence)
+    mask = torch.arange(int((lengths - prompt_lengths).max())) < (lengths - prompt_lengths)[:, None]  # [B, T]
+    predictor_at = (starts + prompt_lengths - 1)[:, None] + torch.arange(mask.shape[1])
+
+    def padded(values: list[list[Any]]) -> Tensor:
+        return nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], batch_first=True)
+
+    batch = MicroBatch(
+        rows=torch.tensor(rows),
+        input_ids=torch.tensor([token for r in chosen for token in r.prompt_ids + r.response_ids])[None],
+        position_ids=positions[in_sequence][None],
+        token_at=(starts[:, None] + positions).masked_fill(~in_sequence, 0),
+        row_at=in_sequence.flatten().nonzero().squeeze(1),
+        predictor_at=predictor_at.masked_fill(~mask, 0),
+        targets=padded([r.response_ids for r in chosen]),
+        mask=mask,
+        sampler_logp=padded([r.logp for r in chosen]),
+    )
+    return MicroBatch(*(tensor.to(device) for tensor in vars(batch).values()))
+
+
+def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
+    """All rollouts, packed into micro-batches of at most `tokens` tokens (a longer sequence gets its own).
+
+    Neighbours in length go together: attention, the only part that pads on a CPU, then pads little.
+    """
+
+    def length(row: int) -> int:
+        return len(rollouts[row].prompt_ids) + len(rollouts[row].response_ids)
+
+    groups: list[list[int]] = []
+    used = tokens
+    for row in sorted(range(len(rollouts)), key=length):
+        if used + length(row) > tokens:
+            groups.append([])
+            used = 0
+        groups[-1].append(row)
+        used += length(row)
+    return [pack(rollouts, rows, device) for rows in groups]
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    packing: MicroBatch,
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sequence of a micro-batch, for transformers' attention interface.
+
+    query [1, heads, S, d]; key and value may have fewer heads. Sequences are laid out [B, L] for the attention alone:
+    padding on the right needs no mask under causal attention, and its outputs are dropped.
+    """
+
+    def rows(packed: Tensor) -> Tensor:
+        return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
+
+    output = F.scaled_dot_product_attention(
+        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).flatten(0, 1)[packing.row_at][None], None  # [1, S, heads, d]
+
+
+AttentionInterface.register("packed", packed_attention)
+
+
+def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+class ChunkedHead(torch.autograd.Function):
+    """(hidden [R, H], weight [V, H], targets [R], temperature) -> log p(target), entropy, self-certainty, each [R].
+
+    Sums over the vocabulary and over tokens are float32. Only the first output carries a gradient:
+    d log p(y) / d z = onehot(y) - softmax(z), from logits that the backward pass computes again.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logp, entropy, certainty = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        for chunk in token_chunks(len(hidden), len(weight)):
+            logits = (hidden[chunk] @ weight.T).float() / temperature  # [chunk, V]
+            log_z = logits.logsumexp(dim=-1)
+            logp[chunk] = logits.gather(-1, targets[chunk, None]).squeeze(-1) - log_z
+            certainty[chunk] = log_z - logits.mean(dim=-1)
+            entropy[chunk] = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(entropy, certainty)
+        return logp, entropy, certainty
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, weight, targets = ctx.saved_tensors
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for chunk in token_chunks(len(hidden), len(weight)):
+            logits = (hidden[chunk] @ weight.T).float() / ctx.temperature
+            grad_logits = -logits.softmax(dim=-1)
+            grad_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(grad_logits[:, :1]))
+            grad_logits = (grad_logits * (grads[0][chunk, None] / ctx.temperature)).to(hidden.dtype)
+            grad_hidden[chunk] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[chunk]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None
+
+
+class PackedLM(nn.Module):
+    """A causal language model of transformers that returns statistics of packed responses instead of logits."""
+
+    def __init__(self, lm: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        lm.set_attn_implementation("packed")
+        self.lm = lm
+        self.compute_dtype = compute_dtype
+
+    def autocast(self) -> AbstractContextManager[None]:
+        enabled = self.compute_dtype != torch.float32
+        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
+
+    def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
+        with self.autocast():
+            hidden = self.lm.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
+            ).last_hidden_state[0]  # [S, H]
+        hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
+        weight = self.lm.get_output_embeddings().weight.to(self.compute_dtype)
+        stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature)
+        zeros = torch.zeros_like(batch.sampler_logp)
+        return TokenStats(*(zeros.masked_scatter(batch.mask, stat) for stat in stats))

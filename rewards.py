@@ -1,0 +1,174 @@
+"""Votes, pseudo-labels, rewards, and the table of variants (arXiv 2508.00410, Section 4): pure functions of strings.
+
+A view is one wording of a question: x as written, x' rephrased. A group is the G rollouts on one view of one question.
+Every variant is a row of VARIANTS: which views the policy and the teacher answer, whose vote labels which view, and
+what the KL term anchors to. The training loop knows rows, not names.
+
+Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere; votes and
+pseudo-labels compare raw strings as in that code, unless match="math" is asked for.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from answers import equivalent, equivalent_many, extract_boxed, representatives
+
+__all__ = ["equivalent", "extract_boxed"]
+
+Match = Literal["exact", "math"]
+View = Literal["x", "x'"]
+Voter = Literal["policy", "teacher", "gold"]
+ORIGINAL: View = "x"
+REPHRASED: View = "x'"
+
+
+@dataclass(frozen=True)
+class Vote:
+    """The outcome of a majority vote over one group's answers."""
+
+    label: str | None  # the most frequent answer as first written; None if nobody answered
+    share: float  # of the answers given, how many agree with the label
+    distinct: int  # number of different answers
+    answered: int  # number of rollouts with an answer
+
+
+def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote:
+    """The most frequent answer; missing ones (None) do not vote, and ties go to the answer that was seen first."""
+    given = [answer for answer in answers if answer is not None]
+    if not given:
+        return Vote(label=None, share=0.0, distinct=0, answered=0)
+    counts = Counter(representatives(given) if match == "math" else given)
+    label, count = counts.most_common(1)[0]  # of equals, the one that was counted first
+    return Vote(label, count / len(given), len(counts), len(given))
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What G rollouts on one view of each of Q questions say."""
+
+    texts: list[list[str]]  # [Q][G]
+    boxed: list[list[str | None]]  # [Q][G]
+    votes: list[Vote]  # [Q]
+
+
+def read_answers(texts: Sequence[str], group_size: int, match: Match) -> Answers:
+    """Q * G texts, groups contiguous."""
+    groups = [list(texts[start : start + group_size]) for start in range(0, len(texts), group_size)]
+    boxed = [[extract_boxed(text) for text in group] for group in groups]
+    return Answers(groups, boxed, [majority_vote(group, match) for group in boxed])
+
+
+@dataclass(frozen=True)
+class Group:
+    """G rollouts of the policy on one view of one question, as a reward function sees them."""
+
+    texts: list[str]
+    boxed: list[str | None]
+    label: str | None  # from the vote or the gold answer that the variant's row names
+    match: Match  # how an answer is compared with the label
+    entropy: list[float]  # mean over response tokens, nats; empty unless the row's reward reads logits
+    self_certainty: list[float]  # likewise
+
+
+def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match = "math") -> list[bool]:
+    """Whether each answer equals its label; one that is missing on either side does not."""
+    if match == "exact":
+        return [label is not None and label == answer for label, answer in zip(labels, answers, strict=True)]
+    given = [(a, b) for a, b in zip(labels, answers, strict=True) if a is not None and b is not None]
+    verdict = dict(zip(given, equivalent_many(given), strict=True))
+    return [verdict.get((label, answer), False) for label, answer in zip(labels, answers, strict=True)]  # type: ignore[arg-type]
+
+
+def agreement(groups: Sequence[Group]) -> list[list[float]]:
+    """1 for an answer that equals the group's label, else 0; all 0 in a group without a label."""
+    return [
+        [float(same) for same in are_equal([group.label] * len(group.boxed), group.boxed, group.match)]
+        for group in groups
+    ]
+
+
+def negative_entropy(groups: Sequence[Group]) -> list[list[float]]:
+    """RENT (arXiv 2505.22660): minus the mean token entropy of the policy."""
+    return [[-value for value in group.entropy] for group in groups]
+
+
+def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
+    """Intuitor (arXiv 2505.19590): the mean over response tokens of logsumexp(z) - mean(z), z the logits."""
+    return [list(group.self_certainty) for group in groups]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table below; None for `label_of` of a view means that its reward needs no label."""
+
+    policy_views: tuple[View, ...]  # what the policy answers and is trained on
+    teacher_views: tuple[View, ...]  # what the teacher answers
+    label_of: dict[View, tuple[Voter, View]]  # whose vote, on which view, labels the policy's rollouts on this view
+    kl_reference: Literal["init", "ema"]  # frozen initial policy, or the moving teacher
+    kl_coef: float
+    reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
+    reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
+
+
+# fmt: off
+X: tuple[View, ...] = (ORIGINAL,)
+BOTH: tuple[View, ...] = (ORIGINAL, REPHRASED)
+VARIANTS: dict[str, Variant] = {
+    "I":              Variant(BOTH, (),   {"x": ("policy", "x'"), "x'": ("policy", "x")},   "init", 0.005),
+    "II":             Variant(X,    X,    {"x": ("teacher", "x")},                          "ema",  0.001),
+    "III":            Variant(BOTH, BOTH, {"x": ("teacher", "x'"), "x'": ("teacher", "x")}, "ema",  0.001),
+    "gt":             Variant(X,    (),   {"x": ("gold", "x")},                             "init", 0.005),
+    "majority":       Variant(X,    (),   {"x": ("policy", "x")},                           "init", 0.005),
+    "self-certainty": Variant(X,    (),   {}, "init", 0.005, self_certainty,   reward_reads_logits=True),
+    "entropy":        Variant(X,    (),   {}, "init", 0.005, negative_entropy, reward_reads_logits=True),
+}
+# fmt: on
+
+
+def on_views(variant: Variant, views: tuple[View, ...]) -> Variant:
+    """A baseline moved to other views, each labelled by itself: the paper's ablations without crossing."""
+    label_of = {view: (voter, view) for view in views for voter, _ in variant.label_of.values()}
+    return replace(variant, policy_views=views, label_of=label_of)
+
+
+def pseudo_labels(
+    variant: Variant, answers: dict[tuple[Voter, View], Answers], golds: Sequence[str | None]
+) -> dict[View, list[str | None]]:
+    """For each view of the policy that has labels, those of its Q questions, from the source that the row names."""
+    return {
+        view: list(golds) if voter == "gold" else [vote.label for vote in answers[voter, voted_view].votes]
+        for view, (voter, voted_view) in variant.label_of.items()
+    }
+
+
+def build_groups(
+    variant: Variant,
+    answers: dict[tuple[Voter, View], Answers],
+    labels: dict[View, list[str | None]],
+    match: Match,
+    entropy: Sequence[float] = (),
+    self_certainty: Sequence[float] = (),
+) -> list[Group]:
+    """The policy's groups in the order of their rollouts: by view, then by question. Gold labels compare as mathematics.
+
+    `entropy` and `self_certainty` are per rollout [N], if the row's reward reads logits.
+    """
+    groups = []
+    for view in variant.policy_views:
+        said = answers["policy", view]
+        voter, _ = variant.label_of.get(view, (None, None))
+        for q, (texts, boxed) in enumerate(zip(said.texts, said.boxed, strict=True)):
+            rows = slice(len(groups) * len(boxed), (len(groups) + 1) * len(boxed))
+            groups.append(
+                Group(
+                    texts=texts,
+                    boxed=boxed,
+                    label=labels[view][q] if view in labels else None,
+                    match="math" if voter == "gold" else match,
+                    entropy=list(entropy[rows]),
+                    self_certainty=list(self_certainty[rows]),
+                )
+            )
+    return groups

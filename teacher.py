@@ -1,0 +1,46 @@
+"""The teacher of Co-rewarding-II and III: a slowly moving average of the policy (arXiv 2508.00410, Eq. 11).
+
+    teacher <- w_k teacher + (1 - w_k) policy,    w_k from 0.99 to 0.9999 along a cosine over the run's own K steps
+
+Its majority answers label the policy's rollouts, and its log-probs anchor the KL term. The same module serves as the
+frozen initial policy that anchors the other variants: a teacher whose weight is always 1.
+
+Where this differs from the paper: Eq. 11 as printed ends at exactly 1 and the authors' code at 0.99999; the endpoints
+here are those of the paper's Table 5. The average is kept in float32: in bfloat16 most updates round away.
+"""
+
+import copy
+import math
+from typing import Literal, TypeVar
+
+import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
+Schedule = Literal["cosine", "constant"]
+
+
+def ema_weight(
+    step: int, total_steps: int, start: float = 0.99, end: float = 0.9999, schedule: Schedule = "cosine"
+) -> float:
+    """The weight w_k that the teacher keeps of itself at step k = 0 .. K (Eq. 11 with Table 5's endpoints)."""
+    if schedule == "constant":
+        return start
+    return end - (end - start) / 2 * (1 + math.cos(math.pi * step / total_steps))
+
+
+def frozen_copy(policy: M) -> M:
+    """A teacher that equals the policy, in float32, and is never trained."""
+    return copy.deepcopy(policy).float().requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
+    """teacher <- weight * teacher + (1 - weight) * policy, in place and exact for weight 0 and 1.
+
+    `parameters()` yields a tied weight once, so it is averaged once. Buffers are copied.
+    """
+    for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
+        mine.lerp_(theirs.to(mine), 1 - weight)
+    for mine, theirs in zip(teacher.buffers(), policy.buffers(), strict=True):
+        mine.copy_(theirs)

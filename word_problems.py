@@ -1,0 +1,171 @@
+"""The embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
+
+Each problem has four wordings that name its numbers in different orders; another wording of the same problem is its
+rephrasing. One problem in eight is held out, in every wording. Solutions come clean, and as a careless student writes
+them: a model that imitates those is diverse, its majority is mostly but not always right, and a careless reward can be
+hacked, for example by `\\boxed{1}`.
+"""
+
+import hashlib
+import random
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+Split = Literal["train", "held-out"]
+
+NAMES = ["Ann", "Ben", "Cal", "Dana", "Eve", "Finn", "Gus", "Hana", "Ivan", "Joy"]
+OBJECTS = ["apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps"]
+
+
+@dataclass(frozen=True)
+class Family:
+    """Problems of one structure: the first step combines two of the numbers, the second brings in the third."""
+
+    operands: list[tuple[int, int, int]]
+    first: str  # operator of the first step
+    second: str
+    first_operands: tuple[int, int]  # which of a, b, c the first step combines
+    wordings: tuple[str, str, str, str]
+
+
+def operands(a: range, b: range, c: range) -> list[tuple[int, int, int]]:
+    return list(product(a, b, c))
+
+
+FAMILIES = [
+    Family(
+        operands(range(1, 10), range(2, 6), range(2, 6)),
+        "*",
+        "+",
+        (1, 2),
+        (
+            "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} now?",
+            "{n} buys {b} bags with {c} {o} each, and had {a} {o}. What is the total?",
+            "There are {c} {o} in a bag. {n} takes {b} bags and {a} more {o}. How many in all?",
+            "How many {o} are {a} {o} and {b} boxes of {c}, asks {n}?",
+        ),
+    ),
+    Family(
+        [(a, b, c) for a, b, c in operands(range(2, 6), range(2, 6), range(1, 10)) if a * b > c],
+        "*",
+        "-",
+        (0, 1),
+        (
+            "{n} has {a} boxes of {b} {o} and loses {c} {o}. How many are left?",
+            "{n} gives away {c} {o} out of {a} boxes with {b} each. How many stay?",
+            "A box holds {b} {o}. {n} fills {a} boxes, then {c} {o} break. How many are whole?",
+            "After selling {c} {o}, how many of the {b} {o} in each of {a} boxes has {n}?",
+        ),
+    ),
+    Family(
+        operands(range(1, 6), range(1, 6), range(2, 6)),
+        "+",
+        "*",
+        (0, 1),
+        (
+            "{n} packs {a} red and {b} blue {o} in each of {c} bags. How many {o}?",
+            "{c} bags hold {a} old and {b} new {o} each. How many {o} has {n}?",
+            "Each day {n} finds {b} {o} at noon and {a} at night. How many {o} in {c} days?",
+            "For {c} friends {n} brings {b} big and {a} small {o} each. How many {o} are that?",
+        ),
+    ),
+    Family(
+        [(a, b, c) for a, b, c in operands(range(1, 10), range(2, 6), range(2, 6)) if a + b > c],
+        "+",
+        "-",
+        (0, 1),
+        (
+            "{n} has {a} {o}, gets {b} and eats {c}. How many {o} remain?",
+            "{n} got {b} {o} on top of {a}, then lost {c}. How many {o} remain?",
+            "If {n} must return {c} of {a} plus {b} {o}, how many does {n} keep?",
+            "Out of {b} {o} here and {a} there, {c} are sold by {n}. How many are not?",
+        ),
+    ),
+]
+
+
+def apply(operator: str, left: int, right: int) -> int:
+    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+
+
+@dataclass(frozen=True)
+class Problem:
+    family: int
+    operands: tuple[int, int, int]
+
+    @property
+    def held_out(self) -> bool:
+        """One problem in eight, in every wording, by a hash that no seed changes."""
+        return hashlib.sha256(repr((self.family, self.operands)).encode()).digest()[0] < 32
+
+    def text(self, wording: int, rng: random.Random) -> str:
+        a, b, c = self.operands
+        template = FAMILIES[self.family].wordings[wording]
+        return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
+
+    def steps(self) -> tuple[tuple[str, int, int], str, int]:
+        """((operator, left, right) of the first step, operator of the second, the number that it brings in)."""
+        family = FAMILIES[self.family]
+        i, j = family.first_operands
+        (rest,) = {0, 1, 2} - {i, j}
+        return (family.first, self.operands[i], self.operands[j]), family.second, self.operands[rest]
+
+    @property
+    def answer(self) -> int:
+        (first, left, right), second, rest = self.steps()
+        return apply(second, apply(first, left, right), rest)
+
+
+PROBLEMS = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in family.operands]
+TRAINING = [problem for problem in PROBLEMS if not problem.held_out]
+
+
+def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]:
+    """Every problem of the split in each of its wordings, each with another wording as its rephrasing."""
+    rng = random.Random(f"word problems {seed}")
+    rows = []
+    for problem in PROBLEMS:
+        if problem.held_out != (split == "held-out"):
+            continue
+        for wording in range(4):
+            other = (wording + rng.randrange(1, 4)) % 4
+            rows.append(
+                {
+                    "id": f"{problem.family}:{','.join(map(str, problem.operands))}:{wording}",
+                    "question": problem.text(wording, rng),
+                    "rephrased": problem.text(other, rng),
+                    "answer": str(problem.answer),
+                    "family": problem.family,
+                    "wording": wording,
+                }
+            )
+    return rows
+
+
+def solution(problem: Problem) -> str:
+    (first, left, right), second, rest = problem.steps()
+    middle = apply(first, left, right)
+    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={problem.answer}. \\boxed{{{problem.answer}}}"
+
+
+def flawed_solution(problem: Problem, wording: int, rng: random.Random) -> str:
+    """A solution as a careless student writes it. Some wordings invite guesses and misreadings more than others, so
+    that another wording's majority is worth hearing."""
+    guess, constant, misread = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
+    kind = rng.random()
+    if kind < guess:
+        return f"\\boxed{{{rng.choice(problem.operands)}}}"
+    if kind < guess + constant:
+        return "\\boxed{1}"
+    (first, left, right), second, rest = problem.steps()
+    if rng.random() < misread:
+        first, second = rng.choice([("+", second), ("*", second), (first, "+"), (first, "-")])
+    slip = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
+    middle = apply(first, left, right) + slip[0]
+    result = apply(second, middle, rest) + slip[1]
+    steps = f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}."
+    ending = rng.random()
+    if ending < 0.05:
+        steps += f" {middle}{second}{rest}={result}." * rng.randrange(1, 3)
+    return steps if ending > 0.95 else f"{steps} \\boxed{{{result}}}"
