@@ -116,12 +116,46 @@ PLAIN_UNIT = re.compile(
     r"(?P<value>[^A-Za-z\\]*(?:\\(?:frac|sqrt|pi|times|cdot)(?![A-Za-z])[^A-Za-z\\]*)*(?<=[\d})i ]))"
     r"(?P<unit>[A-Za-z]+\.?(?:\^\{?-?\d\}?)?(?:[\s/*-]+[A-Za-z]+\.?(?:\^\{?-?\d\}?)?)*)"
 )
-SHORT_UNITS = frozenset("mm cm km in ft yd mi mg kg lb lbs oz ml mL hr hrs mph".split())
+SHORT_UNITS = frozenset(
+    ["mm", "cm", "km", "in", "ft", "yd", "mi", "mg", "kg", "lb", "lbs", "oz", "ml", "mL", "hr", "hrs", "mph"]
+)
 ONE_LETTER_UNITS = frozenset("mshgL")  # only after a blank: 5 m is a length, 5m may be five times m
 # Words after a number that change its value or belong to a formula; am and pm tell two times of day apart.
 NOT_UNITS = frozenset(
-    "and or mod base to if for hundred thousand million billion trillion dozen percent pct percentage am pm "
-    "e i sqrt sin cos tan cot csc log ln exp choose infinity inf".split()
+    [
+        "and",
+        "or",
+        "mod",
+        "base",
+        "to",
+        "if",
+        "for",
+        "hundred",
+        "thousand",
+        "million",
+        "billion",
+        "trillion",
+        "dozen",
+        "percent",
+        "pct",
+        "percentage",
+        "am",
+        "pm",
+        "e",
+        "i",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "choose",
+        "infinity",
+        "inf",
+    ]
 )
 
 
@@ -137,7 +171,7 @@ def drop_plain_unit(answer: str) -> str:
         return answer
     words = re.findall(r"[A-Za-z]+", match["unit"])
     after_blank = match["value"].endswith(" ")
-    is_unit = words[0] in SHORT_UNITS or after_blank and (len(words[0]) > 2 or words[0] in ONE_LETTER_UNITS)
+    is_unit = words[0] in SHORT_UNITS or (after_blank and (len(words[0]) > 2 or words[0] in ONE_LETTER_UNITS))
     return match["value"] if is_unit and not NOT_UNITS.intersection(word.lower() for word in words) else answer
 
 
@@ -172,7 +206,7 @@ def plain_number(answer: str) -> Fraction | None:
 def same_number(first: Fraction, second: Fraction, exact: bool) -> bool:
     """Equal, or, where a decimal may be rounded, equal to six decimals (Math-Verify's convention) and five digits."""
     gap, size = abs(first - second), max(abs(first), abs(second))
-    return gap == 0 or not exact and gap < Fraction(1, 10**6) and gap < size / 10**5
+    return gap == 0 or (not exact and gap < Fraction(1, 10**6) and gap < size / 10**5)
 
 
 def decide_here(first: str, second: str) -> bool | None:

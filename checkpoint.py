@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from packing import PackedLM
 
-HARMLESS = {"out", "resume", "save_every", "eval_data", "eval_every", "eval_samples", "tensorboard", "wandb"}
+HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "tensorboard", "wandb")}
+HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
 
 
 class CheckpointError(ValueError):
@@ -66,6 +67,11 @@ def find(resume: str, out: str | None) -> Path:
     return path.resolve()
 
 
+def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"data.source": ..., "sampling.rollouts": ...}"""
+    return {f"{group}.{name}": value for group, settings in config.items() for name, value in settings.items()}
+
+
 def load(
     path: Path,
     policy: PackedLM,
@@ -75,10 +81,10 @@ def load(
 ) -> int:
     """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
     state = torch.load(path / "trainer.pt", weights_only=True)
-    differing = sorted(key for key in config if key not in HARMLESS and state["config"].get(key) != config[key])
-    if differing:
-        was = ", ".join(f"--{key.replace('_', '-')} (was {state['config'].get(key)})" for key in differing)
-        raise CheckpointError(f"--resume {path}: made with other settings: {was}")
+    before, now = flat(state["config"]), flat(config)
+    if differing := sorted(key for key in now if key not in HARMLESS and before.get(key) != now[key]):
+        changes = ", ".join(f"{key} (was {before.get(key)}, is {now[key]})" for key in differing)
+        raise CheckpointError(f"--resume {path}: made with other settings: {changes}")
     for model, name in ((policy, "policy"), (teacher, "teacher")):
         if model is not None:
             saved = AutoModelForCausalLM.from_pretrained(path / name, dtype=torch.float32)

@@ -1,163 +1,203 @@
-"""Every setting of a training run: one line each, with the paper's value as the default (arXiv 2508.00410, Table 5).
+"""Every setting of a training run, one line each; defaults are the paper's (arXiv 2508.00410, Table 5).
 
-Without --model the embedded task runs, on values of its own (EMBEDDED): a model of 0.2M parameters wants other steps.
+Without --model the embedded task runs, on defaults of its own (EMBEDDED): a model of 0.2M parameters wants other ones.
 """
 
-import argparse
-from dataclasses import Field, dataclass, field, fields
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, Literal, get_args
+from typing import Annotated, Literal
 
-from rewards import VARIANTS
+import tyro
+from tyro.conf import OmitArgPrefixes, arg
+
+from grpo import Aggregation
+from rewards import VARIANTS, Match
+from teacher import Schedule
 
 
 class ConfigError(ValueError):
-    """Settings that do not go together, with the cure in one sentence."""
+    """Settings that cannot work, with the cure in one sentence."""
 
 
-def flag(group: str, default: Any, text: str) -> Any:
-    return field(default=default, metadata={"group": group, "help": text})
+@dataclass(frozen=True)
+class Method:
+    variant: str = "II"
+    """who labels what: I, II, III, gt, majority, self-certainty, entropy (the rows of rewards.VARIANTS)"""
+    views: Literal["original", "rephrased", "both"] | None = None
+    """move a baseline to these wordings, each labelled by itself"""
+    kl_coef: float | None = None
+    """weight of the KL term (None: the variant's)"""
+    kl_ref: Literal["init", "ema"] | None = None
+    """its reference: initial policy or EMA teacher (None: the variant's)"""
+    ema_start: float = 0.99
+    """weight that the teacher keeps of itself at the first step"""
+    ema_end: float = 0.9999
+    """the same at the last step; 1 and 1 freeze the teacher"""
+    ema_schedule: Schedule = "cosine"
+    """from one to the other; constant: always ema-start"""
+    answer_match: Match = "exact"
+    """equality in votes and pseudo-label rewards: of strings, or mathematical"""
+    clip: float = 0.2
+    """bound of the probability ratio around 1"""
+    loss_agg: Aggregation = "token"
+    """what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length"""
+    tis_cap: float = 2.0
+    """cap of the importance weight between sampler and trainer; 0: no weight"""
 
 
-method_, data_, model_ = partial(flag, "method"), partial(flag, "data"), partial(flag, "model")
-sampling_, optimisation_, run_ = partial(flag, "sampling"), partial(flag, "optimisation"), partial(flag, "run")
+@dataclass(frozen=True)
+class Data:
+    source: Annotated[str | None, arg(name="data")] = None
+    """file or folder of questions, or a published set: math, dapo, open-rs, amc"""
+    question_column: str = "question"
+    """in a file of one's own"""
+    rephrased_column: str = "rephrased"
+    """another wording with the same answer: for variants I and III"""
+    answer_column: str = "answer"
+    """gold answers: for metrics, and for the reward of variant gt alone"""
+    keep_bad_rewrites: bool = False
+    """keep placeholder and unchanged rephrasings, as the authors did"""
+    questions_per_step: int = 128
+    """questions (variants I and III: pairs of wordings) of a step"""
+    max_prompt_tokens: int = 512
+    """a question longer than this in a needed wording is dropped"""
+    eval_data: str | None = None
+    """questions with gold answers to evaluate on; same forms as data"""
+    eval_every: int = 10
+    """steps between evaluations; 0: only before and after"""
+    eval_samples: int = 1
+    """sampled answers a question in an evaluation, besides the greedy one"""
+
+
+@dataclass(frozen=True)
+class Model:
+    name: Annotated[str, arg(name="model")] = "embedded"
+    """hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or the embedded model"""
+    chat_template: str | None = None
+    """Jinja file, for a tokenizer without a chat template"""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """hf: transformers' generate"""
+    rollouts: int = 8
+    """G: sampled answers to each wording of a question"""
+    max_response_tokens: int = 3072
+    """longer answers are cut"""
+    temperature: float = 1.0
+    """of policy and teacher rollouts"""
+
+
+@dataclass(frozen=True)
+class Optimisation:
+    steps: int | None = None
+    """K, the number of optimizer steps"""
+    epochs: int | None = None
+    """passes over the questions, instead of a number of steps (neither given: 3)"""
+    lr: float = 3e-6
+    """peak learning rate of AdamW"""
+    lr_schedule: Schedule = "cosine"
+    """after the warm-up"""
+    warmup: float = 0.1
+    """share of the steps in which the learning rate rises"""
+    weight_decay: float = 0.01
+    """of AdamW"""
+    beta2: float = 0.999
+    """of AdamW"""
+    max_grad_norm: float = 1.0
+    """a longer gradient is scaled down to this"""
+    tokens_per_micro_batch: int = 16384
+    """tokens of one forward and backward pass: costs memory, changes no result"""
+
+
+@dataclass(frozen=True)
+class Run:
+    out: str | None = None
+    """folder to write (None: a new one under runs/)"""
+    resume: str | None = None
+    """auto (with out), or a folder runs/NAME/checkpoints/step-N: continue from there"""
+    save_every: int = 0
+    """steps between checkpoints; 0: only at the end"""
+    seed: int = 0
+    """of everything random"""
+    tensorboard: bool = False
+    """also log to TensorBoard, in the run's folder"""
+    wandb: bool = False
+    """also log to Weights & Biases (WANDB_MODE=offline works)"""
 
 
 @dataclass(frozen=True)
 class Config:
-    # fmt: off
-    variant: str = method_("II", f"who labels what, a row of rewards.VARIANTS: {', '.join(VARIANTS)}")
-    views: Literal["original", "rephrased", "both"] | None = method_(None, "move a baseline to these wordings, each labelled by itself")
-    kl_coef: float | None = method_(None, "weight of the KL term (default: the variant's)")
-    kl_ref: Literal["init", "ema"] | None = method_(None, "its reference: initial policy or EMA teacher (default: the variant's)")
-    ema_start: float = method_(0.99, "weight that the teacher keeps of itself at the first step; 1 freezes it")
-    ema_end: float = method_(0.9999, "and at the last")
-    ema_schedule: Literal["cosine", "constant"] = method_("cosine", "from one to the other; constant: always --ema-start")
-    answer_match: Literal["exact", "math"] = method_("exact", "equality in votes and pseudo-label rewards: strings or mathematics")
-    clip: float = method_(0.2, "of the probability ratio")
-    loss_agg: Literal["token", "sequence", "dr-grpo"] = method_("token", "what weighs the same in the loss: tokens or rollouts")
-    tis_cap: float = method_(2.0, "cap of the importance weight between trainer and sampler; 0: none")
-
-    data: str | None = data_(None, "file or folder of questions, or a published set: math, dapo, open-rs, amc")
-    question: str = data_("question", "column of the question in a file of one's own")
-    rephrased: str = data_("rephrased", "column of its rephrasing")
-    answer: str = data_("answer", "column of the gold answer: for metrics, and for the reward of --variant gt")
-    keep_bad_rewrites: bool = data_(False, "keep placeholder and unchanged rephrasings, as the authors did")
-    questions_per_step: int = data_(128, "questions (variants I and III: pairs) a step")
-    max_prompt_tokens: int = data_(512, "a question longer than this, in a needed wording, is dropped")
-    eval_data: str | None = data_(None, "questions with gold answers to evaluate on; same forms as --data")
-    eval_every: int = data_(10, "steps between evaluations; 0: none")
-    eval_samples: int = data_(1, "sampled answers per question of an evaluation; one greedy answer comes on top")
-
-    model: str = model_("embedded", "hub name (Qwen3-8B-Base, Qwen/Qwen3-8B-Base), local folder, or the embedded model")
-    chat_template: str | None = model_(None, "Jinja file, for a tokenizer without a chat template")
-
-    rollouts: int = sampling_(8, "G: sampled answers per question and view")
-    max_response_tokens: int = sampling_(3072, "longer answers are cut")
-    temperature: float = sampling_(1.0, "of policy and teacher rollouts")
-    sampler: Literal["auto", "vllm", "hf"] = sampling_("auto", "hf: transformers' generate")
-
-    steps: int | None = optimisation_(None, "K, optimizer steps (default: --epochs)")
-    epochs: int = optimisation_(3, "passes over the questions, if --steps is not given")
-    lr: float = optimisation_(3e-6, "peak learning rate")
-    lr_schedule: Literal["cosine", "constant"] = optimisation_("cosine", "after the warm-up")
-    warmup: float = optimisation_(0.1, "share of the steps in which the learning rate rises")
-    weight_decay: float = optimisation_(0.01, "of AdamW")
-    beta2: float = optimisation_(0.999, "of AdamW")
-    max_grad_norm: float = optimisation_(1.0, "the gradient is scaled down to this norm")
-    tokens_per_micro_batch: int = optimisation_(16384, "tokens of one forward and backward pass; memory only, not results")
-
-    out: str | None = run_(None, "folder of the run (default: a new one under runs/)")
-    resume: str | None = run_(None, "auto, or a folder runs/NAME/checkpoints/step-N: continue from there")
-    save_every: int = run_(0, "steps between checkpoints; 0: only at the end")
-    seed: int = run_(0, "of everything random")
-    tensorboard: bool = run_(False, "also log to TensorBoard files in the run's folder")
-    wandb: bool = run_(False, "also log to Weights & Biases (WANDB_MODE=offline works)")
-    # fmt: on
+    method: OmitArgPrefixes[Method] = field(default_factory=Method)
+    data: OmitArgPrefixes[Data] = field(default_factory=Data)
+    model: OmitArgPrefixes[Model] = field(default_factory=Model)
+    sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
+    optimisation: OmitArgPrefixes[Optimisation] = field(default_factory=Optimisation)
+    run: OmitArgPrefixes[Run] = field(default_factory=Run)
 
 
-EMBEDDED: dict[str, Any] = {
-    "data": "embedded",
-    "eval_data": "embedded:held-out",
-    "questions_per_step": 16,
-    "max_prompt_tokens": 64,
-    "max_response_tokens": 32,
-    "steps": 100,
-    "lr": 5e-4,
-    "lr_schedule": "constant",
-    "beta2": 0.99,
-    "eval_samples": 4,
-}
-
-
-def add_flag(group: argparse._ArgumentGroup, setting: "Field[Any]") -> None:
-    """--some-name for some_name: a switch for a bool, choices for a Literal, None only as a default."""
-    options = [option for option in get_args(setting.type) or [setting.type] if option is not NoneType]
-    kind = options[0]
-    help_text = setting.metadata["help"] + ("" if setting.default in (None, False) else " (default: %(default)s)")
-    name = "--" + setting.name.replace("_", "-")
-    if kind is bool:
-        group.add_argument(name, action="store_true", help=help_text)
-    elif isinstance(kind, type):
-        group.add_argument(name, type=kind, default=setting.default, metavar=kind.__name__.upper(), help=help_text)
-    else:
-        choices = options if isinstance(kind, str) else get_args(kind)
-        group.add_argument(name, choices=choices, default=setting.default, help=help_text)
-
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description="Co-rewarding: reinforcement learning for reasoning without labels.",
-        epilog="With the embedded model (no --model) the defaults are "
-        + " ".join(f"--{name.replace('_', '-')} {value}" for name, value in EMBEDDED.items()),
-        allow_abbrev=False,
-    )
-    titles = dict.fromkeys(setting.metadata["group"] for setting in fields(Config))
-    groups = {title: parser.add_argument_group(title) for title in titles}
-    for setting in fields(Config):
-        add_flag(groups[setting.metadata["group"]], setting)
-    return parser
+EMBEDDED = Config(
+    data=Data(
+        source="embedded",
+        eval_data="embedded:held-out",
+        questions_per_step=16,
+        max_prompt_tokens=64,
+        eval_samples=4,
+    ),
+    sampling=Sampling(max_response_tokens=32),
+    optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99),
+)
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    parser = build_parser()
-    if parser.parse_args(arguments).model == "embedded":
-        parser.set_defaults(**EMBEDDED)
-    config = Config(**vars(parser.parse_args(arguments)))
+    """Settings from the command line; an unknown or mistyped flag ends the program with a hint."""
+
+    def read(default: Config) -> Config:
+        return tyro.cli(
+            Config,
+            args=arguments,
+            default=default,
+            description="Co-rewarding: reinforcement learning for reasoning, without labels.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+
+    config = read(EMBEDDED)
+    if config.model.name != "embedded":
+        config = read(Config())
     validate(config)
     return config
 
 
 def validate(config: Config) -> None:
     """Refuse, before anything is loaded, what could only fail or mislead later."""
-    if config.variant not in VARIANTS:
-        raise ConfigError(f"--variant {config.variant}: unknown; choose from {', '.join(VARIANTS)}")
-    if config.views and config.variant in ("I", "II", "III"):
-        raise ConfigError(f"--views is for baselines: variant {config.variant} fixes its own; try --variant majority")
-    if config.data is None:
-        raise ConfigError(
-            "--data is missing: name a file of questions, a published folder, or math, dapo, open-rs, amc"
-        )
-    for name in (
-        "questions_per_step",
-        "rollouts",
-        "max_prompt_tokens",
-        "max_response_tokens",
-        "tokens_per_micro_batch",
-    ):
-        if getattr(config, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: give at least 1")
-    if config.rollouts < 2:
-        raise ConfigError("--rollouts 1: an advantage compares rollouts of one group; give at least 2")
-    if not (config.temperature > 0):
-        raise ConfigError(f"--temperature {config.temperature}: training needs diverse rollouts; give more than 0")
-    if config.steps is not None and config.steps < 1 or config.epochs < 1:
-        raise ConfigError("--steps and --epochs must be at least 1")
-    for name in ("ema_start", "ema_end"):
-        if not 0 <= getattr(config, name) <= 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(config, name)}: a weight between 0 and 1")
-    for name in ("chat_template",):
-        if (path := getattr(config, name)) and not Path(path).is_file():
-            raise ConfigError(f"--{name.replace('_', '-')} {path}: no such file")
+    method, data, sampling, optimisation = config.method, config.data, config.sampling, config.optimisation
+    needed = {
+        "variant": (method.variant in VARIANTS, f"choose from {', '.join(VARIANTS)}"),
+        "views": (
+            method.views is None or method.variant not in VARIANTS or VARIANTS[method.variant].is_baseline,
+            f"is for baselines, and variant {method.variant} fixes its own: try --variant majority",
+        ),
+        "data": (data.source is not None, "is missing: a file of questions, a folder, or math, dapo, open-rs, amc"),
+        "questions_per_step": (data.questions_per_step >= 1, "must be at least 1"),
+        "eval_samples": (data.eval_samples >= 1, "must be at least 1"),
+        "rollouts": (sampling.rollouts >= 2, "must be at least 2: an advantage compares rollouts of one group"),
+        "max_response_tokens": (sampling.max_response_tokens >= 1, "must be at least 1"),
+        "temperature": (sampling.temperature > 0, "must be over 0: learning needs rollouts that differ"),
+        "steps": (optimisation.steps is None or optimisation.steps >= 1, "must be at least 1"),
+        "epochs": (optimisation.epochs is None or optimisation.epochs >= 1, "must be at least 1"),
+        "lr": (optimisation.lr >= 0, "must not be negative"),
+        "warmup": (0 <= optimisation.warmup <= 1, "is a share of the steps: between 0 and 1"),
+        "tokens_per_micro_batch": (optimisation.tokens_per_micro_batch >= 1, "must be at least 1"),
+        "ema_start": (0 <= method.ema_start <= 1, "is a weight between 0 and 1"),
+        "ema_end": (0 <= method.ema_end <= 1, "is a weight between 0 and 1"),
+        "chat_template": (
+            config.model.chat_template is None or Path(config.model.chat_template).is_file(),
+            "is not a file",
+        ),
+    }
+    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
+    values |= {"data": data.source}
+    for name, (holds, reason) in needed.items():
+        if not holds:
+            raise ConfigError(f"--{name.replace('_', '-')} {'' if values[name] is None else values[name]} {reason}")

@@ -100,7 +100,8 @@ class Report:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # view -> lengths, too long prompts included
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"]
+        head = f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"
+        lines = [head]
         for reason, consequence in CONSEQUENCES.items():
             if self.dropped[reason]:
                 lines.append(f"{self.dropped[reason]:>8,}  {reason:<17} {consequence}")
@@ -177,14 +178,18 @@ def _unless_blank(text: str) -> str | None:
     return text if text.strip() else None
 
 
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN: a missing cell in pandas
+
+
 def _text(value: Any, column: str, place: str) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # pandas writes a missing cell as NaN
+    if _missing(value):
         return ""
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
-    if any("\ud800" <= character <= "\udfff" for character in value):
+    if re.search("[\ud800-\udfff]", value):
         raise DataError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
     return value
 
@@ -194,7 +199,7 @@ def _gold(value: Any, column: str, place: str) -> str | None:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int | float) and not math.isnan(value):
+    if isinstance(value, int | float) and not _missing(value):
         value = str(value)
     text = _text(value, column, place)
     if "####" in text:  # GSM8K: a worked solution, then "#### 1,234"
@@ -242,15 +247,15 @@ def _pairs(rows: list[Row], columns: Columns, source: str | Path) -> list[Pair]:
     return pairs
 
 
-def _joined(originals: list[Pair], rewrites: list[Pair]) -> list[Pair]:
+def _joined(originals: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
     """By id, never by row number: the published files have gaps."""
     rewrite_of = {rewrite.id: rewrite for rewrite in rewrites}
     pairs = []
     for pair in originals:
         rewrite = rewrite_of.get(pair.id)
         if rewrite and rewrite.gold and pair.gold and rewrite.gold != pair.gold:
-            golds = f"{pair.gold!r} and in its rewrite {rewrite.gold!r}"
-            raise DataError(f"question {pair.id} has the answer {golds}: these files do not belong together")
+            golds = f"the answer {pair.gold!r} and in its rewrite {rewrite.gold!r}"
+            raise DataError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
         pairs.append(replace(pair, rephrased=_unless_blank(rewrite.question)) if rewrite else pair)
     return pairs
 
@@ -265,7 +270,7 @@ def _from_folder(folder: Path, columns: Columns) -> list[Pair]:
         if len(rewrites) > 1:
             raise DataError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
         if original.exists() and rewrites:
-            return _joined(read(original), read(*rewrites))
+            return _joined(read(original), read(*rewrites), folder)
         for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
             if files := [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]:
                 return read(*files)
@@ -306,8 +311,7 @@ def load_pairs(
     report = Report() if report is None else report
     report.source, columns = source, Columns(question, rephrased, answer)
     if source in EMBEDDED:
-        rows = word_problems(EMBEDDED[source])
-        pairs = _pairs([(source, row) for row in rows], Columns(), source)
+        pairs = _pairs([(source, row) for row in word_problems(EMBEDDED[source])], Columns(), source)
     elif (path := _find(source)).is_dir():
         pairs = _from_folder(path, columns)
     else:
@@ -404,7 +408,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: str | None = None) -> list[int]:
     # A template writes the BOS itself: a tokenizer left to add its special tokens would double it.
-    return tokenizer(prompt_text(tokenizer, text, chat_template), add_special_tokens=False)["input_ids"]
+    return list(tokenizer(prompt_text(tokenizer, text, chat_template), add_special_tokens=False)["input_ids"])
 
 
 def prompt_pairs(

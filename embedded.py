@@ -22,7 +22,7 @@ from data import SYSTEM_PROMPT, prompt_ids
 from grpo import learning_rate
 from packing import PackedLM, pack
 from rollout import Rollout
-from word_problems import PROBLEMS, TRAINING, flawed_solution, solution
+from word_problems import PROBLEMS, PROBLEMS_OF, flawed_solution, solution
 
 CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
 CHAT_TEMPLATE = (
@@ -81,7 +81,7 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
 def demonstrations(tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, flawed: bool) -> list[Rollout]:
     """Solutions to random training problems, as if they had been sampled."""
     rollouts = []
-    for problem in rng.choices(TRAINING, k=count):
+    for problem in rng.choices(PROBLEMS_OF["train"], k=count):
         wording = rng.randrange(4)
         prompt = prompt_ids(tokenizer, problem.text(wording, rng))
         text = flawed_solution(problem, wording, rng) if flawed else solution(problem)

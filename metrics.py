@@ -170,6 +170,11 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     return {sign: moved(key) for sign, (seen, key) in signs.items() if seen}
 
 
+def board_scalars(board: Any, step: int, metrics: dict[str, float]) -> None:
+    for key, value in metrics.items():
+        board.add_scalar(key, value, step)
+
+
 def peak_memory_gb() -> float:
     """Of the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
@@ -188,12 +193,12 @@ class RunLog:
         self.history = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
         self.alarms: set[str] = set()
         self.writers: list[Any] = []
-        if config["tensorboard"]:
+        if config["run"]["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-            self.writers.append(lambda step, metrics: [board.add_scalar(k, v, step) for k, v in metrics.items()])
-        if config["wandb"]:
+            self.writers.append(lambda step, metrics: board_scalars(board, step, metrics))
+        if config["run"]["wandb"]:
             import wandb
 
             wandb.init(project="co-rewarding", name=folder.name, dir=str(folder), config=config, resume="allow")
@@ -248,7 +253,8 @@ def closing_table(folder: Path) -> str:
         if key.startswith("seconds_"):
             seconds[key.removeprefix("seconds_")] = seconds.get(key.removeprefix("seconds_"), 0.0) + value
     by_phase = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    model = "" if config["model"] == "embedded" else f" --model {config['model']} --data {config['data']}"
+    model, source, variant = config["model"]["name"], config["data"]["source"], config["method"]["variant"]
+    flags = "" if model == "embedded" else f" --model {model} --data {source}"
     rows = {
         "held-out accuracy, sampled": change("eval_accuracy"),
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),
@@ -257,8 +263,8 @@ def closing_table(folder: Path) -> str:
         "seconds": f"{sum(seconds.values()):.0f} ({by_phase})",
         "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
-        "see it collapse": f"python train.py{model} --variant entropy, or --variant majority --lr 1e-3",
+        "see it collapse": f"python train.py{flags} --variant entropy, or --variant majority --lr 1e-3",
         "compare": f"python plot.py {folder} runs/ANOTHER --out comparison.png",
     }
     lines = [f"  {name:<27} {value}" for name, value in rows.items() if value is not None]
-    return "\n".join([f"variant {config['variant']}, {config['model']} model, {len(history)} steps logged", *lines])
+    return "\n".join([f"variant {variant}, model {model}, data {source}", *lines])

@@ -22,7 +22,7 @@ class ModelError(ValueError):
 
 
 def resolve(name: str) -> str:
-    """A local folder or a hub name; a bare name of a known family gets its owner (Qwen3-8B-Base: Qwen/Qwen3-8B-Base)."""
+    """A local folder or a hub name; a bare name of a known family gets its owner: Qwen3-8B-Base, Qwen/Qwen3-8B-Base."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise ModelError(f"--model {name}: the folder has no config.json; give one written by save_pretrained")
@@ -44,15 +44,16 @@ def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {name}: transformers cannot load {path} ({reason})") from error
-    policy = PackedLM(lm.to(device), torch.bfloat16 if device.type == "cuda" else torch.float32)
+    lm.to(device)  # type: ignore[arg-type]
+    policy = PackedLM(lm, torch.bfloat16 if device.type == "cuda" else torch.float32)
     verify_head(policy, name)
     return policy, tokenizer
 
 
 @torch.no_grad()
 def verify_head(policy: PackedLM, name: str) -> None:
-    """Compare packed log-probs with the model's own logits on a few tokens: some families scale or cap their logits
-    after the head, window their attention or count positions in another way, and would be trained wrongly in silence."""
+    """Compare packed log-probs with the model's own logits on a few tokens: a family that scales or caps its logits
+    after the head, or counts positions in another way, would otherwise be trained wrongly in silence."""
     lm = policy.lm
     tokens = list(range(2, 10))
     rollout = Rollout(prompt_ids=tokens[:3], response_ids=tokens[3:], logp=[0.0] * 5, finished=False)

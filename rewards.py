@@ -22,6 +22,7 @@ View = Literal["x", "x'"]
 Voter = Literal["policy", "teacher", "gold"]
 ORIGINAL: View = "x"
 REPHRASED: View = "x'"
+VIEWS: dict[str, tuple[View, ...]] = {"original": ("x",), "rephrased": ("x'",), "both": ("x", "x'")}
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ class Variant:
     reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
     reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
 
+    @property
+    def is_baseline(self) -> bool:
+        """No second view: each view, if it has labels at all, is labelled without a teacher or another view."""
+        return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
+
 
 # fmt: off
 X: tuple[View, ...] = (ORIGINAL,)
@@ -151,11 +157,11 @@ def build_groups(
     entropy: Sequence[float] = (),
     self_certainty: Sequence[float] = (),
 ) -> list[Group]:
-    """The policy's groups in the order of their rollouts: by view, then by question. Gold labels compare as mathematics.
+    """The policy's groups in the order of their rollouts: by view, then by question. Gold compares as mathematics.
 
     `entropy` and `self_certainty` are per rollout [N], if the row's reward reads logits.
     """
-    groups = []
+    groups: list[Group] = []
     for view in variant.policy_views:
         said = answers["policy", view]
         voter, _ = variant.label_of.get(view, (None, None))

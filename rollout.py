@@ -1,6 +1,6 @@
 """Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it transformers' `generate`.
 
-    with sampler.holding(model) as sample:                    # the engine holds exactly this model's weights
+    with sampler.holding(lm) as sample:                       # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # G rollouts a prompt, groups contiguous
 
 Sampling exists only inside `holding`, so rollouts can never come from stale weights. Every rollout has a seed of its
@@ -36,7 +36,7 @@ Sample = Callable[..., list[Rollout]]
 
 
 class Sampler(Protocol):
-    def holding(self, model: nn.Module) -> AbstractContextManager[Sample]:
+    def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         ...
 
@@ -77,13 +77,12 @@ class SeededSampling(LogitsProcessor):
 class TransformersSampler:
     """transformers' `generate` on the trainer's own model: no second copy, any device, any family."""
 
-    def __init__(self, eos_ids: Sequence[int]) -> None:
+    def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
+        self.compute_dtype = compute_dtype
 
     @contextmanager
-    def holding(self, model: nn.Module) -> Iterator[Sample]:
-        lm = model.lm
-        assert isinstance(lm, PreTrainedModel)
+    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
         training, attention, generation = lm.training, lm.config._attn_implementation, lm.generation_config
         lm.eval().set_attn_implementation("sdpa")  # the trainer's packed attention has no key-value cache
         # `generate` fills what a request leaves open from the model's own config: a top_k, a repetition penalty.
@@ -94,7 +93,7 @@ class TransformersSampler:
         ) -> list[Rollout]:
             rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
             calls = [rows[start : start + ROWS_PER_CALL] for start in range(0, len(rows), ROWS_PER_CALL)]
-            with model.autocast():
+            with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 return [rollout for call in calls for rollout in self._generate(lm, call, temperature, max_tokens)]
 
         try:

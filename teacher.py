@@ -42,5 +42,5 @@ def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
         mine.lerp_(theirs.to(mine), 1 - weight)
-    for mine, theirs in zip(teacher.buffers(), policy.buffers(), strict=True):
-        mine.copy_(theirs)
+    for buffer, source in zip(teacher.buffers(), policy.buffers(), strict=True):
+        buffer.copy_(source)

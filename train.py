@@ -19,6 +19,7 @@ import json
 import signal
 import sys
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +33,13 @@ import plot
 from config import Config, ConfigError, parse
 from data import (
     DataError,
+    Pair,
     PromptedPair,
     Report,
     load_pairs,
     prompt_pairs,
     questions_of_step,
+    read_chat_template,
     steps_per_epoch,
 )
 from evaluate import accuracies, decode
@@ -52,7 +55,7 @@ from policy import (
     score,
     stop_token_ids,
 )
-from rewards import VARIANTS, Variant, View, Voter, build_groups, on_views, pseudo_labels, read_answers
+from rewards import VARIANTS, VIEWS, Variant, View, Voter, build_groups, on_views, pseudo_labels, read_answers
 from rollout import Rollout, Sampler, TransformersSampler, request_seed
 from teacher import ema_weight, frozen_copy, update
 
@@ -79,7 +82,8 @@ class Run:
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One step of the algorithm; returns its metrics and a sample of its rollouts to read."""
     config, variant, clock = run.config, run.variant, metrics.Clock()
-    chosen = questions_of_step(len(run.questions), config.questions_per_step, config.seed, step)
+    method, sampling, optimisation = config.method, config.sampling, config.optimisation
+    chosen = questions_of_step(len(run.questions), config.data.questions_per_step, config.run.seed, step)
     questions = [run.questions[i] for i in chosen]
     golds = [question.pair.gold for question in questions]
 
@@ -90,35 +94,35 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     # 2. The teacher moves towards the policy that has just answered, then answers itself.
     with clock("teacher"):
         if run.teacher is not None:
-            w = ema_weight(step, run.total_steps, config.ema_start, config.ema_end, config.ema_schedule)
+            w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
             update(run.teacher, run.policy, w)
             rollouts |= sample_views(run, run.teacher, "teacher", variant.teacher_views, questions, step)
 
     # 3. Majority votes become pseudo-labels.
     with clock("reward"):
         answers = {
-            key: read_answers(decode(said, run.tokenizer), config.rollouts, config.answer_match)
+            key: read_answers(decode(said, run.tokenizer), sampling.rollouts, method.answer_match)
             for key, said in rollouts.items()
         }
         labels = pseudo_labels(variant, answers, golds)
 
     # 4. Rewards and advantages of the policy's rollouts, N = views x Q x G.
     trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
-    batches = micro_batches(trained, config.tokens_per_micro_batch, run.device)
+    batches = micro_batches(trained, optimisation.tokens_per_micro_batch, run.device)
     with clock("reward"):
         read_logits = {}
         if variant.reward_reads_logits:
-            own = mean_per_rollout(batches, score(run.policy, batches, config.temperature))
+            own = mean_per_rollout(batches, score(run.policy, batches, sampling.temperature))
             read_logits = {"entropy": own.entropy.tolist(), "self_certainty": own.self_certainty.tolist()}
-        groups = build_groups(variant, answers, labels, config.answer_match, **read_logits)
+        groups = build_groups(variant, answers, labels, method.answer_match, **read_logits)
         rewards = variant.reward(groups)
-        advantages = group_advantages(torch.tensor(rewards).flatten(), config.rollouts).to(run.device)
+        advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
 
     # 5. One optimizer step.
     with clock("reference"):
-        reference = score(run.reference, batches, config.temperature) if run.reference is not None else None
+        reference = score(run.reference, batches, sampling.temperature) if run.reference is not None else None
     with clock("update"):
-        lr = learning_rate(step, run.total_steps, config.lr, config.warmup, config.lr_schedule)
+        lr = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
         updated = optimizer_step(
             run.policy, run.optimizer, batches, advantages, reference, objective(run, rollouts), lr
         )
@@ -137,52 +141,52 @@ def sample_views(
     """G rollouts of `model` on every view of every question, in one call of the sampler: Q * G a view."""
     if not views:
         return {}
-    config = run.config
+    config, sampling = run.config, run.config.sampling
     asked = [(view, question) for view in views for question in questions]
-    with run.sampler.holding(model) as sample:
+    with run.sampler.holding(model.lm) as sample:
         rollouts = sample(
             prompts=[question.prompts[view] for view, question in asked],
-            seeds=[request_seed(config.seed, step, question.pair.id, view, who) for view, question in asked],
-            n=config.rollouts,
-            temperature=config.temperature,
-            max_tokens=config.max_response_tokens,
+            seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
+            n=sampling.rollouts,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_response_tokens,
         )
-    per_view = len(questions) * config.rollouts
+    per_view = len(questions) * sampling.rollouts
     return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
 
 
 def objective(run: Run, rollouts: dict[tuple[Voter, View], list[Rollout]]) -> Objective:
     """The loss of this step; each view is averaged by itself, and the views are added (Eq. 6)."""
-    config, denominators = run.config, []
+    method, sampling, denominators = run.config.method, run.config.sampling, []
     for view in run.variant.policy_views:
         said = rollouts["policy", view]
         tokens = sum(len(rollout.response_ids) for rollout in said)
-        denominator = step_denominator(config.loss_agg, len(said), tokens, config.max_response_tokens)
+        denominator = step_denominator(method.loss_agg, len(said), tokens, sampling.max_response_tokens)
         denominators += [float(denominator)] * len(said)
     return Objective(
-        temperature=config.temperature,
-        clip=config.clip,
+        temperature=sampling.temperature,
+        clip=method.clip,
         kl_coef=run.variant.kl_coef,
-        tis_cap=config.tis_cap,
-        aggregation=config.loss_agg,
+        tis_cap=method.tis_cap,
+        aggregation=method.loss_agg,
         denominators=torch.tensor(denominators, device=run.device),
-        max_grad_norm=config.max_grad_norm,
+        max_grad_norm=run.config.optimisation.max_grad_norm,
     )
 
 
 def evaluate(run: Run) -> dict[str, float]:
     """Sampled and greedy accuracy of the policy on the evaluation questions."""
-    config, clock = run.config, metrics.Clock()
-    with clock("evaluation"), run.sampler.holding(run.policy) as sample:
+    config, sampling, clock = run.config, run.config.sampling, metrics.Clock()
+    with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
         accuracy = accuracies(
             sample,
             run.tokenizer,
             prompts=[question.prompts["x"] for question in run.eval_questions],
             golds=[str(question.pair.gold) for question in run.eval_questions],
-            samples=config.eval_samples,
-            temperature=config.temperature,
-            max_tokens=config.max_response_tokens,
-            seed=config.seed,
+            samples=config.data.eval_samples,
+            temperature=sampling.temperature,
+            max_tokens=sampling.max_response_tokens,
+            seed=config.run.seed,
         )
     return accuracy | clock.seconds
 
@@ -194,14 +198,14 @@ def train(config: Config) -> Path:
     stop_requested = catch_signals()
     bar = tqdm(range(first_step, run.total_steps), initial=first_step, total=run.total_steps, desc="training")
     for step in bar:
-        evaluated = evaluate(run) if is_due(step, config.eval_every) and run.eval_questions else {}
+        evaluated = evaluate(run) if is_due(step, config.data.eval_every) and run.eval_questions else {}
         seen, sample = train_step(run, step)
         log.write({"step": step} | evaluated | seen | {"peak_memory_gb": metrics.peak_memory_gb()}, sample)
         bar.set_postfix(log.headline())
         for warning in log.new_collapse_signs():
             bar.write(f"collapse? step {step}: {warning}", file=sys.stderr)
         done = step + 1
-        if done == run.total_steps or is_due(done, config.save_every) or stop_requested:
+        if done == run.total_steps or is_due(done, config.run.save_every) or stop_requested:
             saved = save_checkpoint(run, done)
         if stop_requested:
             bar.close()
@@ -215,23 +219,24 @@ def train(config: Config) -> Path:
 def prepare(config: Config) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
     variant = chosen_variant(config)
-    resumed = checkpoint.find(config.resume, config.out) if config.resume else None
+    resumed = checkpoint.find(config.run.resume, config.run.out) if config.run.resume else None
     folder = resumed.parents[1] if resumed else new_folder(config)
-    report = Report()
-    columns = {"question": config.question, "rephrased": config.rephrased, "answer": config.answer}
-    pairs = load_pairs(str(config.data), **columns, keep_bad_rewrites=config.keep_bad_rewrites, report=report)
-    eval_pairs = load_pairs(config.eval_data, **columns) if config.eval_data else []
+    pairs, report = load_questions(config, str(config.data.source))
+    eval_pairs = load_questions(config, config.data.eval_data)[0] if config.data.eval_data else []
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    policy, tokenizer = load(config.model, device)
-    prompts = {
-        "tokenizer": tokenizer,
-        "max_prompt_tokens": config.max_prompt_tokens,
-        "chat_template": config.chat_template,
-    }
+    if config.model.name == "embedded":
+        torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
+    policy, tokenizer = load(config.model.name, device)
+    to_prompts = partial(
+        prompt_pairs,
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        chat_template=read_chat_template(config.model.chat_template) if config.model.chat_template else None,
+    )
     views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
     needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
-    questions = prompt_pairs(pairs, **prompts, views=views, needs_gold=needs_gold, report=report)
+    questions = to_prompts(pairs, views=views, needs_gold=needs_gold, report=report)
     print(report)
 
     has_teacher = bool(variant.teacher_views) or (variant.kl_reference == "ema" and variant.kl_coef > 0)
@@ -242,15 +247,15 @@ def prepare(config: Config) -> tuple[Run, int]:
         folder=folder,
         variant=variant,
         questions=questions,
-        eval_questions=prompt_pairs(eval_pairs, **prompts, needs_gold=True) if eval_pairs else [],
-        total_steps=config.steps or config.epochs * steps_per_epoch(len(questions), config.questions_per_step),
+        eval_questions=to_prompts(eval_pairs, needs_gold=True) if eval_pairs else [],
+        total_steps=total_steps(config, len(questions)),
         device=device,
         tokenizer=tokenizer,
         policy=policy,
         teacher=teacher,
         reference=reference if variant.kl_coef > 0 else None,
-        optimizer=build_optimizer(policy, (0.9, config.beta2), config.weight_decay),
-        sampler=TransformersSampler(stop_token_ids(policy.lm, tokenizer)),
+        optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
+        sampler=TransformersSampler(stop_token_ids(policy.lm, tokenizer), policy.compute_dtype),
     )
     first_step = checkpoint.load(resumed, policy, teacher, run.optimizer, asdict(config)) if resumed else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -260,22 +265,46 @@ def prepare(config: Config) -> tuple[Run, int]:
 
 def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
-    variant = VARIANTS[config.variant]
-    if config.views:
-        variant = on_views(variant, {"original": ("x",), "rephrased": ("x'",), "both": ("x", "x'")}[config.views])
-    changes = {"kl_coef": config.kl_coef, "kl_reference": config.kl_ref}
-    return replace(variant, **{name: value for name, value in changes.items() if value is not None})
+    method, variant = config.method, VARIANTS[config.method.variant]
+    if method.views is not None:
+        variant = on_views(variant, VIEWS[method.views])
+    if method.kl_coef is not None:
+        variant = replace(variant, kl_coef=method.kl_coef)
+    return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
+
+
+def load_questions(config: Config, source: str) -> tuple[list[Pair], Report]:
+    report = Report()
+    pairs = load_pairs(
+        source,
+        question=config.data.question_column,
+        rephrased=config.data.rephrased_column,
+        answer=config.data.answer_column,
+        keep_bad_rewrites=config.data.keep_bad_rewrites,
+        report=report,
+    )
+    return pairs, report
 
 
 def new_folder(config: Config) -> Path:
     """A folder that no other run has written to."""
-    if config.out:
-        if (Path(config.out) / "metrics.jsonl").exists():
-            raise ConfigError(f"--out {config.out} holds a run: continue it with --resume auto, or name another folder")
-        return Path(config.out)
-    name = f"{config.variant}-{Path(config.model).name}-seed{config.seed}"
+    if config.run.out:
+        if (Path(config.run.out) / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
+            )
+        return Path(config.run.out)
+    name = f"{config.method.variant}-{Path(config.model.name).name}-seed{config.run.seed}"
     candidates = (Path("runs") / (name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
     return next(folder for folder in candidates if not folder.exists())
+
+
+def total_steps(config: Config, questions: int) -> int:
+    """K; --epochs goes before --steps, so that it also overrides the embedded task's default."""
+    steps, epochs = config.optimisation.steps, config.optimisation.epochs
+    if steps is not None and epochs is None:
+        return steps
+    return (epochs or 3) * steps_per_epoch(questions, config.data.questions_per_step)
 
 
 def is_due(step: int, every: int) -> bool:
