@@ -115,7 +115,7 @@ class TransformersSampler:
         generation = GenerationConfig(
             do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos_ids, pad_token_id=self.eos_ids[0]
         )
-        output = lm.generate(
+        output = lm.generate(  # type: ignore[operator]
             input_ids=input_ids,
             attention_mask=attention_mask,
             generation_config=generation,
