@@ -1,96 +1,122 @@
 """Curves of one run or a comparison of several, from metrics.jsonl to a PNG.
 
-python plot.py runs/a runs/b --out comparison.png
+    python plot.py runs/II-embedded-seed0 runs/entropy-embedded-seed0 --out comparison.png
+
+Runs whose folders differ only in their seed are drawn as one line, their mean, inside a band from lowest to highest.
 """
 
-import argparse
 import json
+import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
+import tyro
+from tyro.conf import Positional
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PANELS = {
-    "eval_accuracy": "held-out accuracy",
+    "eval_accuracy": "held-out accuracy, sampled",
     "reward": "reward",
     "label_accuracy": "label accuracy",
     "response_tokens": "response length (tokens)",
     "entropy": "token entropy (nats)",
     "vote_share": "vote share of the majority answer",
 }
-COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999"]  # Okabe and Ito
-LINES = ["-", "--", "-.", ":"]  # so that neither a grey print nor a ninth run is ambiguous
+SHARES = {"eval_accuracy", "label_accuracy", "vote_share"}  # drawn from 0 to 1
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
+DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
+
+Curve = dict[int, float]  # step -> value
 
 
 class PlotError(ValueError):
     """A run that cannot be drawn, in one sentence."""
 
 
-def read_run(folder: Path) -> tuple[str, list[dict[str, Any]]]:
-    """Its label and its metrics, one record a step."""
+def read_run(folder: Path) -> list[dict[str, Any]]:
+    """Its metrics, a record a step."""
     file = folder / "metrics.jsonl"
-    if not file.is_file():
-        raise PlotError(f"{folder} is not a run: it has no metrics.jsonl")
-    history = [json.loads(line) for line in file.read_text().splitlines()]
-    return folder.name, history
+    try:
+        history = [json.loads(line) for line in file.read_text().splitlines()]
+    except FileNotFoundError:
+        raise PlotError(f"{folder} is not a run: it holds no metrics.jsonl") from None
+    except ValueError as problem:
+        raise PlotError(f"{file} is damaged: {problem}") from None
+    if not history:
+        raise PlotError(f"{file} is empty: the run has not finished a step")
+    return history
 
 
-def smooth(values: Sequence[float], window: int = 5) -> list[float]:
-    """Mean of each value and the ones before it, `window` in all."""
-    starts = (max(0, i + 1 - window) for i in range(len(values)))
-    return [sum(values[start : i + 1]) / (i + 1 - start) for i, start in enumerate(starts)]
+def by_name(folders: Sequence[Path]) -> dict[str, list[list[dict[str, Any]]]]:
+    """Runs under their folder's name without the seed."""
+    groups: dict[str, list[list[dict[str, Any]]]] = {}
+    for folder in folders:
+        name = re.sub(r"[-_]seed\d+(-\d+)?$", "", folder.resolve().name)
+        groups.setdefault(name, []).append(read_run(folder))
+    return groups
+
+
+def smooth(curve: Curve, window: int) -> Curve:
+    """The mean of each value and those before it, `window` in all."""
+    steps, values = list(curve), list(curve.values())
+    return {step: fmean(values[max(0, i + 1 - window) : i + 1]) for i, step in enumerate(steps)}
+
+
+def draw_metric(axis: Any, key: str, runs: Sequence[list[dict[str, Any]]], **style: Any) -> None:
+    """The mean of the runs' curves, and a band from their lowest to their highest."""
+    window = 1 if key.startswith("eval") else 5
+    raw = [{record["step"]: record[key] for record in history if key in record} for history in runs]
+    curves = [smooth(curve, window) for curve in raw if curve]
+    if not curves:
+        return
+    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
+    axis.plot(steps, [fmean(curve[step] for curve in curves) for step in steps], **style)
+    if len(curves) > 1:
+        lowest, highest = ([f(curve[step] for curve in curves) for step in steps] for f in (min, max))
+        axis.fill_between(steps, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
-    """One panel a metric, one line a run; returns the file."""
-    runs = [read_run(folder) for folder in folders]
+    """One panel a metric, one line a method; returns the file."""
+    groups = by_name(folders)
     with plt.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
-        figure, axes = plt.subplots(2, 3, figsize=(11, 6), layout="constrained", sharex=True)
+        figure, axes = plt.subplots(2, 3, figsize=(11, 6.2), layout="constrained", sharex=True)
         for axis, (key, label) in zip(axes.flat, PANELS.items(), strict=True):
-            for i, (name, history) in enumerate(runs):
-                points = [(record["step"], record[key]) for record in history if key in record]
-                if not points:
-                    continue
-                steps, values = zip(*points, strict=True)
-                style = {"color": COLOURS[i % len(COLOURS)], "linestyle": LINES[i // len(COLOURS) % len(LINES)]}
-                if key == "eval_accuracy":
-                    axis.plot(steps, values, label=name, marker="o", markersize=3, **style)
-                else:
-                    axis.plot(steps, values, alpha=0.2, linewidth=0.8, **style)
-                    axis.plot(steps, smooth(values), label=name, **style)
-            axis.set_title(label)
+            for i, (name, runs) in enumerate(groups.items()):
+                dash = DASHES[(i // len(COLOURS) + i) % len(DASHES)]
+                draw_metric(axis, key, runs, color=COLOURS[i % len(COLOURS)], linestyle=dash, label=name)
+            axis.set_title(label, fontsize=10)
             axis.grid(alpha=0.25)
-            axis.set_ylim(bottom=0, top=1.02 if key in UNIT else None)
+            if key in SHARES:
+                axis.set_ylim(0, 1.02)
+            if not axis.lines:
+                axis.text(
+                    0.5, 0.5, "not measured in these runs", ha="center", transform=axis.transAxes, color="#777777"
+                )
         for axis in axes[-1]:
-            axis.set_xlabel("step")
-        handles, labels = axes.flat[1].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(len(runs), 4), frameon=False)
-        if title:
-            figure.suptitle(title)
+            axis.set_xlabel("training step")
+        lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
+        figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=min(len(lines), 4), frameon=False)
+        figure.suptitle(title)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=160)
         plt.close(figure)
     return file
 
 
-UNIT = {"eval_accuracy", "reward", "label_accuracy", "vote_share"}  # shares, drawn from 0 to 1
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw runs from their metrics.jsonl.")
-    parser.add_argument("folders", nargs="+", type=Path, metavar="RUN", help="folder of a run")
-    parser.add_argument("--out", type=Path, default=Path("curves.png"), help="PNG to write (default: %(default)s)")
-    parser.add_argument("--title", default="")
-    arguments = parser.parse_args()
+def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: str = "") -> None:
+    """Draw accuracy, reward, label accuracy, length, entropy and vote share of runs against training steps."""
     try:
-        print(f"written: {draw(arguments.folders, arguments.out, arguments.title)}")
-    except PlotError as error:
-        raise SystemExit(f"error: {error}") from None
+        print(f"written: {draw(runs, out, title)}")
+    except PlotError as problem:
+        sys.exit(f"error: {problem}")
 
 
 if __name__ == "__main__":
-    main()
+    tyro.cli(main, description=__doc__)
