@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -37,6 +38,7 @@ def resolve(name: str) -> str:
 
 def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizerBase]:
     """Model with float32 master weights (bfloat16 compute on a GPU), and its tokenizer."""
+    transformers.utils.logging.disable_progress_bar()
     path = embedded.model_folder() if name == "embedded" else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)

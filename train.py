@@ -92,8 +92,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         rollouts = sample_views(run, run.policy, "policy", variant.policy_views, questions, step)
 
     # 2. The teacher moves towards the policy that has just answered, then answers itself.
-    with clock("teacher"):
-        if run.teacher is not None:
+    if run.teacher is not None:
+        with clock("teacher"):
             w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
             update(run.teacher, run.policy, w)
             rollouts |= sample_views(run, run.teacher, "teacher", variant.teacher_views, questions, step)
@@ -119,8 +119,10 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
 
     # 5. One optimizer step.
-    with clock("reference"):
-        reference = score(run.reference, batches, sampling.temperature) if run.reference is not None else None
+    reference = None
+    if run.reference is not None:
+        with clock("reference"):
+            reference = score(run.reference, batches, sampling.temperature)
     with clock("update"):
         lr = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
         updated = optimizer_step(

@@ -1,0 +1,236 @@
+"""Whole runs on the embedded task: learning, repetition, resume, stopping, and what a run leaves behind."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import checkpoint
+import config
+import train
+from config import Config, ConfigError, parse
+from word_problems import word_problems
+
+ROOT = Path(__file__).resolve().parents[1]
+SMALL = ["--questions-per-step", "4", "--rollouts", "4", "--eval-every", "0"]
+TIMING = ("seconds_", "tokens_per_second", "peak_memory_gb")
+
+
+def small(out: Path, *flags: str) -> Config:
+    return parse([*SMALL, "--out", str(out), *flags])
+
+
+def metrics_of(folder: Path) -> list[dict[str, float]]:
+    """metrics.jsonl without what a clock or a memory gauge said."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMING)} for line in lines]
+
+
+def weights_of(folder: Path, who: str = "policy") -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "latest" / who).state_dict()
+
+
+def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_co_rewarding_II_learns_without_labels(tmp_path):
+    folder = train.train(parse(["--out", str(tmp_path / "II"), "--eval-every", "50"]))
+    accuracy = [record["eval_accuracy"] for record in metrics_of(folder) if "eval_accuracy" in record]
+    assert accuracy[0] < 0.6
+    assert accuracy[-1] >= accuracy[0] + 0.25
+    assert (folder / "config.json").is_file() and (folder / "rollouts.jsonl").is_file()
+
+
+@pytest.mark.parametrize("variant", ["I", "II", "III", "gt", "majority", "self-certainty", "entropy"])
+def test_the_same_seed_repeats_a_run_and_another_does_not(tmp_path, variant):
+    runs = [
+        train.train(small(tmp_path / name, "--variant", variant, "--steps", "2", "--seed", seed))
+        for name, seed in (("a", "0"), ("b", "0"), ("c", "1"))
+    ]
+    first, again, other = map(metrics_of, runs)
+    assert first == again != other
+    assert (runs[0] / "rollouts.jsonl").read_text() == (runs[1] / "rollouts.jsonl").read_text()
+
+
+def without_answers(rows: list[dict[str, object]]) -> list[dict[str, object]]:
+    return [{key: value for key, value in row.items() if key != "answer"} for row in rows]
+
+
+@pytest.mark.parametrize("variant", ["I", "II", "III", "majority", "entropy"])
+def test_gold_answers_do_not_leak_into_label_free_training(tmp_path, variant):
+    rows = word_problems()[:12]
+    folders = []
+    for name, kept in (("with", rows), ("without", without_answers(rows))):
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("\n".join(map(json.dumps, kept)))
+        folders.append(
+            train.train(small(tmp_path / name, "--variant", variant, "--steps", "2", "--data", str(file)))
+        )
+    with_gold, without_gold = map(metrics_of, folders)
+    shared = [{k: v for k, v in record.items() if not k.startswith("label_accuracy")} for record in with_gold]
+    assert shared == without_gold
+    assert_same_weights(weights_of(folders[0]), weights_of(folders[1]))
+    assert variant == "entropy" or "label_accuracy" in with_gold[0]
+
+
+@pytest.mark.parametrize("variant", ["I", "II", "III"])
+def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, variant):
+    """The silent bug: a resume without its optimizer, its teacher, its place in the data or its random numbers."""
+    flags = ["--variant", variant, "--steps", "4", "--save-every", "2"]
+    whole = train.train(small(tmp_path / "whole", *flags))
+    shutil.copytree(whole, tmp_path / "cut", symlinks=True)
+    at_two = tmp_path / "cut" / "checkpoints" / "step-000002"
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step-000004")
+    cut = train.train(parse([*SMALL, *flags, "--resume", str(at_two)]))
+    assert metrics_of(cut) == metrics_of(whole)
+    assert (cut / "rollouts.jsonl").read_text() == (whole / "rollouts.jsonl").read_text()
+    assert_same_weights(weights_of(cut), weights_of(whole))
+    if variant != "I":
+        assert_same_weights(weights_of(cut, "teacher"), weights_of(whole, "teacher"))
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_their_names(tmp_path):
+    folder = train.train(small(tmp_path / "run", "--steps", "1"))
+    checkpoint_of_run = str(folder / "checkpoints" / "step-000001")
+    with pytest.raises(checkpoint.CheckpointError, match="optimisation.lr .was 0.0005, is 0.001"):
+        train.train(parse([*SMALL, "--steps", "1", "--lr", "1e-3", "--resume", checkpoint_of_run]))
+    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+        train.train(parse(["--resume", str(tmp_path / "nowhere")]))
+
+
+def test_a_run_never_overwrites_another(tmp_path):
+    folder = train.train(small(tmp_path / "run", "--steps", "1"))
+    before = (folder / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="--resume auto"):
+        train.train(small(tmp_path / "run", "--steps", "1"))
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
+def test_sigterm_saves_a_checkpoint_that_can_be_resumed(tmp_path):
+    command = [sys.executable, "train.py", *SMALL, "--steps", "500", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.exists() and len(log.read_text().splitlines()) >= 2) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "--resume" in errors
+    steps_taken = len(metrics_of(tmp_path / "run"))
+    assert (tmp_path / "run" / "checkpoints" / "latest").resolve().name == f"step-{steps_taken:06d}"
+
+
+def test_the_policy_is_a_folder_that_transformers_loads(tmp_path):
+    folder = train.train(small(tmp_path / "run", "--steps", "1", "--variant", "II"))
+    saved = folder / "checkpoints" / "latest" / "policy"
+    tokenizer, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Ann has 2 pens."}], add_generation_prompt=True, return_tensors="pt"
+    )
+    assert model.generate(**prompt, max_new_tokens=2).shape[1] > prompt["input_ids"].shape[1]
+    assert model.dtype == torch.float32
+
+
+def test_every_metric_of_the_contract_is_written(tmp_path):
+    folder = train.train(small(tmp_path / "run", "--steps", "1", "--variant", "III"))
+    record = json.loads((folder / "metrics.jsonl").read_text().splitlines()[0])
+    named = """step reward label_accuracy vote_share answered distinct_answers response_tokens truncated entropy kl
+        grad_norm lr ema_weight zero_std_groups mismatch_mean mismatch_max eval_accuracy tokens_per_second
+        peak_memory_gb seconds_rollout seconds_teacher seconds_reward seconds_reference seconds_update"""
+    assert set(named.split()) - {"eval_accuracy"} <= record.keys()
+    assert {"reward/x", "reward/x'", "label_accuracy/x'", "vote_share/teacher"} <= record.keys()
+    assert record["mismatch_max"] < 1e-4
+    sample = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text().splitlines()]
+    assert [entry["view"] for entry in sample] == ["x", "x'"]
+    assert sample[0]["label_from"] == "teacher on x'"
+    assert len(sample[0]["answers"]) == len(sample[0]["rewards"]) == 4
+
+
+def test_keys_that_do_not_apply_are_absent(tmp_path):
+    folder = train.train(small(tmp_path / "run", "--steps", "1", "--variant", "entropy", "--kl-coef", "0"))
+    record = metrics_of(folder)[0]
+    assert not {"kl", "label_accuracy", "ema_weight", "vote_share/teacher", "reward/x"} & record.keys()
+
+
+def test_tensorboard_gets_the_same_keys(tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder = train.train(small(tmp_path / "run", "--steps", "1", "--tensorboard"))
+    board = events.EventAccumulator(str(folder / "tensorboard")).Reload()
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert set(board.Tags()["scalars"]) == {key for record in lines for key in record} - {"step"}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--variant", "IV"], "--variant IV choose from I, II, III"),
+        (["--variant", "II", "--views", "both"], "--views both is for baselines"),
+        (["--model", "Qwen3-8B-Base"], "--data  is missing"),
+        (["--rollouts", "1"], "--rollouts 1 must be at least 2"),
+        (["--temperature", "0"], "--temperature 0.0 must be over 0"),
+        (["--ema-start", "1.5"], "--ema-start 1.5 is a weight"),
+        (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja is not a file"),
+    ],
+)
+def test_impossible_settings_are_named_before_any_work(flags, sentence):
+    with pytest.raises(ConfigError) as problem:
+        parse(flags)
+    assert sentence in str(problem.value)
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--model", "nowhere", "--data", "embedded"], "--model nowhere: neither a folder nor a hub name"),
+        (["--max-prompt-tokens", "3"], "no prompt fits --max-prompt-tokens 3"),
+        (["--resume", "auto"], "--resume auto: say of which run"),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_writes_nothing(tmp_path, flags, sentence):
+    out = [] if "--resume" in flags else ["--out", str(tmp_path / "run")]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *out, *flags]
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert ended.returncode != 0
+    assert sentence in ended.stderr and "Traceback" not in ended.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    help_text = capsys.readouterr().out
+    flags = """--variant --views --model --data --eval-data --steps --epochs --questions-per-step --rollouts
+        --max-prompt-tokens --max-response-tokens --temperature --lr --kl-coef --kl-ref --clip --loss-agg --ema-start
+        --ema-end --ema-schedule --answer-match --tis-cap --sampler --seed --out --resume --save-every --eval-every"""
+    assert all(f"{flag} " in help_text for flag in flags.split())
+    assert all(title in help_text for title in ("method", "data", "model", "sampling", "optimisation", "run"))
+
+
+def test_a_mistyped_flag_is_fatal():
+    with pytest.raises(SystemExit):
+        parse(["--learning-rate", "1e-3"])
+
+
+def test_papers_settings_are_the_defaults_of_real_models():
+    paper = parse(["--model", "Qwen3-8B-Base", "--data", "math"])
+    assert (paper.data.questions_per_step, paper.sampling.rollouts, paper.data.max_prompt_tokens) == (128, 8, 512)
+    assert (paper.sampling.max_response_tokens, paper.optimisation.lr, paper.optimisation.warmup) == (3072, 3e-6, 0.1)
+    assert (paper.method.ema_start, paper.method.ema_end, paper.sampling.temperature) == (0.99, 0.9999, 1.0)
+    assert train.total_steps(paper, questions=7500) == 3 * 59
+    short = replace(paper, optimisation=replace(paper.optimisation, steps=5))
+    assert train.total_steps(short, questions=7500) == 5
+    assert config.EMBEDDED.method == Config().method, "the embedded task runs the paper's method unchanged"
