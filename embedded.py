@@ -113,7 +113,15 @@ def model_folder(seed: int = 0) -> str:
     """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
     files = ("embedded.py", "word_problems.py", "data.py", "packing.py", "grpo.py")
     sources = [Path(__file__).with_name(file).read_bytes() for file in files]
-    key = [sources, seed, torch.__version__, transformers.__version__, torch.get_num_threads()]
+    key = [
+        sources,
+        CLEAN_STEPS,
+        FLAWED_STEPS,
+        seed,
+        torch.__version__,
+        transformers.__version__,
+        torch.get_num_threads(),
+    ]
     name = "embedded-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "co-rewarding"
     if not (cache / name).is_dir():

@@ -231,9 +231,10 @@ def append(file: Path, records: Sequence[dict[str, Any]]) -> None:
 
 
 def keep_steps_before(file: Path, step: int) -> None:
-    """What a killed run wrote after its last checkpoint is going to be written again."""
+    """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    file.write_text("".join(line for line in lines if json.loads(line)["step"] < step))
+    whole = [line for line in lines if line.endswith("\n")]
+    file.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from answers import equivalent, equivalent_many, extract_boxed, representatives
+from answers import equivalent, equivalent_many, extract_boxed, vote_classes
 
 __all__ = ["equivalent", "extract_boxed"]
 
@@ -40,7 +40,7 @@ def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote
     given = [answer for answer in answers if answer is not None]
     if not given:
         return Vote(label=None, share=0.0, distinct=0, answered=0)
-    counts = Counter(representatives(given) if match == "math" else given)
+    counts = Counter(vote_classes(given, match))
     label, count = counts.most_common(1)[0]  # of equals, the one that was counted first
     return Vote(label, count / len(given), len(counts), len(given))
 

@@ -74,9 +74,7 @@ def test_gold_answers_do_not_leak_into_label_free_training(tmp_path, variant):
     for name, kept in (("with", rows), ("without", without_answers(rows))):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, kept)))
-        folders.append(
-            train.train(small(tmp_path / name, "--variant", variant, "--steps", "2", "--data", str(file)))
-        )
+        folders.append(train.train(small(tmp_path / name, "--variant", variant, "--steps", "2", "--data", str(file))))
     with_gold, without_gold = map(metrics_of, folders)
     shared = [{k: v for k, v in record.items() if not k.startswith("label_accuracy")} for record in with_gold]
     assert shared == without_gold

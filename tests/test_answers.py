@@ -1,0 +1,411 @@
+"""Answers: extraction, equivalence, voting. Each test is named after the bug it prevents."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import answers
+from answers import counts, equivalent, equivalent_many, extract_boxed, normalise, vote_classes
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "equivalence"
+LATEX = st.lists(
+    st.sampled_from([r"\boxed{", r"\frac{", "{", "}", r"\{", r"\}", "\\", "1", "x", " ", "\n", "boxed{", "^", ","])
+).map("".join)
+
+
+# ---------------------------------------------------------------------------------------------- extraction
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"so \boxed{1}, no: \boxed{2}", "2"),
+        (r"\boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+        (r"\boxed{\boxed{5}}", "5"),
+        (r"\boxed{1} then \boxed{2", "1"),
+        (r"\boxed{2", None),
+        (r"\boxed{a \boxed{b}", "b"),
+        (r"{ \boxed{5} } }", "5"),
+        (r"\boxed{1} \boxed{ }", None),
+        ("none", None),
+        ("", None),
+        (r"\boxed {5} \fbox{5} boxed{5}", None),
+        (r"\\boxed{5}", "5"),
+    ],
+)
+def test_box_extraction_takes_the_last_balanced_box(text: str, boxed: str | None) -> None:
+    assert extract_boxed(text) == boxed
+
+
+def test_box_content_is_not_stripped_because_exact_votes_count_raw_strings() -> None:
+    assert extract_boxed(r"\boxed{ 5 }") == " 5 "
+
+
+@pytest.mark.parametrize(
+    ("text", "boxed"),
+    [
+        (r"\boxed{\{1,2\}}", r"\{1,2\}"),
+        (r"\boxed{\left\{ x \right.}", r"\left\{ x \right."),
+        (r"\boxed{5\}", None),
+        (r"\boxed{\begin{matrix}1\\2\\\end{matrix}\\}", r"\begin{matrix}1\\2\\\end{matrix}\\"),
+    ],
+)
+def test_escaped_braces_are_text(text: str, boxed: str | None) -> None:
+    assert extract_boxed(text) == boxed
+
+
+@settings(deadline=None)
+@given(LATEX)
+def test_extraction_agrees_with_counting_braces_from_every_box(text: str) -> None:
+    def content(start: int) -> str | None:
+        depth, position = 1, start
+        while position < len(text):
+            if text[position : position + 2] in (r"\{", r"\}", "\\\\"):
+                position += 2
+                continue
+            depth += {"{": 1, "}": -1}.get(text[position], 0)
+            if depth == 0:
+                return text[start:position]
+            position += 1
+        return None
+
+    starts = [i + len(r"\boxed{") for i in range(len(text)) if text.startswith(r"\boxed{", i)]
+    balanced = [found for start in starts if (found := content(start)) is not None]
+    expected = balanced[-1] if balanced and balanced[-1].strip() else None
+    assert extract_boxed(text) == expected
+
+
+@pytest.mark.parametrize("piece", [r"\boxed{", "{", "}", "\\", r"\boxed{}", r"\{", "x", "boxed{"])
+def test_extraction_is_not_quadratic(piece: str) -> None:
+    assert extract_boxed(r"\boxed{7}" + piece * (2_000_000 // len(piece))) in ("7", None)
+
+
+# --------------------------------------------------------------------------------------------- equivalence
+
+SAME = r"""
+1/2 ~ \frac12
+\dfrac{1}{2} ~ 0.5
+142.0 ~ 142
+007 ~ 7
+1,\!657 ~ 1657
+1{,}657 ~ 1,657
+10\,000 ~ 10000
+10 000 ~ 10,000
+1 000 000 ~ 1000000
+−5 ~ -5
+\$32,\!348 ~ 32348
+50\% ~ 50
+50\% ~ 0.5
+50\% ~ \frac12
+14.29\% ~ 14.29
+16\frac{2}{3}\% ~ 16\frac23
+90^\circ ~ 90
+1 1/2 ~ 1.5
+-2 1/4 ~ -2.25
+15\mbox{ cm}^2 ~ 15
+1620 \mathrm{~mm}^{2} ~ 1620
+8\sqrt{3}\,\text{cm} ~ 8\sqrt3
+18\text{ ways.} ~ 18
+64 square feet ~ 64
+-2 \text{ or } -12 ~ -12, -2
+6, 8\text{, and }10 ~ 6,8,10
+1 \pm \sqrt{19} ~ 1+\sqrt{19}, 1-\sqrt{19}
+\text{Saturday} ~ saturday
+\text{(E)} ~ E
+f(2) = 5 ~ 5
+2 + 3 = 5 ~ 5
+y = 2x+1 ~ 2x+1
+1 < x < 2 ~ (1,2)
+x \in [0.5, \infty) ~ [1/2, \infty)
+\begin{cases} x=1 \\ y=2 \end{cases} ~ x=1, y=2
+\begin{pmatrix}1\\ 2\end{pmatrix} ~ \begin{bmatrix}1\\2\end{bmatrix}
+3π ~ 3pi
+2i+1 ~ 1+2\,\mathrm{i}
+x^2-1 ~ (x-1)(x+1)
+0.333333333 ~ 1/3
+"""
+DIFFERENT = r"""
+10\,000 ~ 0
+1 1/2 ~ 1
+0,111 ~ 111
+f(x) = bx + c ~ f(x) = bx
+\pi r^2 h ~ \pi r^2
+5c ~ 5
+0.\overline{3} ~ 0
+x^2+y^2=1 ~ 1
+7 = 11a+c ~ 11a+c
+x=1 ~ y=1
+listen ~ silent
+(1,2) ~ (2,1)
+[1,2] ~ (1,2)
+1.5 million ~ 1.5
+3 hours 20 minutes ~ 3
+9\text{ a.m.} ~ 9\text{ p.m.}
+0.0000001 ~ 0.0000002
+1/3 ~ 0.33
+50\% ~ 0.5\%
+\text{(A)} ~ \text{(B)}
+"""
+
+
+def pairs_of(table: str) -> list[tuple[str, str]]:
+    return [(first, second) for first, second in (line.split(" ~ ") for line in table.strip().splitlines())]
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs_of(SAME))
+def test_spelling_is_not_mistaken_for_a_different_answer(gold: str, answer: str) -> None:
+    assert equivalent(gold, answer)
+
+
+@pytest.mark.parametrize(("gold", "answer"), pairs_of(DIFFERENT))
+def test_normalisation_does_not_merge_different_answers(gold: str, answer: str) -> None:
+    assert not equivalent(gold, answer)
+
+
+def test_a_missing_answer_is_not_right_where_gold_is_missing_too() -> None:
+    assert not any(equivalent_many([("", ""), (None, None), (" ", ""), ("5", None), ("", "5"), ("$", r"\$")]))
+
+
+@settings(deadline=None, max_examples=150)
+@given(st.text(max_size=30) | LATEX, st.text(max_size=30) | LATEX)
+@example("\ud800", "\x00")
+@example("$", "$$")
+@example("x=1", "1")
+def test_equivalence_depends_on_no_order_and_never_raises(first: str, second: str) -> None:
+    assert equivalent(first, second) == equivalent(second, first)
+    assert equivalent(first, first) == bool(first.strip())
+    assert equivalent_many([(first, second)]) == [equivalent(first, second)]
+
+
+@settings(deadline=None)
+@given(st.fractions(max_denominator=50), st.fractions(max_denominator=50))
+def test_plain_numbers_compare_exactly(first: object, second: object) -> None:
+    assert equivalent(str(first), str(second)) == (first == second)
+
+
+@given(st.text(max_size=60) | LATEX)
+def test_normalising_never_raises(answer: str) -> None:
+    assert isinstance(normalise(answer), str)
+
+
+def test_a_batch_is_not_answered_in_another_order() -> None:
+    pairs = [(f"x+{i % 7}", f"{i % 5}+x") for i in range(60)]
+    assert equivalent_many(pairs) == [i % 7 == i % 5 for i in range(60)]
+
+
+def test_equal_strings_and_numbers_start_no_process() -> None:
+    script = (
+        "import answers; answers.ask_child = None; "
+        r"answers.equivalent_many([('x^2', ' x^2 '), ('1,000', '1000.0'), ('1/2', r'\dfrac12')]); "
+        "import sys; assert 'math_verify' not in sys.modules and 'sympy' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(answers.__file__).parent)
+
+
+# ------------------------------------------------------------------------------------------ hostile answers
+
+HOSTILE = [
+    "9^{9^{9^9}}",
+    "10!!!!!",
+    r"\sqrt{" * 60 + "2" + "}" * 60,
+    "{" * 190 + "1" + "}" * 190,
+    "(" * 190 + "x" + ")" * 190,
+    r"\frac{1}{" * 30 + "x" + "}" * 30,
+    "(x+1)^{1000000}",
+    r"\sum_{k=1}^{10^{12}} k!",
+    "9" * 1_000_000,
+    r"\boxed{" * 100_000,
+    "\x00",
+    "\ud800\udfff",
+    "\u202e\u0663²\U0001d7d7",
+    "\\",
+    "None",
+    "nan",
+    "$" * 399,
+    r"\text{" * 60,
+]
+
+
+def test_hostile_answers_neither_raise_nor_hang_and_are_counted() -> None:
+    before = counts()["equivalence_timeouts"]
+    assert not any(equivalent_many([("x+2", answer) for answer in HOSTILE]))
+    assert counts()["equivalence_timeouts"] > before
+    assert equivalent("x+2", "2+x"), "the children must have been replaced"
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux tells the limits of another process")
+def test_an_answer_may_not_eat_the_memory_of_the_machine() -> None:
+    equivalent("x+4", "y")
+    child = answers.idle_children().get()
+    try:
+        child.judge("x+1", "y")
+        assert resource.prlimit(child.process.pid, resource.RLIMIT_AS)[0] == answers.MEMORY_BYTES
+    finally:
+        answers.idle_children().put(child)
+
+
+def test_an_unreadable_answer_is_a_counted_metric() -> None:
+    before = counts()["equivalence_unparsed"]
+    assert not equivalent("x+3", r"\frac{{{ %% \foo")
+    assert counts()["equivalence_unparsed"] == before + 1
+
+
+# ------------------------------------------------------------------------------------------------ children
+
+
+def test_a_child_killed_from_outside_does_not_make_the_next_verdict_false() -> None:
+    equivalent("x+10", "y")
+    children = answers.idle_children()
+    everyone = [children.get() for _ in range(answers.number_of_children())]
+    for child in everyone:
+        child.process.send_signal(signal.SIGKILL)
+        child.process.wait()
+        children.put(child)
+    assert equivalent("x+11", "11+x")
+
+
+def test_an_interrupt_does_not_leave_a_verdict_for_the_next_pair() -> None:
+    child = answers.Child()
+    assert child.judge("x+1", "1+x") == b"="
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.3)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            child.judge("5", "9^{9^{9^9}}")
+    finally:
+        signal.signal(signal.SIGALRM, previous)
+    assert child.judge("x+1", "1+x") == b"="
+    child.process.kill()
+
+
+def test_a_missing_math_verify_is_not_a_reward_of_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "math_verify.py").write_text("raise ImportError('broken installation')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match="pip install math-verify"):
+        answers.Child().judge("x", "x+0")
+
+
+def test_threads_do_not_read_each_others_verdicts() -> None:
+    wrong: list[int] = []
+
+    def check(k: int) -> None:
+        if not equivalent(f"x+{k}", f"{k}+x") or equivalent(f"x+{k}", f"{k + 1}+x"):
+            wrong.append(k)
+
+    threads = [threading.Thread(target=check, args=(k,)) for k in range(100, 130)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_threads_that_ask_first_do_not_each_start_a_set_of_children() -> None:
+    script = (
+        "import answers, threading; start, started = answers.Child.start, []; "
+        "answers.Child.start = lambda child: (started.append(child), start(child)); "
+        "threads = [threading.Thread(target=answers.equivalent, args=('x+1', f'{k}+x')) for k in range(9)]; "
+        "[thread.start() for thread in threads]; [thread.join() for thread in threads]; "
+        "assert len(started) == answers.number_of_children(), len(started)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(answers.__file__).parent)
+
+
+def test_a_fork_does_not_share_the_children_of_its_parent() -> None:
+    equivalent("x+20", "y")
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if equivalent("x+21", "21+x") and not equivalent("x+21", "22+x") else 1)
+    assert os.waitpid(pid, 0)[1] == 0
+    assert equivalent("x+23", "23+x")
+
+
+def test_a_program_read_from_stdin_or_without_main_guard_can_ask() -> None:
+    script = "import answers; print('once'); assert answers.equivalent('x+1', '1+x')"
+    done = subprocess.run(
+        [sys.executable, "-"],
+        check=False,
+        input=script.encode(),
+        capture_output=True,
+        cwd=Path(answers.__file__).parent,
+    )
+    assert (done.returncode, done.stdout) == (0, b"once\n"), done.stderr
+
+
+def test_no_child_outlives_its_parent() -> None:
+    script = (
+        "import answers; answers.equivalent('x+1', '1+x'); "
+        "print(*[answers.idle_children().get().process.pid for _ in range(answers.number_of_children())])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, check=True, cwd=Path(answers.__file__).parent
+    )
+    for pid in map(int, done.stdout.split()):
+        for _ in range(100):
+            if not Path(f"/proc/{pid}").exists() or "Z" in Path(f"/proc/{pid}/stat").read_text().split()[2]:
+                break
+            threading.Event().wait(0.1)
+        else:
+            pytest.fail(f"child {pid} is still running")
+
+
+# -------------------------------------------------------------------------------------------------- voting
+
+
+def test_math_votes_give_each_answer_one_class_named_by_the_first_seen() -> None:
+    given_answers = ["1/2", r"\frac12", "3", "0.5", "x+1", "3.0", "1+x", "1/2"]
+    assert vote_classes(given_answers, "math") == ["1/2", "1/2", "3", "1/2", "x+1", "3", "x+1", "1/2"]
+
+
+def test_exact_votes_keep_spellings_rivals() -> None:
+    assert vote_classes(["1/2", "0.5", " 5 ", "5"], "exact") == ["1/2", "0.5", " 5 ", "5"]
+
+
+@settings(deadline=None, max_examples=50)
+@given(
+    st.lists(
+        st.sampled_from(["0.333333", "0.3333333", "1/3", "0.33333333", "50%", "0.5", "50", "", " ", "x"]),
+        max_size=8,
+    )
+)
+def test_classes_do_not_depend_on_anything_but_the_order_of_the_answers(given_answers: list[str]) -> None:
+    classes = vote_classes(given_answers, "math")
+    for answer, name in zip(given_answers, classes, strict=True):
+        names_before = list(dict.fromkeys(classes[: classes.index(name)]))
+        assert given_answers.index(name) <= given_answers.index(answer)
+        assert not any(equivalent(earlier, answer) for earlier in names_before if earlier != answer)
+        assert name == answer or equivalent(name, answer)
+
+
+# ------------------------------------------------------------------------------------------- labelled data
+
+
+def rows_of(name: str) -> list[dict[str, object]]:
+    path = DATA / name
+    if not path.exists():
+        pytest.skip(f"{path} is not there")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_labelled_pairs_are_judged_no_worse_than_by_bare_math_verify() -> None:
+    rows = [row for row in rows_of("pairs.jsonl") if row["kind"] == "expr" and row["equal"] is not None]
+    rows = [row for row in rows if not row["label_conflict"]]
+    verdicts = equivalent_many([(str(row["gold"]), str(row["prediction"])) for row in rows])
+    agreed = sum(verdict == row["equal"] for verdict, row in zip(verdicts, rows, strict=True))
+    assert agreed >= 0.92 * len(rows)
+
+
+def test_recorded_correctness_of_boxed_solutions_is_reproduced() -> None:
+    rows = [row for row in rows_of("labelled_solutions.jsonl") if "boxed" in str(row["answer_format"])]
+    pairs = [(str(row["gold_answer"]), extract_boxed(str(row["solution"]))) for row in rows]
+    agreed = sum(v == row["is_correct"] for v, row in zip(equivalent_many(pairs), rows, strict=True))
+    assert agreed >= 0.97 * len(rows)

@@ -1,0 +1,107 @@
+"""What one sees while it trains: the numbers, the alarm, the table."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import metrics
+from metrics import collapse_signs, keep_steps_before, label_metrics, response_metrics, step_metrics
+from rewards import VARIANTS, read_answers
+from rollout import Rollout
+
+
+def said(*boxed: str | None) -> list[Rollout]:
+    """Rollouts of as many tokens as their answer has characters; no answer is a cut one of 9."""
+    return [Rollout([1], [2] * (9 if a is None else len(a)), [0.0], finished=a is not None) for a in boxed]
+
+
+def answers(*groups: list[str | None]):
+    texts = [f"\\boxed{{{a}}}" if a is not None else "no box" for group in groups for a in group]
+    return read_answers(texts, len(groups[0]), "exact")
+
+
+def test_means_are_over_rollouts_and_cut_ones_are_marked():
+    found = response_metrics(said("12", "12", "3", None), ["12", "12", "3", None])
+    assert found == {"response_tokens": 3.5, "truncated": 0.25, "answered": 0.75, "commonest_answer": 2 / 3}
+
+
+def test_no_answer_at_all_is_not_a_division_by_zero():
+    assert response_metrics(said(None), [None])["commonest_answer"] == 0
+
+
+def test_views_and_teacher_do_not_mix():
+    groups = {
+        ("policy", "x"): answers(["1", "1", "2", None]),
+        ("policy", "x'"): answers(["5", "5", "5", "5"]),
+        ("teacher", "x"): answers(["1", "1", "1", "2"]),
+        ("teacher", "x'"): answers(["3", "3", "4", "4"]),
+    }
+    rollouts = {key: said(*answer.boxed[0]) for key, answer in groups.items()}
+    labels = {"x": ["3"], "x'": ["1"]}
+    found = step_metrics(VARIANTS["III"], rollouts, groups, labels, ["1"], [[0, 0, 0, 0], [1, 0, 0, 0]])
+    assert found["reward"] == 1 / 8 and found["reward/x"] == 0 and found["reward/x'"] == 1 / 4
+    assert found["zero_std_groups"] == 1 / 2
+    assert found["vote_share"] == pytest.approx((2 / 3 + 1) / 2)
+    assert found["vote_share/teacher"] == pytest.approx((3 / 4 + 1 / 2) / 2)
+    assert found["distinct_answers/x'"] == 1 and found["distinct_answers/teacher"] == 2
+    assert found["label_accuracy"] == 1 / 2
+    assert found["label_accuracy/x"] == 0 and found["label_accuracy/x'"] == 1
+
+
+def test_label_accuracy_counts_missing_labels_as_wrong_and_missing_golds_not_at_all():
+    groups = {("policy", "x"): answers(["1", "1"], [None, None], ["2", "2"])}
+    labels = {"x": ["1", None, "2"]}
+    found = label_metrics(VARIANTS["majority"], labels, groups, ["1.0", "7", None])
+    assert found == {"label_accuracy": 1 / 2, "label_agreement": 1.0}
+
+
+def test_gold_labels_have_no_accuracy():
+    groups = {("policy", "x"): answers(["1", "1"])}
+    assert label_metrics(VARIANTS["gt"], {"x": ["1"]}, groups, ["1"]) == {}
+
+
+HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "response_tokens": 16.0, "entropy": 0.3}
+
+
+@pytest.mark.parametrize(
+    ("late", "sign"),
+    [
+        ({}, None),
+        ({"entropy": 0.03, "response_tokens": 15.0, "answered": 1.0}, None),  # sharpening is not collapse
+        ({"commonest_answer": 0.95}, "one answer to many questions"),
+        ({"answered": 0.5}, "answers stop coming"),
+        ({"truncated": 0.6}, "responses run into the limit"),
+        ({"response_tokens": 4.0}, "responses shrink"),
+        ({"entropy": 2.0}, "entropy explodes"),
+    ],
+)
+def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
+    history = [HEALTHY] * 20 + [HEALTHY | late] * 5
+    assert list(collapse_signs(history)) == ([sign] if sign else [])
+
+
+def test_the_alarm_waits_for_a_baseline():
+    assert collapse_signs([HEALTHY] * 3 + [HEALTHY | {"answered": 0.0}] * 3) == {}
+
+
+def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
+    keep_steps_before(file, 2)
+    assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
+
+
+def test_the_closing_table_reads_the_run_and_nothing_else(tmp_path: Path):
+    history = [
+        {"step": 0, "reward": 0.25, "seconds_rollout": 1.5, "eval_accuracy": 0.5, "eval_accuracy/greedy": 0.75},
+        {"step": 1, "reward": 0.75, "seconds_rollout": 2.5},
+        {"step": 2, "eval_accuracy": 0.875, "eval_accuracy/greedy": 1.0, "seconds_evaluation": 1.0},
+    ]
+    metrics.append(tmp_path / "metrics.jsonl", history)
+    config = {"method": {"variant": "II"}, "model": {"name": "embedded"}, "data": {"source": "embedded"}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    table = metrics.closing_table(tmp_path)
+    assert "0.50 -> 0.88" in table and "0.75 -> 1.00" in table
+    assert "5 (rollout 4, evaluation 1)" in table
+    assert "label accuracy" not in table
