@@ -177,7 +177,9 @@ def objective(run: Run, rollouts: dict[tuple[Voter, View], list[Rollout]]) -> Ob
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Sampled and greedy accuracy of the policy on the evaluation questions."""
+    """Sampled and greedy accuracy of the policy on the evaluation questions, if there are any."""
+    if not run.eval_questions:
+        return {}
     config, sampling, clock = run.config, run.config.sampling, metrics.Clock()
     with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
         accuracy = accuracies(
@@ -200,7 +202,7 @@ def train(config: Config) -> Path:
     stop_requested = catch_signals()
     bar = tqdm(range(first_step, run.total_steps), initial=first_step, total=run.total_steps, desc="training")
     for step in bar:
-        evaluated = evaluate(run) if is_due(step, config.data.eval_every) and run.eval_questions else {}
+        evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         seen, sample = train_step(run, step)
         log.write({"step": step} | evaluated | seen | {"peak_memory_gb": metrics.peak_memory_gb()}, sample)
         bar.set_postfix(log.headline())
