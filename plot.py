@@ -22,13 +22,13 @@ import matplotlib.pyplot as plt
 
 PANELS = {
     "eval_accuracy": "held-out accuracy, sampled",
-    "reward": "reward",
+    "reward": "reward (intrinsic ones: from lowest to highest)",
     "label_accuracy": "label accuracy",
     "response_tokens": "response length (tokens)",
     "entropy": "token entropy (nats)",
     "vote_share": "vote share of the majority answer",
 }
-SHARES = {"eval_accuracy", "label_accuracy", "vote_share"}  # drawn from 0 to 1
+SHARES = {"eval_accuracy", "reward", "label_accuracy", "vote_share"}  # drawn from 0 to 1
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
 
@@ -68,11 +68,21 @@ def smooth(curve: Curve, window: int) -> Curve:
     return {step: fmean(values[max(0, i + 1 - window) : i + 1]) for i, step in enumerate(steps)}
 
 
+def to_unit(curve: Curve) -> Curve:
+    """An intrinsic reward has a scale of its own: stretched so that its lowest value is 0 and its highest 1."""
+    lowest, highest = min(curve.values()), max(curve.values())
+    if lowest >= 0 and highest <= 1:
+        return curve
+    return {step: (value - lowest) / ((highest - lowest) or 1) for step, value in curve.items()}
+
+
 def draw_metric(axis: Any, key: str, runs: Sequence[list[dict[str, Any]]], **style: Any) -> None:
     """The mean of the runs' curves, and a band from their lowest to their highest."""
     window = 1 if key.startswith("eval") else 5
     raw = [{record["step"]: record[key] for record in history if key in record} for history in runs]
     curves = [smooth(curve, window) for curve in raw if curve]
+    if key == "reward":
+        curves = [to_unit(curve) for curve in curves]
     if not curves:
         return
     steps = sorted(set.intersection(*(set(curve) for curve in curves)))

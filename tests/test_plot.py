@@ -35,6 +35,12 @@ def test_smoothing_looks_back_and_never_ahead():
     assert smooth({0: 1.0, 1: 3.0, 2: 8.0}, window=2) == {0: 1.0, 1: 2.0, 2: 5.5}
 
 
+def test_a_reward_without_a_scale_does_not_flatten_the_others():
+    assert plot.to_unit({0: -0.3, 1: -0.1, 2: -0.2}) == pytest.approx({0: 0.0, 1: 1.0, 2: 0.5})
+    assert plot.to_unit({0: 0.25, 1: 0.75}) == {0: 0.25, 1: 0.75}
+    assert plot.to_unit({0: 5.0}) == {0: 0.0}
+
+
 def test_a_run_without_labels_is_drawn_without_them(tmp_path):
     record = {"step": 0, "reward": -1.0, "entropy": 0.1}
     file = draw([write_run(tmp_path / "entropy-seed0", record)], tmp_path / "new" / "curves.png")
