@@ -102,19 +102,24 @@ def packed_attention(
     attention_mask: Tensor | None,
     packing: MicroBatch,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a micro-batch, for transformers' attention interface.
 
     query [1, heads, S, d]; key and value may have fewer heads. Sequences are laid out [B, L] for the attention alone:
-    padding on the right needs no mask under causal attention, and its outputs are dropped.
+    padding on the right needs no mask under causal attention, and its outputs are dropped. A layer with a sliding
+    window sees that many tokens, the present one included.
     """
 
     def rows(packed: Tensor) -> Tensor:
         return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
 
+    longest, window = packing.token_at.shape[1], None
+    if sliding_window is not None and sliding_window < longest:
+        window = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
     output = F.scaled_dot_product_attention(
-        rows(query), rows(key), rows(value), is_causal=True, scale=scaling, enable_gqa=True
+        rows(query), rows(key), rows(value), window, is_causal=window is None, scale=scaling, enable_gqa=True
     )
     return output.transpose(1, 2).flatten(0, 1)[packing.row_at][None], None  # [1, S, heads, d]
 

@@ -52,26 +52,37 @@ def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizer
     return policy, tokenizer
 
 
-@torch.no_grad()
 def verify_head(policy: PackedLM, name: str) -> None:
-    """Compare packed log-probs with the model's own logits on a few tokens: a family that scales or caps its logits
-    after the head, or counts positions in another way, would otherwise be trained wrongly in silence."""
-    lm = policy.lm
-    tokens = list(range(2, 10))
-    rollout = Rollout(prompt_ids=tokens[:3], response_ids=tokens[3:], logp=[0.0] * 5, finished=False)
-    batch = pack([rollout, rollout], [0, 1], lm.device)
-    packed_logp = policy(batch, temperature=1.0).logp[1]
-    lm.set_attn_implementation("sdpa")
-    logits = lm(torch.tensor([tokens], device=lm.device)).logits[0, 2:-1].float()
-    lm.set_attn_implementation("packed")
-    own_logp = logits.log_softmax(-1).gather(-1, batch.targets[1][:, None]).squeeze(-1)
-    gap = (packed_logp - own_logp).abs().max().item()
-    if not gap < (1e-3 if policy.compute_dtype == torch.float32 else 0.2):
-        family = lm.config.model_type
+    """Refuse a family that scales or caps its logits after the head, counts positions in another way or mixes
+    neighbouring sequences: it would otherwise be trained wrongly in silence."""
+    family = policy.lm.config.model_type
+    try:
+        gap = packing_gap(policy.lm)
+    except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"--model {name}: the family '{family}' does not run without padding ({str(error).splitlines()[0]}); "
+            "use a model of another family"
+        ) from error
+    if not gap < 1e-3:
         raise ModelError(
             f"--model {name}: packed log-probs of the family '{family}' are {gap:.2g} nats off its own; it changes "
             "its logits, positions or attention in a way that packing.py does not know"
         )
+
+
+@torch.no_grad()
+def packing_gap(lm: PreTrainedModel) -> float:
+    """Largest difference in nats between packed log-probs and those of the model by itself, of a few tokens and in
+    float32: transformers' eager attention is the one that leaves nothing of a family out."""
+    tokens = list(range(2, 10))
+    rollout = Rollout(prompt_ids=tokens[:3], response_ids=tokens[3:], logp=[0.0] * 5, finished=False)
+    batch = pack([rollout, rollout], [0, 1], lm.device)
+    packed_logp = PackedLM(lm)(batch, temperature=1.0).logp[1]
+    lm.set_attn_implementation("eager")
+    logits = lm(torch.tensor([tokens], device=lm.device), use_cache=False).logits[0, 2:-1].float()
+    lm.set_attn_implementation("packed")
+    own_logp = logits.log_softmax(-1).gather(-1, batch.targets[1][:, None]).squeeze(-1)
+    return (packed_logp - own_logp).abs().max().item()
 
 
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -1,0 +1,21 @@
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_lm
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    return byte_tokenizer()
+
+
+SHAPES = [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False), ("qwen3", True)]
+
+
+@pytest.fixture(params=SHAPES, ids=lambda shape: f"{shape[0]}-{'tied' if shape[1] else 'untied'}")
+def any_lm(request: pytest.FixtureRequest) -> PreTrainedModel:
+    """Every shape that the paper trains, in miniature."""
+    family, tied = request.param
+    return tiny_lm(family, tied)

@@ -1,0 +1,163 @@
+"""Miniature models, tokenizers, rollouts and runs for the tests, and the naive twin of packed scoring."""
+
+import copy
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from config import Config
+from config import Run as RunConfig
+from data import Pair, PromptedPair
+from packing import PackedLM
+from policy import build_optimizer
+from rewards import VARIANTS, Variant
+from rollout import Rollout, Sample, Sampler, TransformersSampler
+from teacher import frozen_copy
+from train import Run
+
+EOS = 0  # of `byte_tokenizer` and of every tiny model; also the pad token, as in many real models
+VOCABULARY = 257  # one token per byte, and EOS
+CPU = torch.device("cpu")
+
+
+@cache
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(
+        models.BPE(vocab={"<eos>": EOS} | {letter: i for i, letter in enumerate(letters, 1)}, merges=[])
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+
+
+def tiny_lm(family: str = "llama", tied: bool = False, seed: int = 0, **overrides: Any) -> PreTrainedModel:
+    """Random weights, large enough that the next-token distributions are far from uniform, biases and norms included."""
+    settings = dict(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=tied,
+        bos_token_id=1,
+        eos_token_id=EOS,
+        pad_token_id=EOS,
+    )
+    config = AutoConfig.for_model(family, **settings | overrides)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed)
+        lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.15)
+    return lm
+
+
+@torch.no_grad()
+def stopping_lm(logit: float = 6.0) -> PreTrainedModel:
+    """An untied model that likes to stop: the stop token's logit is about this, so that responses differ in length."""
+    lm = tiny_lm()
+    hidden = lm.base_model(torch.arange(VOCABULARY)[None]).last_hidden_state[0].mean(0)
+    lm.get_output_embeddings().weight[EOS] = hidden * logit / hidden.square().sum()
+    return lm
+
+
+def tiny_rollouts(count: int, seed: int = 0, longest: int = 12, vocabulary: int = VOCABULARY) -> list[Rollout]:
+    """Of all lengths from 1 token up; half of them end with the stop token, which is also the pad token."""
+    rng = random.Random(seed)
+    rollouts = []
+    for i in range(count):
+        prompt = [rng.randrange(1, vocabulary) for _ in range(rng.randrange(1, 6))]
+        response = [rng.randrange(1, vocabulary) for _ in range(rng.randrange(1, longest + 1))]
+        if finished := i % 2 == 0:
+            response[-1] = EOS
+        rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished))
+    return rollouts
+
+
+def naive_stats(lm: PreTrainedModel, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """log-prob, entropy and self-certainty [T] of one sequence alone, from whole logits: the twin of PackedLM."""
+    sequence = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+    z = lm(sequence, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1] / temperature
+    p = z.softmax(-1)
+    logp = p.gather(-1, torch.tensor(rollout.response_ids)[:, None]).squeeze(-1).log()
+    return logp, -(p * p.log()).sum(-1), z.logsumexp(-1) - z.mean(-1)
+
+
+def twin_of(lm: PreTrainedModel) -> PreTrainedModel:
+    """The same weights in float64 with transformers' reference attention."""
+    twin = copy.deepcopy(lm).double()
+    twin.set_attn_implementation("eager")
+    return twin
+
+
+def gradients(lm: PreTrainedModel) -> dict[str, Tensor]:
+    return {name: parameter.grad.clone() for name, parameter in lm.named_parameters() if parameter.grad is not None}
+
+
+def largest_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """Largest difference between two sets of gradients, as a share of the largest entry of the first."""
+    assert first.keys() == second.keys()
+    scale = max(gradient.abs().max().item() for gradient in first.values())
+    return max((first[name] - second[name]).abs().max().item() for name in first) / scale
+
+
+class ScriptedSampler:
+    """Says what `script(holder, prompt text, g)` tells it to; `holder` is the model whose turn it is."""
+
+    def __init__(self, script: Callable[[PreTrainedModel, str, int], str]) -> None:
+        self.script = script
+
+    @contextmanager
+    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        tokenizer = byte_tokenizer()
+
+        def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **_: object) -> list[Rollout]:
+            texts = [(prompt, self.script(lm, tokenizer.decode(prompt), g)) for prompt in prompts for g in range(n)]
+            responses = [(prompt, tokenizer(text).input_ids + [EOS]) for prompt, text in texts]
+            return [Rollout(prompt, ids, [-1.0] * len(ids), finished=True) for prompt, ids in responses]
+
+        yield sample
+
+
+def question(pair: Pair) -> PromptedPair:
+    tokenizer = byte_tokenizer()
+    return PromptedPair(pair, {"x": tokenizer(pair.question).input_ids, "x'": tokenizer(str(pair.rephrased)).input_ids})
+
+
+def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | None = None, **settings: Any) -> Run:
+    """A training run on a tiny model, ready for `train_step`; settings go to the group of config.py that has them."""
+    config = Config(run=RunConfig(seed=1))
+    defaults = dict(questions_per_step=len(pairs), rollouts=4, max_response_tokens=16, lr=1e-3, steps=10, tis_cap=0.0)
+    for name, value in (defaults | settings).items():
+        (group,) = (group for group, fields in vars(config).items() if hasattr(fields, name))
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    row = VARIANTS[variant] if isinstance(variant, str) else variant
+    policy = PackedLM(tiny_lm("qwen3", tied=True))
+    teacher = frozen_copy(policy) if row.teacher_views else None
+    return Run(
+        config=config,
+        folder=Path("nowhere"),
+        variant=row,
+        questions=[question(pair) for pair in pairs],
+        eval_questions=[],
+        total_steps=10,
+        device=CPU,
+        tokenizer=byte_tokenizer(),
+        policy=policy,
+        teacher=teacher,
+        reference=teacher if row.kl_reference == "ema" else frozen_copy(policy),
+        optimizer=build_optimizer(policy, (0.9, 0.999), 0.0),
+        sampler=sampler or TransformersSampler([EOS]),
+    )
