@@ -159,7 +159,7 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
 
     signs = {
         "one answer to many questions": (
-            now("commonest_answer") > max(0.5, 2 * at_first("commonest_answer")),
+            now("commonest_answer") > max(0.4, 1.5 * at_first("commonest_answer")),
             "commonest_answer",
         ),
         "answers stop coming": (now("answered") < at_first("answered") - 0.2, "answered"),
