@@ -200,6 +200,36 @@ def test_views_are_averaged_by_themselves_and_added():
     assert together.item() == pytest.approx((1 + 2 + 3) / 3 + 4 / 1)
 
 
+# verl 0.9.1's loss_agg_mode for each of ours; its "seq-mean-token-sum-norm" takes the longest response allowed
+def verl_agg_loss(loss: np.ndarray, mask: np.ndarray, how: str, longest: int) -> float:
+    """`core_algos.agg_loss`, in float64."""
+    if how == "token":  # token-mean
+        return (loss * mask).sum() / mask.sum()
+    if how == "sequence":  # seq-mean-token-mean
+        return ((loss * mask).sum(-1) / mask.sum(-1)).mean()
+    return ((loss * mask).sum(-1) / longest).mean()  # seq-mean-token-sum-norm
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_the_loss_is_that_of_verls_published_formulas(how):
+    """`compute_policy_loss_vanilla` and `kl_penalty("low_var_kl")` where its clamps and its dual clip do not act."""
+    rng = np.random.default_rng(0)
+    logp, mask = -rng.exponential(2.0, (5, 7)), np.arange(7) < np.array([7, 1, 4, 6, 2])[:, None]
+    old_logp, ref_logp = (logp + rng.normal(0, 0.3, logp.shape) for _ in range(2))
+    advantages, weights = rng.normal(size=5), rng.exponential(1.0, logp.shape)
+    ratio = np.exp(logp - old_logp)
+    surrogate = np.maximum(-advantages[:, None] * ratio, -advantages[:, None] * np.clip(ratio, 0.8, 1.2))
+    kl = np.exp(ref_logp - logp) - (ref_logp - logp) - 1
+    expected = verl_agg_loss(surrogate * weights, mask, how, 9) + 0.1 * verl_agg_loss(kl, mask, how, 9)
+
+    logp, old_logp, ref_logp, advantages, weights, mask = map(
+        torch.from_numpy, (logp, old_logp, ref_logp, advantages, weights, mask)
+    )
+    per_token = policy_loss(logp, old_logp, advantages, mask, 0.2, weights) + 0.1 * k3(logp, ref_logp)
+    loss = aggregate(per_token, mask, how, step_denominator(how, 5, int(mask.sum()), 9))
+    assert loss.item() == pytest.approx(expected, rel=1e-12)
+
+
 # ---------------------------------------------------------------- learning rate
 
 
@@ -271,6 +301,7 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
             num_generations=4,
             max_completion_length=9,
             beta=0.04,
+            use_bias_correction_kl=False,  # by default TRL multiplies the KL term by the ratio
             loss_type=LOSS_TYPE[how],
             temperature=0.7,
             max_steps=1,
@@ -280,7 +311,7 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
             gradient_checkpointing=False,
             save_strategy="no",
             disable_tqdm=True,
-        ),  # fmt: skip
+        ),
         datasets.Dataset.from_list([{"prompt": "one"}, {"prompt": "another"}] * 4),
         processing_class=byte_tokenizer(),
     )

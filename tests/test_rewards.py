@@ -192,7 +192,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     batches = micro_batches(rollouts, 25, torch.device("cpu"))
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
     means = mean_per_rollout(batches, score(policy, batches, temperature=0.7))
-    answers = {("policy", "x"): read_answers([""] * 6, 3, "exact")}
+    answers = {("policy", view): read_answers([""] * 3, 3, "exact") for view in ("x", "x'")}
 
     policy.lm.set_attn_implementation("eager")
     entropy, certainty = [], []
@@ -206,7 +206,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
         certainty.append(((1 / 257) * ((1 / 257) / p).log()).sum(-1).mean().item() + torch.tensor(257.0).log().item())
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
-        row = VARIANTS[name]
+        row = on_views(VARIANTS[name], VIEWS["both"])
         groups = build_groups(row, answers, {}, "exact", means.entropy.tolist(), means.self_certainty.tolist())
         rewards = [reward for rewards in row.reward(groups) for reward in rewards]
         assert rewards == pytest.approx(expected, abs=1e-4)
@@ -284,3 +284,14 @@ def test_gold_answers_do_not_change_a_training_without_them(monkeypatch):
         assert torch.equal(with_gold["advantages"], without["advantages"])
         assert with_gold["metrics"]["grad_norm"] == without["metrics"]["grad_norm"]
         assert "label_accuracy" not in without["metrics"]
+
+
+def test_the_same_seed_gives_the_same_step_to_the_bit():
+    def weights_after(seed: int) -> dict[str, torch.Tensor]:
+        run = tiny_run("entropy", PAIRS, seed=seed)
+        train.train_step(run, 0)
+        return run.policy.state_dict()
+
+    first, again, other = weights_after(1), weights_after(1), weights_after(2)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)

@@ -103,6 +103,16 @@ def test_sampled_frequencies_are_those_of_the_softmax():
     assert torch.allclose(sampling.logp[0], (z / 0.7).log_softmax(-1)[tokens])
 
 
+def test_successive_tokens_are_drawn_independently():
+    """A chi-square test on pairs: one uniform number used twice would only ever draw the same token again."""
+    draws, z = 20_000, torch.tensor([0.5, -0.5, 0.0, 1.0])
+    sampling = SeededSampling(range(draws), 1.0, 2, CPU)
+    first, second = (sampling(torch.zeros(draws, 1), z.expand(draws, -1)).argmax(-1) for _ in range(2))
+    expected = draws * z.softmax(-1)[:, None] * z.softmax(-1)
+    counts = torch.bincount(4 * first + second, minlength=16).view(4, 4)
+    assert ((counts - expected) ** 2 / expected).sum().item() < 37.7  # 15 degrees of freedom, p = 0.001
+
+
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_the_scored_distribution_is_the_sampled_one(any_lm, temperature):
     """The trainer's log-probs are the sampler's, and both are those of a naive softmax: at T != 1 a peer's were not."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from config import Config
-from config import Run as RunConfig
 from data import Pair, PromptedPair
 from packing import PackedLM
 from policy import build_optimizer
@@ -41,7 +40,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_lm(family: str = "llama", tied: bool = False, seed: int = 0, **overrides: Any) -> PreTrainedModel:
-    """Random weights, large enough that the next-token distributions are far from uniform, biases and norms included."""
+    """Random weights, biases and norms included, large enough that next-token distributions are far from uniform."""
     settings = dict(
         vocab_size=VOCABULARY,
         hidden_size=32,
@@ -125,7 +124,7 @@ class ScriptedSampler:
 
         def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **_: object) -> list[Rollout]:
             texts = [(prompt, self.script(lm, tokenizer.decode(prompt), g)) for prompt in prompts for g in range(n)]
-            responses = [(prompt, tokenizer(text).input_ids + [EOS]) for prompt, text in texts]
+            responses = [(prompt, [*tokenizer(text).input_ids, EOS]) for prompt, text in texts]
             return [Rollout(prompt, ids, [-1.0] * len(ids), finished=True) for prompt, ids in responses]
 
         yield sample
@@ -138,7 +137,7 @@ def question(pair: Pair) -> PromptedPair:
 
 def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | None = None, **settings: Any) -> Run:
     """A training run on a tiny model, ready for `train_step`; settings go to the group of config.py that has them."""
-    config = Config(run=RunConfig(seed=1))
+    config = Config()
     defaults = dict(questions_per_step=len(pairs), rollouts=4, max_response_tokens=16, lr=1e-3, steps=10, tis_cap=0.0)
     for name, value in (defaults | settings).items():
         (group,) = (group for group, fields in vars(config).items() if hasattr(fields, name))
