@@ -82,7 +82,7 @@ def packing_gap(lm: PreTrainedModel) -> float:
     logits = lm(torch.tensor([tokens], device=lm.device), use_cache=False).logits[0, 2:-1].float()
     lm.set_attn_implementation("packed")
     own_logp = logits.log_softmax(-1).gather(-1, batch.targets[1][:, None]).squeeze(-1)
-    return (packed_logp - own_logp).abs().max().item()
+    return float((packed_logp - own_logp).abs().max())
 
 
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
