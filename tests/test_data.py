@@ -190,8 +190,9 @@ def test_a_bad_rewrite_costs_the_rephrasing_not_the_question(tmp_path, fault, qu
 
 
 def test_every_fault_has_its_line_in_the_report(tmp_path):
-    rewrites = ["<rewritten question>", "1+1?", "Answer: 2", ASY]
-    rows = [{"id": i, "question": "1+1?" + " " * i, "rephrased": text} for i, text in enumerate(rewrites)]
+    rewrites = ["<rewritten question>", "1+1?", "Answer: 2", "How large is the disc shown?"]
+    questions = ["1+1?", "1+1? ", "1+1?  ", f"Area? {ASY}"]
+    rows = [{"question": q, "rephrased": r} for q, r in zip(questions, rewrites, strict=True)]
     report = Report()
     load_pairs(write_jsonl(tmp_path / "q.jsonl", rows), report=report)
     assert set(+report.dropped) <= set(data.CONSEQUENCES)

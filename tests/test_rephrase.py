@@ -43,6 +43,7 @@ GOOD = "### RESULT_START\nORIGINAL:\nWhat is 2+3?\nREWRITE:\nAdd 2 and 3: how mu
         GOOD.replace("Add 2 and 3: how much?", "“Add 2 and 3: how much?”"),
         "<think>\nThey want ### RESULT_START, REWRITE: and so on.\nREWRITE: Add 9?\n</think>\n\n" + GOOD,
         "I will write ### RESULT_START and ### RESULT_END.\n" + GOOD,
+        GOOD.replace("Add", "Subtract") + "\n\nNo, that changes it. Again:\n\n" + GOOD,
         "### RESULT_START\nREWRITE:\nAdd 2 and 3: how much?\nORIGINAL:\nWhat is 2+3?\n### RESULT_END",
     ],
 )
@@ -239,7 +240,7 @@ def test_odd_characters_survive_the_way_through_the_file(tmp_path, monkeypatch):
 
 def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
     votes = {
-        "q0": {"question": ["1/2", "7", "0.5"], "rephrased": ["\\frac{1}{2}", "8", "8.5"]},  # equal as mathematics
+        "q0": {"question": ["7", "1/2", "0.5"], "rephrased": ["\\frac{1}{2}", "8", "8.5"]},  # equal as mathematics
         "q1": {
             "question": ["5", "5", "7"],
             "rephrased": ["7", "7", "5"],
@@ -350,6 +351,8 @@ def test_two_processes_write_what_one_writes(tmp_path):
     finish(start(tmp_path, "one.jsonl"))
     pair = [start(tmp_path, "two.jsonl", seconds=0.1, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
     summaries = [finish(process) for process in pair]
+    asked = Counter((tmp_path / "asked.txt").read_text().splitlines())
+    assert set(asked.values()) == {2}  # by the one process, and by one of the two
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert any("of 10 questions have a rephrasing" in summary for summary in summaries)
 
