@@ -5,6 +5,7 @@ one. Gold never decides which pairs are kept: a set trains the same with and wit
 
     python data.py show math                                        # what is in a set, and what was wrong with it
     python data.py show mine.jsonl --question-column problem --tokenizer Qwen/Qwen3-8B-Base
+    python data.py rephrase --data mine.jsonl --model Qwen3-32B --out pairs.jsonl           # see rephrase.py
 
 A source is a folder as the authors of Co-rewarding publish theirs (train_original.parquet, train_rewrite_*.parquet),
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
@@ -35,6 +36,7 @@ import pyarrow.parquet as pq
 import tyro
 from jinja2 import TemplateError
 
+from faults import rewrite_fault
 from word_problems import Split, word_problems
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ CONSEQUENCES = {
     "unchanged": "rephrasing dropped: a copy of the question",
     "placeholder": "rephrasing dropped: the rewriter echoed its template",
     "answer leaked": "rephrasing dropped: it states an answer",
-    "figure lost": "rephrasing dropped: an [asy] figure on one side only",
+    "figure lost": "rephrasing dropped: it needs the [asy] figure that it left out",
     "no rephrasing": "pair dropped: this run needs both wordings",
     "no gold": "pair dropped: this run needs the answer",
     "too long": "pair dropped: a prompt is over the limit",
@@ -330,23 +332,6 @@ def load_pairs(
 
 # ---------------------------------------------------------------- checks
 
-TEMPLATE_ECHO = re.compile(r"<[\w ]{1,40}>")
-STATED_ANSWER = re.compile(r"\banswer(?: is|:| =)\s*(?:\$*\\boxed|[^\s?]{1,30}\s*$)", re.IGNORECASE)
-
-
-def rewrite_fault(question: str, rewrite: str) -> str | None:
-    """What makes a rephrasing useless, a key of CONSEQUENCES; None if nothing was found."""
-    # Qwen3-32B returned some questions word for word inside its template's angle brackets.
-    if re.sub(r"[\s<>]", "", rewrite).casefold() == re.sub(r"[\s<>]", "", question).casefold():
-        return "unchanged"
-    if TEMPLATE_ECHO.fullmatch(rewrite.strip()):
-        return "placeholder"
-    if STATED_ANSWER.search(rewrite) or ("\\boxed" in rewrite and "\\boxed" not in question):
-        return "answer leaked"
-    if ("[asy]" in question) != ("[asy]" in rewrite):
-        return "figure lost"
-    return None
-
 
 def _checked(pair: Pair, report: Report) -> Pair:
     # DAPO's other form feeds stand for a lost "fi" or for nothing at all, which cannot be told apart: they stay.
@@ -524,9 +509,17 @@ def show(
         print(_side_by_side(loaded[i]))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    from rephrase import rephrase  # which imports this file
+
     try:
-        tyro.extras.subcommand_cli_from_dict({"show": show}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict({"show": show, "rephrase": rephrase}, description=__doc__)
     except DataError as problem:
         print(f"data.py: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    from data import main as main_of_data  # of the one copy of this file that rephrase.py sees, DataError and all
+
+    main_of_data()

@@ -36,16 +36,21 @@ def resolve(name: str) -> str:
     return f"{owner}/{name}"
 
 
-def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizerBase]:
-    """Model with float32 master weights (bfloat16 compute on a GPU), and its tokenizer."""
+def load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     transformers.utils.logging.disable_progress_bar()
     path = embedded.model_folder() if name == "embedded" else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {name}: transformers cannot load {path} ({reason})") from error
+    return lm, tokenizer
+
+
+def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+    """Model with float32 master weights (bfloat16 compute on a GPU), and its tokenizer."""
+    lm, tokenizer = load_pretrained(name, torch.float32)
     lm.to(device)  # type: ignore[arg-type]
     policy = PackedLM(lm, torch.bfloat16 if device.type == "cuda" else torch.float32)
     verify_head(policy, name)

@@ -48,6 +48,14 @@ def request_seed(*key: str | int) -> int:
     return int.from_bytes(digest) >> 2
 
 
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """The distribution [N, V] cut to its likeliest tokens, as many as it takes to hold top_p together, renormalised."""
+    sorted_logp, tokens = logp.sort(dim=-1, descending=True)
+    before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
+    cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
+    return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
+
+
 class SeededSampling(LogitsProcessor):
     """Draws each row's next token with that row's own uniform numbers, and keeps the log-prob of what it drew.
 
@@ -55,14 +63,19 @@ class SeededSampling(LogitsProcessor):
     draws by inverting the cumulative distribution and leaves `generate` a score for the drawn token only.
     """
 
-    def __init__(self, seeds: Sequence[int], temperature: float, max_tokens: int, device: torch.device) -> None:
+    def __init__(
+        self, seeds: Sequence[int], temperature: float, max_tokens: int, device: torch.device, top_p: float = 1.0
+    ) -> None:
         self.temperature = temperature
+        self.top_p = top_p
         self.logp: list[Tensor] = []  # T tensors [N]
         draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
         self.uniforms = torch.stack(draws, dim=1).to(device)  # [T, N]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)  # [N, V]
+        if self.top_p < 1:
+            logp = nucleus(logp, self.top_p)
         if self.temperature == 0:
             token = logp.argmax(dim=-1, keepdim=True)
         else:
@@ -89,12 +102,18 @@ class TransformersSampler:
         lm.generation_config = GenerationConfig()
 
         def sample(
-            prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
+            prompts: Sequence[list[int]],
+            seeds: Sequence[int],
+            n: int,
+            temperature: float,
+            max_tokens: int,
+            top_p: float = 1.0,
         ) -> list[Rollout]:
             rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
             calls = [rows[start : start + ROWS_PER_CALL] for start in range(0, len(rows), ROWS_PER_CALL)]
+            settings = temperature, max_tokens, top_p
             with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                return [rollout for call in calls for rollout in self._generate(lm, call, temperature, max_tokens)]
+                return [rollout for call in calls for rollout in self._generate(lm, call, *settings)]
 
         try:
             yield sample
@@ -104,14 +123,14 @@ class TransformersSampler:
 
     @torch.no_grad()
     def _generate(
-        self, lm: PreTrainedModel, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int
+        self, lm: PreTrainedModel, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int, top_p: float
     ) -> list[Rollout]:
         prompts = [torch.tensor(prompt) for prompt, _ in rows]
         input_ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left").to(lm.device)
         attention_mask = nn.utils.rnn.pad_sequence(
             [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
         ).to(lm.device)
-        sampling = SeededSampling([seed for _, seed in rows], temperature, max_tokens, lm.device)
+        sampling = SeededSampling([seed for _, seed in rows], temperature, max_tokens, lm.device, top_p)
         generation = GenerationConfig(
             do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos_ids, pad_token_id=self.eos_ids[0]
         )

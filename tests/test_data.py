@@ -168,8 +168,10 @@ def test_the_embedded_task_is_a_source(monkeypatch):
         ("answer leaked", "What is 3+4?", "Add 3 and 4: $\\boxed{7}$"),
         ("answer leaked", "What is 3+4?", "Add 3 and 4. Answer: 7."),
         ("figure lost", f"Area? {ASY}", "What is the area of the disc shown?"),
-        ("figure lost", "Area of the unit disc?", f"Area? {ASY}"),
+        ("figure lost", 'Angle? [asy] label("$47$", (0,0)); [/asy]', "How large is the angle?"),
+        (None, "Area of the unit disc?", f"How large is it? {ASY}"),
         (None, f"Area? {ASY}", f"How large is the disc? {ASY}"),
+        (None, f"Area of a disc of radius 7? {ASY}", "A round field has a radius of seven. How large is this figure?"),
         (
             None,
             "Find $\\boxed{11}$, where $\\boxed{N}$ counts divisors.",
@@ -188,8 +190,9 @@ def test_a_bad_rewrite_costs_the_rephrasing_not_the_question(tmp_path, fault, qu
 
 
 def test_every_fault_has_its_line_in_the_report(tmp_path):
-    rewrites = ["<rewritten question>", "1+1?", "Answer: 2", ASY]
-    rows = [{"id": i, "question": "1+1?" + " " * i, "rephrased": text} for i, text in enumerate(rewrites)]
+    rewrites = ["<rewritten question>", "1+1?", "Answer: 2", "How large is the disc shown?"]
+    questions = ["1+1?", "1+1? ", "1+1?  ", f"Area? {ASY}"]
+    rows = [{"question": q, "rephrased": r} for q, r in zip(questions, rewrites, strict=True)]
     report = Report()
     load_pairs(write_jsonl(tmp_path / "q.jsonl", rows), report=report)
     assert set(+report.dropped) <= set(data.CONSEQUENCES)
@@ -566,20 +569,21 @@ def test_reading_data_does_not_load_torch():
 
 # ---------------------------------------------------------------- the published sets
 
-# Known from counting in the files themselves, except "figure lost": those of FIGURES that are not placeholders.
+# Known from counting in the files themselves, except "figure lost": those of FIGURES whose rewrite refers to a figure
+# or lacks a number.
 FAULTS = {
-    "math": {"placeholder": 19, "unchanged": 2, "figure lost": 576},
+    "math": {"placeholder": 19, "unchanged": 2, "figure lost": 174},
     # Two of DAPO's copies stand in angle brackets, so that a comparison of strings misses them.
-    "dapo": {"placeholder": 45, "unchanged": 2, "figure lost": 418, "broken \\frac": 602},
+    "dapo": {"placeholder": 45, "unchanged": 2, "figure lost": 126, "broken \\frac": 602},
     "open-rs": {
         "placeholder": 12,
         "answer leaked": 3,
-        "figure lost": 4,
+        "figure lost": 2,
         "duplicate": 162,
         "conflicting gold": 27,
         "broken \\frac": 2,
     },
-    "AMC-TTT": {"figure lost": 2},
+    "AMC-TTT": {},
 }
 ROWS = {"math": 7500, "dapo": 14109, "open-rs": 6999, "AMC-TTT": 83}
 FIGURES = {"math": 583, "dapo": 424, "open-rs": 4, "AMC-TTT": 2}

@@ -1,0 +1,153 @@
+r"""What can be wrong with a rephrasing: pure functions of two strings, a reason out.
+
+A published set is relieved only of what is certainly useless (`rewrite_fault`). Whoever lets a model rewrite can ask it
+again, so there a suspicion is enough (`strict_fault`). No gold answer decides here; `gives_away` alone looks at it.
+"""
+
+import re
+import unicodedata
+from collections import Counter
+from difflib import SequenceMatcher
+
+TEMPLATE_ECHO = re.compile(r"<[\w ]{1,40}>")
+STATED_ANSWER = re.compile(r"\banswer(?: is|:| =)\s*(?:\$*\\boxed|[^\s?]{1,30}\s*$)", re.IGNORECASE)
+FIGURE = re.compile(r"\[asy\](.*?)(?:\[/asy\]|\Z)", re.DOTALL)
+# Not "a four-sided figure" or "this figure", which mean a shape.
+NEEDS_FIGURE = re.compile(
+    r"\b(?:the (?:\w+ )?figure|diagrams?|pictured?|shown|below|illustrat\w*|drawing|depict\w*)\b", re.IGNORECASE
+)
+# Not subscripts: a list x_1, ..., x_5 may become a, b, c, d, e.
+NUMBER = re.compile(r"(?<![_\d])(?<!_\{)(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,])(?:\.\d+)?|\d*\.\d+|\d+)")
+NUMBER_WORDS = {
+    "2": "two twice double doubled doubles doubling second half halves halved both pair pairs couple square squared",
+    "3": "three third thirds thrice triple tripled triples cube cubed",
+    "4": "four fourth fourths quarter quarters quadruple quadrupled",
+    "5": "five fifth fifths",
+    "6": "six sixth sixths",
+    "7": "seven seventh sevenths",
+    "8": "eight eighth eighths",
+    "9": "nine ninth ninths",
+    "10": "ten tenth tenths",
+    "11": "eleven eleventh",
+    "12": "twelve twelfth dozen dozens",
+    "13": "thirteen",
+    "14": "fourteen",
+    "15": "fifteen",
+    "16": "sixteen sixteenth",
+    "17": "seventeen",
+    "18": "eighteen",
+    "19": "nineteen",
+    "20": "twenty twentieth",
+    "30": "thirty",
+    "40": "forty",
+    "50": "fifty half",
+    "60": "sixty",
+    "70": "seventy",
+    "80": "eighty",
+    "90": "ninety",
+    "100": "hundred percent century",
+    "1000": "thousand",
+    "1000000": "million",
+}
+NUMBERS_OF_WORD = {
+    word: {number for number, words in NUMBER_WORDS.items() if word in words.split()}
+    for word in " ".join(NUMBER_WORDS.values()).split()
+}
+
+MATHEMATICS = re.compile(r"\$\$.*?\$\$|\$.*?\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{.*?\\end\{\w+\*?\}", re.DOTALL)
+ASKS = re.compile(
+    r"[?？]|\b(?:answer|calculate|combine|compute|construct|convert|count|demonstrate|derive|determine|enter|estimate"
+    r"|evaluate|expand|express|factor|find|give|how|identify|list|name|prove|provide|reduce|rewrite|round|select|show"
+    r"|simplify|solve|state|what|when|where|which|who|write)\b",
+    re.IGNORECASE,
+)
+WORKED_STEP = re.compile(r"(?<![\w^.)}])\d+(?:\.\d+)?\s*[-+*/×÷]\s*\d+(?:\.\d+)?\s*=\s*\$?\d")
+
+
+def rewrite_fault(question: str, rewrite: str) -> str | None:
+    """What makes a rephrasing certainly useless, a short reason; None if nothing was found."""
+    # Qwen3-32B returned some questions word for word inside its template's angle brackets.
+    if re.sub(r"[\s<>]", "", rewrite).casefold() == re.sub(r"[\s<>]", "", question).casefold():
+        return "unchanged"
+    if TEMPLATE_ECHO.fullmatch(rewrite.strip()):
+        return "placeholder"
+    if STATED_ANSWER.search(rewrite) or ("\\boxed" in rewrite and "\\boxed" not in question):
+        return "answer leaked"
+    # Two in three that leave out a figure need none, or say in words what it shows.
+    if lacks_figure(question, rewrite) and (NEEDS_FIGURE.search(rewrite) or lost_numbers(question, rewrite)):
+        return "figure lost"
+    return None
+
+
+def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
+    """What makes a fresh rephrasing suspicious enough to ask for another one; None if nothing was found."""
+    if fault := rewrite_fault(question, rewrite):
+        return fault
+    if lacks_figure(question, rewrite):  # the instruction is to copy it
+        return "figure lost"
+    if re.search(r"<[\w ]{3,40}>|RESULT_(?:START|END)|REWRITE:", rewrite):
+        return "placeholder"
+    if other_script(question, rewrite) or re.search("[\0-\x08\ufffd]", rewrite):
+        return "other language or damaged"
+    before, after = len(visible(question)), len(visible(rewrite))
+    if not 0.4 * before - 20 <= after <= 3 * before + 150:
+        return "too short or too long"
+    if similarity(question, rewrite) > 0.9:
+        return "hardly changed"
+    if not ASKS.search(rewrite) and ASKS.search(question):
+        return "asks nothing"
+    if (WORKED_STEP.search(rewrite) and not WORKED_STEP.search(question)) or gives_away(question, rewrite, gold):
+        return "answer leaked"
+    return "numbers lost" if lost_numbers(question, rewrite) else None
+
+
+def lacks_figure(question: str, rewrite: str) -> bool:
+    return "[asy]" in question and "[asy]" not in rewrite
+
+
+def visible(text: str) -> str:
+    """The text with only the labels of its [asy] figures, not their coordinates."""
+    return FIGURE.sub(lambda figure: " ".join(re.findall(r'"([^"]*)"', figure[1])), text)
+
+
+def numbers(text: str) -> set[str]:
+    """Those that a reader sees as digits, without separators and leading zeros."""
+    return {re.sub(r"[^\d.]", "", number).lstrip("0") for number in NUMBER.findall(visible(text))}
+
+
+def lost_numbers(question: str, rewrite: str) -> set[str]:
+    """Numbers of the question that the rewrite says neither as digits nor in a word.
+
+    0 and 1 do not count: they come and go with `= 0`, `starting from 1` or `a single`.
+    """
+    said = numbers(rewrite).union(*(NUMBERS_OF_WORD.get(word, ()) for word in re.findall(r"[a-z]+", rewrite.lower())))
+    for tens, units in re.findall(r"([a-z]+ty)[- ]([a-z]+)", rewrite.lower()):  # twenty-eight
+        said |= {ten[0] + unit for ten in NUMBERS_OF_WORD.get(tens, ()) for unit in NUMBERS_OF_WORD.get(units, ())}
+    return numbers(question) - said - {"", "1"}
+
+
+def gives_away(question: str, rewrite: str, gold: str | None) -> bool:
+    """Whether the rewrite brings in the gold answer, a number that the question does not hold."""
+    number = (gold or "").strip("$ -").removesuffix(".0")
+    return number in numbers(rewrite) and number in lost_numbers(rewrite, question)
+
+
+def similarity(question: str, rewrite: str) -> float:
+    """Of the words outside formulas, in order; 0 where one side has none."""
+    one, two = (re.findall(r"[^\W\d_]+", MATHEMATICS.sub(" ", visible(t)).casefold()) for t in (question, rewrite))
+    return SequenceMatcher(None, one, two, autojunk=False).ratio() if one and two else 0.0
+
+
+def other_script(question: str, rewrite: str) -> bool:
+    """Whether the rewrite is mostly in another writing system, or brings a new one in: Qwen3 slips into Chinese."""
+    before, after = scripts(question), scripts(rewrite)
+    if not before or not after:
+        return False
+    return before.most_common(1)[0][0] != after.most_common(1)[0][0] or bool(set(after) - set(before) - {"LATIN"})
+
+
+def scripts(text: str) -> Counter[str]:
+    """Letters outside formulas by writing system; Greek ones and the like are taken for mathematics."""
+    letters = filter(str.isalpha, unicodedata.normalize("NFKC", MATHEMATICS.sub(" ", text)))
+    systems = Counter(unicodedata.name(letter, "?").split()[0] for letter in letters)
+    return Counter({system: count for system, count in systems.items() if system not in {"GREEK", "MODIFIER"}})

@@ -1,0 +1,357 @@
+"""Rephrasing: a model puts each question into other words; what it says is parsed, checked and, if bad, asked again.
+
+    python data.py rephrase --data questions.jsonl --model Qwen3-32B --out pairs.jsonl
+    python data.py rephrase ... --verify Qwen3-8B     # keep only pairs whose two wordings this model answers alike
+    torchrun --nproc-per-node 8 data.py rephrase ...  # shares the questions out, a model on each GPU
+
+The rewriter is the paper's: Qwen3-32B, not thinking, temperature 0.7, top_p 0.8. A question that has a rephrasing keeps
+it, so the same command fills the gaps of a set, or of its own output under another seed.
+
+Every batch of questions becomes a file in OUT.parts that is there whole or not at all, so after a kill the same command
+goes on. Batches and seeds depend on nothing but questions and settings: the output is the same however often the work
+was stopped and whatever the number of processes. When OUT has been put together, OUT.parts may be deleted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from tqdm import tqdm
+from tyro.conf import OmitArgPrefixes
+
+from answers import extract_boxed
+from data import DataError, Pair, Report, load_pairs, prompt_ids, read_chat_template
+from faults import TEMPLATE_ECHO, strict_fault
+from rewards import are_equal, majority_vote
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rollout import Sample
+
+INSTRUCTION = """\
+Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
+
+- Choose other words and other sentences, and set it in another real-world situation where that comes naturally.
+- Its mathematics must not change. Keep every number, condition and formula, and the form in which the answer is
+  wanted: the final answer must stay exactly the same.
+- The new question must be complete by itself. If a figure belongs to it, copy the code of the figure unchanged.
+- Do not solve it. Give no hint, no step, no answer.
+
+Reply with nothing but these lines, your text in place of the words in angle brackets:
+
+### RESULT_START
+ORIGINAL:
+<question as given>
+REWRITE:
+<question reworded>
+### RESULT_END
+
+The question:
+
+"""
+
+Row = dict[str, Any]
+Opener = Callable[[], AbstractContextManager["Speaker"]]
+
+
+@dataclass(frozen=True)
+class Settings:
+    data: str
+    """questions: a file or folder, or a published set, as in train.py"""
+    model: str
+    """the rewriter: hub name, or local folder"""
+    out: Path
+    """JSONL to write: id, question, rephrased (or null), answer, faults"""
+    verify: str | None = None
+    """keep only pairs on which the majority answers of this model agree"""
+    verify_samples: int = 8
+    """answers to each wording that vote"""
+    verify_tokens: int = 3072
+    """longer answers are cut"""
+    attempts: int = 3
+    """at a question; the first asks for one rewrite, each further one for twice as many"""
+    temperature: float = 0.7
+    """of the rewriter; answers to verify are sampled as in training, at 1"""
+    top_p: float = 0.8
+    """of the rewriter"""
+    max_tokens: int = 2048
+    """a longer reply is cut, and turned down; a question of more than half as many is not asked"""
+    batch_size: int = 64
+    """questions that are sampled together and saved together"""
+    seed: int = 0
+    """of everything random"""
+    chat_template: str | None = None
+    """Jinja file, for a tokenizer without a chat template"""
+    question_column: str = "question"
+    """in a file of one's own"""
+    rephrased_column: str = "rephrased"
+    """rephrasings that are there already"""
+    answer_column: str = "answer"
+    """gold answers: only to notice a rewrite that gives them away"""
+
+
+# ---------------------------------------------------------------- a model that replies
+
+
+class Reply(NamedTuple):
+    text: str
+    finished: bool  # not cut at the limit
+
+
+@dataclass(frozen=True)
+class Speaker:
+    """A model, as far as it is needed here."""
+
+    tokenizer: PreTrainedTokenizerBase
+    sample: Sample
+    chat_template: str | None
+
+    def replies(self, prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], **how: Any) -> list[Reply]:
+        """n replies a prompt, contiguous; `keys` are what their seeds are derived from, `how` goes to the sampler."""
+        from rollout import request_seed
+
+        rollouts = self.sample(prompts, [request_seed(*key) for key in keys], **how)
+        ids = [rollout.response_ids for rollout in rollouts]
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [Reply(text, rollout.finished) for text, rollout in zip(texts, rollouts, strict=True)]
+
+    def instruction_ids(self, question: str) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": INSTRUCTION + question}],
+            chat_template=self.chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # templates that do not know it pass over it
+        )
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+@contextmanager
+def speaker(name: str, chat_template: str | None) -> Iterator[Speaker]:
+    import torch
+
+    from policy import ModelError, load_pretrained, stop_token_ids
+    from rollout import TransformersSampler
+
+    on_gpu = torch.cuda.is_available()
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    try:
+        lm, tokenizer = load_pretrained(name, dtype)
+        sampler = TransformersSampler(stop_token_ids(lm, tokenizer), dtype)
+    except ModelError as problem:
+        raise DataError(str(problem)) from problem
+    lm.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu")  # type: ignore[arg-type]
+    template = read_chat_template(chat_template) if chat_template else None
+    prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
+    with sampler.holding(lm) as sample:
+        yield Speaker(tokenizer, sample, template)
+
+
+# ---------------------------------------------------------------- a reply -> a rewrite
+
+
+def parse(reply: Reply) -> tuple[str, str | None]:
+    """The rewrite in a reply, and what is wrong with its form."""
+    said = reply.text.rpartition("</think>")[2]
+    # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
+    blocks = re.split(r"RESULT[_ ]START", said, flags=re.IGNORECASE)[1:]
+    labelled = [re.split(r"(?mi)^\W*REWRITE\W*?:", block) for block in blocks]
+    rewrites = [parts[-1] for parts in labelled if len(parts) > 1]
+    if not rewrites:
+        return "", "no result"
+    rewrite, *ending = re.split(r"(?i)[\s#*`]*RESULT[_ ]END|^\W*ORIGINAL\W*?:", rewrites[-1], flags=re.MULTILINE)
+    if not ending and not reply.finished:
+        return "", "cut off"
+    rewrite = re.sub(r"^(?:\*\*)?\s*(?:```\w*\n)?|\s*(?:```\s*)?$", "", rewrite)
+    for opening, closing in ('""', "“”", "<>"):
+        quoted = rewrite.startswith(opening) and rewrite.endswith(closing) and not TEMPLATE_ECHO.fullmatch(rewrite)
+        rewrite = rewrite[1:-1].strip() if quoted else rewrite
+    return (rewrite, None) if rewrite else ("", "no result")
+
+
+# ---------------------------------------------------------------- batches
+
+
+def as_row(pair: Pair) -> Row:
+    own: Row = {
+        "id": pair.id,
+        "question": pair.question,
+        "rephrased": pair.rephrased,
+        "answer": pair.gold,
+        "faults": {},
+    }
+    return own | {name: value for name, value in pair.meta.items() if name not in own}
+
+
+def rewrite_batch(pairs: Sequence[Pair], model: Speaker, settings: Settings) -> list[Row]:
+    """A row for each pair; `faults` counts what was turned down, also where no rewrite was good enough."""
+    rows = [as_row(pair) for pair in pairs]
+    faults: list[Counter[str]] = [Counter() for _ in pairs]
+    prompts = [model.instruction_ids(pair.question) for pair in pairs]
+    # A reply holds the question and its rewrite.
+    longest = settings.max_tokens // 2 + len(model.instruction_ids(""))
+    for i, prompt in enumerate(prompts):
+        faults[i]["question too long"] += rows[i]["rephrased"] is None and len(prompt) > longest
+    for attempt in range(settings.attempts):
+        n, missing = (
+            2**attempt,
+            [i for i, row in enumerate(rows) if not row["rephrased"] and len(prompts[i]) <= longest],
+        )
+        if not missing:
+            break
+        replies = model.replies(
+            [prompts[i] for i in missing],
+            [(settings.seed, "rewrite", pairs[i].id, attempt) for i in missing],
+            n=n,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            max_tokens=settings.max_tokens,
+        )
+        for place, i in enumerate(missing):
+            rows[i]["rephrased"] = first_good(pairs[i], replies[place * n : (place + 1) * n], faults[i])
+    return [row | {"faults": dict(sorted((+counted).items()))} for row, counted in zip(rows, faults, strict=True)]
+
+
+def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) -> str | None:
+    """The first rewrite without a fault; the faults of those before it are counted."""
+    for candidate in candidates:
+        rewrite, fault = parse(candidate)
+        fault = fault or strict_fault(pair.question, rewrite, pair.gold)
+        if fault is None:
+            return rewrite
+        faults[fault] += 1
+    return None
+
+
+def verify_batch(rows: Sequence[Row], model: Speaker, settings: Settings) -> list[Row]:
+    """The rows, without the rephrasings to which the model's majority gives another answer, or none."""
+    k, paired = settings.verify_samples, [row for row in rows if row["rephrased"]]
+    if not paired:
+        return list(rows)
+    wordings = [(row, wording) for row in paired for wording in ("question", "rephrased")]
+    replies = model.replies(
+        [prompt_ids(model.tokenizer, row[wording], model.chat_template) for row, wording in wordings],
+        [(settings.seed, "verify", row["id"], wording) for row, wording in wordings],
+        n=k,
+        temperature=1.0,
+        max_tokens=settings.verify_tokens,
+    )
+    answers = [extract_boxed(reply.text) for reply in replies]
+    votes = [majority_vote(answers[start : start + k], "math").label for start in range(0, len(answers), k)]
+    agree = dict(zip((row["id"] for row in paired), are_equal(votes[::2], votes[1::2]), strict=True))
+    return [
+        row if agree.get(row["id"], True) else row | {"rephrased": None, "faults": row["faults"] | {"other answer": 1}}
+        for row in rows
+    ]
+
+
+# ---------------------------------------------------------------- files that survive a kill
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Aside, then renamed: never half a file, whatever happens."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
+    os.replace(aside, path)
+
+
+def read_part(path: Path) -> list[Row]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+
+
+def claim(settings: Settings, pairs: Sequence[Pair]) -> Path:
+    """The folder for this work's parts: a new one, or one of the same settings and questions."""
+    folder, out = Path(f"{settings.out}.parts"), settings.out
+    record = folder / "settings.json"
+    now = {name: str(value) for name, value in asdict(settings).items() if name != "out"}
+    now["questions"] = blake2b(repr(pairs).encode(), digest_size=8).hexdigest()
+    if record.exists():
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
+            changes = ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in changed)
+            raise DataError(f"{folder} was begun with other settings: {changes}; name another --out, or delete it")
+    elif out.exists():
+        raise DataError(f"{out} is there already, and {folder} is not: name another --out")
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(record, json.dumps(now, indent=2) + "\n")
+    return folder
+
+
+def make_parts(
+    stage: str, parts: Sequence[Path], work: Callable[[int, Speaker], list[Row]], open_model: Opener
+) -> None:
+    """This process's share of the parts, as far as they are missing."""
+    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    share, tally = range(rank, len(parts), processes), Counter[str]()
+    if all(parts[i].exists() for i in share):
+        return
+    with open_model() as model, tqdm(share, desc=stage, unit="batch", position=rank) as bar:
+        for i in bar:
+            if not parts[i].exists():
+                rows = work(i, model)
+                write_whole(parts[i], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
+            tally += count(read_part(parts[i]))
+            bar.set_postfix(tally)
+
+
+def count(rows: Sequence[Row]) -> Counter[str]:
+    """Questions with a rephrasing, and rewrites turned down by reason."""
+    return sum((Counter(row["faults"]) for row in rows), Counter(good=sum(bool(row["rephrased"]) for row in rows)))
+
+
+# ---------------------------------------------------------------- the command
+
+
+def rephrase(settings: OmitArgPrefixes[Settings]) -> None:
+    """Give each question a second wording, by a model, checked; resumable, also by torchrun."""
+    report = Report()
+    pairs = load_pairs(
+        settings.data,
+        question=settings.question_column,
+        rephrased=settings.rephrased_column,
+        answer=settings.answer_column,
+        report=report,
+    )
+    folder = claim(settings, pairs)
+    batches = [pairs[start : start + settings.batch_size] for start in range(0, len(pairs), settings.batch_size)]
+    rewritten = [folder / f"rewritten-{i:06d}.jsonl" for i in range(len(batches))]
+    verified = [folder / f"verified-{i:06d}.jsonl" for i in range(len(batches))] if settings.verify else rewritten
+    try:
+        make_parts(
+            "rephrasing",
+            rewritten,
+            lambda i, model: rewrite_batch(batches[i], model, settings),
+            partial(speaker, settings.model, settings.chat_template),
+        )
+        make_parts(
+            "verifying",
+            verified,
+            lambda i, model: verify_batch(read_part(rewritten[i]), model, settings),
+            partial(speaker, settings.verify or "", settings.chat_template),
+        )
+    except KeyboardInterrupt:
+        print(f"stopped; the same command goes on from {folder}", file=sys.stderr)
+        raise SystemExit(130) from None
+    if all(part.exists() for part in verified):  # the process that finds nothing missing is the last
+        rows = [row for part in verified for row in read_part(part)]
+        write_whole(settings.out, "".join(part.read_text(encoding="utf-8") for part in verified))
+        print(report, summary(settings.out, rows), sep="\n")
+
+
+def summary(out: Path, rows: Sequence[Row]) -> str:
+    tally = count(rows)
+    lines = [f"{out}: {tally.pop('good', 0):,} of {len(rows):,} questions have a rephrasing; turned down:"]
+    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in tally.most_common()])
