@@ -25,8 +25,14 @@ HEAD = """# The embedded study
 
 Every variant on the embedded task (`python train.py --variant NAME --seed SEED`), same settings for all, none tuned.
 Made by `python benchmarks/study.py`; mean of {seeds} seeds, in brackets lowest and highest. Sampled: temperature 1.
-Held-out: {questions} questions whose numbers never occur in training. "Commonest answer": share of the most frequent
-answer among all answers to the different questions of a step. The last three columns: mean of the last five steps.
+Held-out: {questions} questions on problems that occur in training in none of their wordings; the standard error of an
+accuracy is about 0.02. "Commonest answer": share of the most frequent answer among all answers to the *different*
+questions of a step. The last three columns: mean of the last five steps.
+
+What it shows: the intrinsic rewards rise to their maximum while accuracy falls to nothing, and the share of the
+commonest answer gives it away. What it does not show: new arithmetic being learnt. Greedy decoding is right from the
+start, so what rises in the others is sharpening; and differences of a few points between them are within the noise of
+so few seeds.
 
 ![curves](study.png)
 
