@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from packing import PackedLM
 
 HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "tensorboard", "wandb")}
-HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
+HARMLESS |= {"sampling.engine_memory"} | {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
 
 
 class CheckpointError(ValueError):

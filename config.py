@@ -80,7 +80,11 @@ class Model:
 @dataclass(frozen=True)
 class Sampling:
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: transformers' generate"""
+    """hf: generate of transformers; auto: vllm if it is installed and there is a GPU, else hf"""
+    engine_memory: float = 0.5
+    """share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most"""
+    tensor_parallel: int = 1
+    """processes that share one vLLM engine, for models too large for one GPU"""
     rollouts: int = 8
     """G: sampled answers to each wording of a question"""
     max_response_tokens: int = 3072
@@ -184,6 +188,8 @@ def validate(config: Config) -> None:
         "rollouts": (sampling.rollouts >= 2, "must be at least 2: an advantage compares rollouts of one group"),
         "max_response_tokens": (sampling.max_response_tokens >= 1, "must be at least 1"),
         "temperature": (sampling.temperature > 0, "must be over 0: learning needs rollouts that differ"),
+        "engine_memory": (0 < sampling.engine_memory < 1, "is a share of the memory: between 0 and 1"),
+        "tensor_parallel": (sampling.tensor_parallel >= 1, "must be at least 1"),
         "steps": (optimisation.steps is None or optimisation.steps >= 1, "must be at least 1"),
         "epochs": (optimisation.epochs is None or optimisation.epochs >= 1, "must be at least 1"),
         "lr": (optimisation.lr >= 0, "must not be negative"),

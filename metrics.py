@@ -28,12 +28,21 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
 
+        self.phase = ""
+
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        begin = time.perf_counter()
+        self.phase, begin = phase, time.perf_counter()
         yield
-        key = f"seconds_{phase}"
-        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - begin
+        self._add(phase, time.perf_counter() - begin)
+
+    def set_apart(self, phase: str, seconds: float) -> None:
+        """Count `seconds` of the present phase as another's."""
+        self._add(phase, seconds)
+        self._add(self.phase, -seconds)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.seconds[f"seconds_{phase}"] = self.seconds.get(f"seconds_{phase}", 0.0) + seconds
 
 
 def response_metrics(rollouts: Sequence[Rollout], answers: Sequence[str | None], suffix: str = "") -> dict[str, float]:

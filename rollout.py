@@ -1,4 +1,5 @@
-"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it transformers' `generate`.
+"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it transformers' `generate` (here)
+or vLLM (vllm_sampler.py).
 
     with sampler.holding(lm) as sample:                       # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # G rollouts a prompt, groups contiguous
@@ -36,6 +37,8 @@ Sample = Callable[..., list[Rollout]]
 
 
 class Sampler(Protocol):
+    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
+
     def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         ...
@@ -87,8 +90,21 @@ class SeededSampling(LogitsProcessor):
         return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
 
 
+@contextmanager
+def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
+    training, attention = lm.training, lm.config._attn_implementation
+    lm.eval().set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        lm.train(training).set_attn_implementation(attention)
+
+
 class TransformersSampler:
     """transformers' `generate` on the trainer's own model: no second copy, any device, any family."""
+
+    sync_seconds: float | None = None
 
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
@@ -96,8 +112,7 @@ class TransformersSampler:
 
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        training, attention, generation = lm.training, lm.config._attn_implementation, lm.generation_config
-        lm.eval().set_attn_implementation("sdpa")  # the trainer's packed attention has no key-value cache
+        generation = lm.generation_config
         # `generate` fills what a request leaves open from the model's own config: a top_k, a repetition penalty.
         lm.generation_config = GenerationConfig()
 
@@ -115,11 +130,11 @@ class TransformersSampler:
             with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
                 return [rollout for call in calls for rollout in self._generate(lm, call, *settings)]
 
-        try:
-            yield sample
-        finally:
-            lm.generation_config = generation
-            lm.train(training).set_attn_implementation(attention)
+        with plain_attention(lm):
+            try:
+                yield sample
+            finally:
+                lm.generation_config = generation
 
     @torch.no_grad()
     def _generate(

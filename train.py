@@ -56,8 +56,9 @@ from policy import (
     stop_token_ids,
 )
 from rewards import VARIANTS, VIEWS, Variant, View, Voter, build_groups, on_views, pseudo_labels, read_answers
-from rollout import Rollout, Sampler, TransformersSampler, request_seed
+from rollout import Rollout, Sampler, request_seed
 from teacher import ema_weight, frozen_copy, update
+from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
 
 @dataclass
@@ -89,14 +90,14 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
     # 1. The policy answers.
     with clock("rollout"):
-        rollouts = sample_views(run, run.policy, "policy", variant.policy_views, questions, step)
+        rollouts = sample_views(run, clock, run.policy, "policy", variant.policy_views, questions, step)
 
     # 2. The teacher moves towards the policy that has just answered, then answers itself.
     if run.teacher is not None:
         with clock("teacher"):
             w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
             update(run.teacher, run.policy, w)
-            rollouts |= sample_views(run, run.teacher, "teacher", variant.teacher_views, questions, step)
+            rollouts |= sample_views(run, clock, run.teacher, "teacher", variant.teacher_views, questions, step)
 
     # 3. Majority votes become pseudo-labels.
     with clock("reward"):
@@ -138,7 +139,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
 
 def sample_views(
-    run: Run, model: PackedLM, who: Voter, views: tuple[View, ...], questions: list[PromptedPair], step: int
+    run: Run,
+    clock: metrics.Clock,
+    model: PackedLM,
+    who: Voter,
+    views: tuple[View, ...],
+    questions: list[PromptedPair],
+    step: int,
 ) -> dict[tuple[Voter, View], list[Rollout]]:
     """G rollouts of `model` on every view of every question, in one call of the sampler: Q * G a view."""
     if not views:
@@ -153,6 +160,8 @@ def sample_views(
             temperature=sampling.temperature,
             max_tokens=sampling.max_response_tokens,
         )
+    if run.sampler.sync_seconds is not None:
+        clock.set_apart("sync", run.sampler.sync_seconds)
     per_view = len(questions) * sampling.rollouts
     return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
 
@@ -222,7 +231,7 @@ def train(config: Config) -> Path:
 
 def prepare(config: Config) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
-    variant = chosen_variant(config)
+    variant, sampler = chosen_variant(config), choose_sampler(config.sampling.sampler)
     resumed = checkpoint.find(config.run.resume, config.run.out) if config.run.resume else None
     folder = resumed.parents[1] if resumed else new_folder(config)
     pairs, report = load_questions(config, str(config.data.source))
@@ -259,7 +268,16 @@ def prepare(config: Config) -> tuple[Run, int]:
         teacher=teacher,
         reference=reference if variant.kl_coef > 0 else None,
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
-        sampler=TransformersSampler(stop_token_ids(policy.lm, tokenizer), policy.compute_dtype),
+        sampler=build_sampler(
+            sampler,
+            policy.lm,
+            stop_token_ids(policy.lm, tokenizer),
+            policy.compute_dtype,
+            max_sequence_tokens=config.data.max_prompt_tokens + config.sampling.max_response_tokens,
+            rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
+            engine_memory=config.sampling.engine_memory,
+            tensor_parallel=config.sampling.tensor_parallel,
+        ),
     )
     first_step = checkpoint.load(resumed, policy, teacher, run.optimizer, asdict(config)) if resumed else 0
     folder.mkdir(parents=True, exist_ok=True)
@@ -345,7 +363,7 @@ def save_checkpoint(run: Run, steps_taken: int) -> Path:
 def main() -> None:
     try:
         folder = train(parse())
-    except (ConfigError, DataError, ModelError, checkpoint.CheckpointError) as error:
+    except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
     curves = plot.draw([folder], folder / "curves.png")
     print(metrics.closing_table(folder))

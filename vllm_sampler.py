@@ -1,0 +1,319 @@
+"""vLLM as the sampler, inside the trainer's process: the second one behind the interface of rollout.py.
+
+    sampler = build_sampler(choose_sampler("auto"), lm, ...)
+    with sampler.holding(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
+        rollouts = sample(prompts, seeds, n=8, ...)
+                                                              # asleep again: training has the GPU's memory
+
+An engine starts without weights and is only ever sampled inside `holding`, after a complete load, so its weights can be
+neither stale nor half-loaded. The first load is checked against the model's own log-probs. Under torchrun every process
+has an engine of its own, or `tensor_parallel` neighbours share one. The calls below are the same in vLLM 0.24 to 0.33.
+"""
+
+import importlib.util
+import os
+import random
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from copy import deepcopy
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, distributed
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention
+
+CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
+CPU_SEQUENCES = 256  # sampled at once on a CPU
+CHECKED_PROMPT, CHECKED_RESPONSE = 160, 16  # tokens of the check after the first load
+# Mean difference in nats at which the check fails. In bfloat16 rounding alone makes 0.03; a stale head made 0.56.
+CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.2}
+
+
+class SamplerError(RuntimeError):
+    """A sampler that cannot start, or weights that it did not take, with the reason in one sentence."""
+
+
+def choose_sampler(name: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
+    """What --sampler means on this machine; says so in one line."""
+    installed = importlib.util.find_spec("vllm") is not None
+    if name == "vllm" and not installed:
+        raise SamplerError(
+            "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
+            "or take --sampler hf"
+        )
+    if name == "auto":
+        chosen: Literal["vllm", "hf"] = "vllm" if installed and torch.cuda.is_available() else "hf"
+        reason = f"vLLM {'' if installed else 'not '}installed, {'a' if torch.cuda.is_available() else 'no'} GPU"
+    else:
+        chosen, reason = name, f"--sampler {name}"
+    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'generate of transformers'} ({reason})")
+    return chosen
+
+
+def build_sampler(
+    chosen: Literal["vllm", "hf"],
+    lm: PreTrainedModel,
+    eos_ids: Sequence[int],
+    compute_dtype: torch.dtype,
+    *,
+    max_sequence_tokens: int,
+    rows: int,
+    engine_memory: float = 0.5,
+    tensor_parallel: int = 1,
+) -> Sampler:
+    """A sampler for models shaped like `lm`: up to `rows` sequences at once, of prompt and response together up to
+    `max_sequence_tokens`. The last two arguments are vLLM's, see config.Sampling."""
+    if chosen == "hf":
+        return TransformersSampler(eos_ids, compute_dtype)
+    return VLLMSampler(lm, eos_ids, compute_dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)
+
+
+class VLLMSampler:
+    """One engine; several of them can live in a process, but closing one closes torch.distributed for all."""
+
+    def __init__(
+        self,
+        lm: PreTrainedModel,
+        eos_ids: Sequence[int],
+        compute_dtype: torch.dtype,
+        max_sequence_tokens: int,
+        rows: int,
+        engine_memory: float,
+        tensor_parallel: int,
+    ) -> None:
+        self.eos_ids = list(eos_ids)
+        self.dtype = compute_dtype
+        self.max_sequence_tokens = max_sequence_tokens
+        self.on_gpu = lm.device.type == "cuda"
+        self.sync_seconds: float | None = None
+        self.group = tensor_parallel_group(tensor_parallel)
+        self._held = self._checked = False
+        with torch.device("meta"):
+            skeleton = AutoModelForCausalLM.from_config(lm.config)
+        self._shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+        known = getattr(lm.config, "max_position_embeddings", max_sequence_tokens)
+        if max_sequence_tokens > known:
+            raise SamplerError(
+                f"prompts and responses of {max_sequence_tokens} tokens together: the model knows {known} positions; "
+                "lower --max-response-tokens or --max-prompt-tokens"
+            )
+        arguments = self._memory(lm, rows, engine_memory) | {
+            "dtype": str(compute_dtype).removeprefix("torch."),
+            "max_model_len": max_sequence_tokens,
+            "tensor_parallel_size": tensor_parallel,
+        }
+        if distributed.is_initialized():
+            arguments["distributed_executor_backend"] = "external_launcher"
+        with self._undisturbed_host():
+            self.llm = start_engine(lm, arguments)
+            self._sleep()
+
+    def _memory(self, lm: PreTrainedModel, rows: int, share: float) -> dict[str, Any]:
+        """How much the engine may take. A CPU has no sleep mode: there, no more than `rows` sequences need."""
+        if self.on_gpu:
+            return {"enable_sleep_mode": True, "gpu_memory_utilization": share}
+        config, sequences = lm.config, min(rows, CPU_SEQUENCES)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * self.dtype.itemsize
+        blocks = sequences * -(-self.max_sequence_tokens // CPU_BLOCK) + 1
+        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return {
+            "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * machine)),
+            "max_num_seqs": sequences,
+            "enforce_eager": True,
+        }
+
+    @contextmanager
+    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
+        if self._held:
+            raise SamplerError("the engine holds a model already: leave its `with` first")
+        begin = time.perf_counter()
+        with self._undisturbed_host():
+            self._wake("weights")
+            self._load(lm)
+            self._wake("kv_cache")
+            if not self.llm.reset_prefix_cache():
+                raise SamplerError("vLLM did not reset its prefix cache: prefixes of older weights would be reused")
+        self.sync_seconds = time.perf_counter() - begin
+        self._held = True
+        try:
+            if not self._checked:
+                self._check(lm)
+            yield self._sample
+        finally:
+            self._held = False
+            with self._undisturbed_host():
+                self._sleep()
+
+    def _wake(self, tag: str) -> None:
+        if self.on_gpu:
+            torch.cuda.empty_cache()  # what the trainer has cached but does not use
+            self.llm.wake_up(tags=[tag])
+
+    def _sleep(self) -> None:
+        if self.on_gpu:
+            self.llm.sleep(level=2)  # drops the weights too: the next `holding` loads them anyway
+
+    def _load(self, lm: PreTrainedModel) -> None:
+        """All of the model's tensors, under their Hugging Face names: vLLM fuses and shards them itself, but fills a
+        fused block from a part of it without complaint."""
+        weights = complete_weights(lm, self._shapes)
+        name = ""
+
+        def stream() -> Iterator[tuple[str, Tensor]]:
+            nonlocal name
+            for name, tensor in weights.items():
+                yield name, tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
+
+        tensors = stream()
+        try:
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+        except Exception as error:
+            raise SamplerError(f"vLLM did not take the weight {name}: {error}") from error
+        if left := next(tensors, None):
+            raise SamplerError(f"vLLM stopped loading before the weight {left[0]}")
+
+    def _sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
+    ) -> list[Rollout]:
+        if not self._held:
+            raise SamplerError("sampling outside of `holding`: the engine's weights belong to no model")
+        rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
+        if self.group is None:
+            return self._generate(rows, temperature, max_tokens)
+        # Processes that share an engine must ask it the same, so each asks for all and keeps its own.
+        everyone: list[list[tuple[list[int], int]]] = [[] for _ in range(distributed.get_world_size(self.group))]
+        distributed.all_gather_object(everyone, rows, group=self.group)
+        me = distributed.get_rank(self.group)
+        start = sum(len(others) for others in everyone[:me])
+        rollouts = self._generate([row for others in everyone for row in others], temperature, max_tokens)
+        return rollouts[start : start + len(rows)]
+
+    def _generate(self, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int) -> list[Rollout]:
+        """One rollout for each (prompt, seed); a seed is any integer of 64 bits except -1, which vLLM reads as none."""
+        from vllm import SamplingParams
+
+        parameters = [
+            SamplingParams(
+                temperature=temperature,
+                max_tokens=max_tokens,
+                seed=seed,
+                stop_token_ids=self.eos_ids,
+                logprobs=0,  # of the sampled token only
+                flat_logprobs=True,
+                detokenize=False,
+            )
+            for _, seed in rows
+        ]
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in rows]
+        with self._undisturbed_host():
+            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+        said = [output.outputs[0] for output in outputs]
+        return [
+            Rollout(prompt, list(o.token_ids), list(o.logprobs.logprobs), finished=o.finish_reason == "stop")
+            for (prompt, _), o in zip(rows, said, strict=True)
+        ]
+
+    def _check(self, lm: PreTrainedModel) -> None:
+        """Compare the engine's log-probs of a few sampled tokens with the model's own."""
+        generator = torch.Generator().manual_seed(0)
+        length = max(1, min(CHECKED_PROMPT, self.max_sequence_tokens - CHECKED_RESPONSE))
+        prompt = torch.randint(lm.config.vocab_size, (length,), generator=generator).tolist()
+        tokens = min(CHECKED_RESPONSE, self.max_sequence_tokens - length)
+        (rollout,) = self._sample([prompt], [0], n=1, temperature=1.0, max_tokens=tokens)
+        gap = (own_logp(lm, rollout, self.dtype) - torch.tensor(rollout.logp)).abs().mean().item()
+        if not gap < CHECK_BOUND[self.dtype]:
+            raise SamplerError(
+                f"after loading its weights into vLLM, log-probs of the family '{lm.config.model_type}' are {gap:.2g} "
+                f"nats off the model's own (bound {CHECK_BOUND[self.dtype]}): take --sampler hf, or another vLLM"
+            )
+        self._checked = True
+
+    @contextmanager
+    def _undisturbed_host(self) -> Iterator[None]:
+        """vLLM reseeds and consumes the global random numbers, replaces torch.set_num_threads and edits the
+        environment; on a CPU it would compile for a minute and gain nothing."""
+        environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+        python_state, numpy_state = random.getstate(), np.random.get_state()
+        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {
+            name: os.environ.get(name, value)
+            for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items()
+        }
+        devices = [torch.cuda.current_device()] if self.on_gpu else []
+        eager = nullcontext() if self.on_gpu else torch.compiler.set_stance("force_eager")
+        try:
+            with torch.random.fork_rng(devices), eager:
+                yield
+        finally:
+            for name in os.environ.keys() - environment.keys():
+                del os.environ[name]
+            os.environ |= environment
+            torch.set_num_threads = set_num_threads
+            torch.set_num_threads(threads)
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+def start_engine(lm: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+    """A vLLM engine in this process, for models like `lm`, still without weights."""
+    from vllm import LLM
+
+    config = deepcopy(lm.config)
+    config.architectures = [type(lm).__name__]
+    with tempfile.TemporaryDirectory() as folder:
+        config.save_pretrained(folder)
+        try:
+            return LLM(
+                model=folder,
+                load_format="dummy",
+                skip_tokenizer_init=True,  # token ids in, token ids out
+                generation_config="vllm",  # no top_k or repetition penalty from the model's own
+                logprobs_mode="processed_logprobs",  # of the distribution that is sampled, at its temperature
+                disable_log_stats=True,
+                **arguments,
+            )
+        except ValueError as error:  # settings that vLLM refuses
+            raise SamplerError(f"vLLM does not start: {error}") from error
+
+
+def tensor_parallel_group(size: int) -> Any:
+    """The processes that share an engine with this one; None if it has one of its own."""
+    if size == 1:
+        return None
+    processes = distributed.get_world_size() if distributed.is_initialized() else 1
+    if processes % size:
+        raise SamplerError(
+            f"--tensor-parallel {size} needs processes that share an engine, a multiple of {size}, and there are "
+            f"{processes}: start with torchrun --nproc-per-node"
+        )
+    return distributed.new_subgroups(size)[0]
+
+
+def complete_weights(lm: PreTrainedModel, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Every tensor of the architecture under its Hugging Face name, a tied one under each of its names."""
+    weights = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in lm.state_dict().items()}
+    missing = [name for name in shapes if name not in weights]
+    if missing:
+        raise SamplerError(f"the model has no weight {missing[0]} ({len(missing)} missing): nothing was sampled")
+    for name, shape in shapes.items():
+        if weights[name].shape != shape:
+            raise SamplerError(f"the weight {name} has shape {tuple(weights[name].shape)} and not {tuple(shape)}")
+    return weights
+
+
+@torch.no_grad()
+def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype) -> Tensor:
+    """Log-probs [T] of a response under the model itself, by transformers."""
+    tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
+    with plain_attention(lm), torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32):
+        logits = lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
+    response = tokens[0, len(rollout.prompt_ids) :, None]
+    logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
+    return logp
