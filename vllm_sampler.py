@@ -15,6 +15,7 @@ import os
 import random
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -95,7 +96,7 @@ class VLLMSampler:
         self._held = self._checked = False
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(lm.config)
-        self._shapes = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+        self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
         known = getattr(lm.config, "max_position_embeddings", max_sequence_tokens)
         if max_sequence_tokens > known:
             raise SamplerError(
@@ -107,7 +108,7 @@ class VLLMSampler:
             "max_model_len": max_sequence_tokens,
             "tensor_parallel_size": tensor_parallel,
         }
-        if distributed.is_initialized():
+        if distributed.is_initialized() and "RANK" in os.environ:  # by the trainer, under torchrun
             arguments["distributed_executor_backend"] = "external_launcher"
         with self._undisturbed_host():
             self.llm = start_engine(lm, arguments)
@@ -164,7 +165,7 @@ class VLLMSampler:
     def _load(self, lm: PreTrainedModel) -> None:
         """All of the model's tensors, under their Hugging Face names: vLLM fuses and shards them itself, but fills a
         fused block from a part of it without complaint."""
-        weights = complete_weights(lm, self._shapes)
+        weights = complete_weights(lm, self._needed)
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -176,6 +177,7 @@ class VLLMSampler:
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         except Exception as error:
+            self._checked = False
             raise SamplerError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
             raise SamplerError(f"vLLM stopped loading before the weight {left[0]}")
@@ -249,7 +251,7 @@ class VLLMSampler:
         devices = [torch.cuda.current_device()] if self.on_gpu else []
         eager = nullcontext() if self.on_gpu else torch.compiler.set_stance("force_eager")
         try:
-            with torch.random.fork_rng(devices), eager:
+            with torch.random.fork_rng(devices), eager, warnings.catch_warnings(action="ignore"):
                 yield
         finally:
             for name in os.environ.keys() - environment.keys():
@@ -296,15 +298,15 @@ def tensor_parallel_group(size: int) -> Any:
     return distributed.new_subgroups(size)[0]
 
 
-def complete_weights(lm: PreTrainedModel, shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Every tensor of the architecture under its Hugging Face name, a tied one under each of its names."""
+def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Every tensor of the architecture (`needed`: name -> shape) under its Hugging Face name, a tied one under each of
+    its names."""
     weights = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in lm.state_dict().items()}
-    missing = [name for name in shapes if name not in weights]
-    if missing:
-        raise SamplerError(f"the model has no weight {missing[0]} ({len(missing)} missing): nothing was sampled")
-    for name, shape in shapes.items():
-        if weights[name].shape != shape:
-            raise SamplerError(f"the weight {name} has shape {tuple(weights[name].shape)} and not {tuple(shape)}")
+    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    for name in needed | given:
+        if given.get(name) != needed.get(name):
+            there, wanted = (shapes.get(name, "missing") for shapes in (given, needed))
+            raise SamplerError(f"weight {name}: the model's is {there}, the architecture's {wanted}")
     return weights
 
 
