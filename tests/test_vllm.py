@@ -63,9 +63,9 @@ class Pair:
             parameter += 0.1 * parameter.square().mean().sqrt() * torch.randn(parameter.shape, generator=generator)
 
 
-def paired(lm: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Pair:
+def paired(lm: PreTrainedModel, dtype: torch.dtype = torch.float32, rows: int = 8) -> Pair:
     eos = lm.config.eos_token_id
-    sampler = build_sampler("vllm", lm, [eos], dtype, max_sequence_tokens=LONG + 20, rows=8)
+    sampler = build_sampler("vllm", lm, [eos], dtype, max_sequence_tokens=LONG + 20, rows=rows)
     assert isinstance(sampler, VLLMSampler)
     ENGINES.append(sampler)
     return Pair(lm, sampler)
@@ -230,6 +230,17 @@ def test_cut_and_finished_rollouts_are_confused(pair: Pair, monkeypatch: pytest.
         assert rollout.finished == bool(ends)
         assert rollout.response_ids == (uncut[: ends[0] + 1] if ends else uncut)
         assert len(rollout.logp) == len(rollout.response_ids)
+
+
+@needs_vllm
+def test_more_prompts_than_fit_into_one_pass_crash() -> None:
+    pair = paired(untied_model(), rows=64)
+    one_pass = pair.sampler.llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    prompts = torch.randint(101, (64, LONG), generator=torch.Generator().manual_seed(2)).tolist()
+    assert LONG < one_pass < 64 * LONG and one_pass % LONG
+    rollouts = pair.sample(prompts=prompts, seeds=range(64), n=1, max_tokens=2)
+    assert [rollout.prompt_ids for rollout in rollouts] == prompts
+    assert pair.gaps(rollouts).max() < 1e-4
 
 
 @needs_vllm
