@@ -205,10 +205,8 @@ def rewrite_batch(pairs: Sequence[Pair], model: Speaker, settings: Settings) -> 
     for i, prompt in enumerate(prompts):
         faults[i]["question too long"] += rows[i]["rephrased"] is None and len(prompt) > longest
     for attempt in range(settings.attempts):
-        n, missing = (
-            2**attempt,
-            [i for i, row in enumerate(rows) if not row["rephrased"] and len(prompts[i]) <= longest],
-        )
+        n = 2**attempt
+        missing = [i for i, row in enumerate(rows) if not row["rephrased"] and len(prompts[i]) <= longest]
         if not missing:
             break
         replies = model.replies(
