@@ -185,28 +185,37 @@ class VLLMSampler:
             raise SamplerError(f"vLLM stopped loading before the weight {left[0]}")
 
     def _sample(
-        self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
+        self,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         if not self._held:
             raise SamplerError("sampling outside of `holding`: the engine's weights belong to no model")
         rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
         if self.group is None:
-            return self._generate(rows, temperature, max_tokens)
+            return self._generate(rows, temperature, max_tokens, top_p)
         # Processes that share an engine must ask it the same, so each asks for all and keeps its own.
         everyone: list[list[tuple[list[int], int]]] = [[] for _ in range(distributed.get_world_size(self.group))]
         distributed.all_gather_object(everyone, rows, group=self.group)
         me = distributed.get_rank(self.group)
         start = sum(len(others) for others in everyone[:me])
-        rollouts = self._generate([row for others in everyone for row in others], temperature, max_tokens)
+        rollouts = self._generate([row for others in everyone for row in others], temperature, max_tokens, top_p)
         return rollouts[start : start + len(rows)]
 
-    def _generate(self, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int) -> list[Rollout]:
+    def _generate(
+        self, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int, top_p: float
+    ) -> list[Rollout]:
         """One rollout for each (prompt, seed); a seed is any integer of 64 bits except -1, which vLLM reads as none."""
         from vllm import SamplingParams
 
         parameters = [
             SamplingParams(
                 temperature=temperature,
+                top_p=top_p,
                 max_tokens=max_tokens,
                 seed=seed,
                 stop_token_ids=self.eos_ids,
