@@ -61,8 +61,10 @@ class Data:
     """questions (variants I and III: pairs of wordings) of a step"""
     max_prompt_tokens: int = 512
     """a question longer than this in a needed wording is dropped"""
+    decontaminate: tuple[str, ...] = ()
+    """benchmarks whose questions, or near copies of them, are dropped from the training data"""
     eval_data: str | None = None
-    """questions with gold answers to evaluate on; same forms as data"""
+    """benchmark to evaluate on: math500, gsm8k, ... (see benchmark_data.py), or questions with answers as for data"""
     eval_every: int = 10
     """steps between evaluations; 0: only before and after"""
     eval_samples: int = 1

@@ -68,6 +68,7 @@ CONSEQUENCES = {
     "no rephrasing": "pair dropped: this run needs both wordings",
     "no gold": "pair dropped: this run needs the answer",
     "too long": "pair dropped: a prompt is over the limit",
+    "in a benchmark": "pair dropped: --decontaminate found its question there",
 }
 
 

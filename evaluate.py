@@ -1,12 +1,195 @@
-"""Accuracy on questions with gold answers, greedy and sampled."""
+"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with its standard error.
 
+    python evaluate.py --model runs/x/checkpoints/latest/policy --benchmarks math500 gsm8k amc
+    python evaluate.py --model Qwen3-8B-Base --benchmarks mine.jsonl --k 0       # own questions, one greedy answer each
+    python evaluate.py --compare runs/before/result.json runs/after/result.json  # question by question
+
+Questions are asked as in training: its system message, its chat template, and the answer is what the last \\boxed{}
+holds. With the temperature of 0.8 that is the protocol of the paper (arXiv 2508.00410), whose tables show pass@1, and
+for AMC avg@8. Names of benchmarks are those in benchmark_data.py.
+
+Of n = k sampled answers to a question, c of them correct:
+
+    avg@k     c / n, which is also the sampled pass@1
+    pass@j    1 - C(n - c, j) / C(n, j): at least one of j answers is correct, without bias (arXiv 2107.03374)
+    maj@k     the most frequent answer is correct; equal mathematics is one answer, ties go to the first
+
+A number is the mean over questions, its standard error std / sqrt(questions): how much it would move with other
+questions of the same kind. The answers are kept as they come, so a killed evaluation goes on where it was.
+"""
+
+import json
 import math
+import os
+from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from hashlib import blake2b
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any, Literal
 
+import torch
+import tyro
+from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from rewards import are_equal, extract_boxed
-from rollout import Rollout, Sample, request_seed
+import answers
+from benchmark_data import Benchmark, load_benchmark
+from data import DataError, prompt_ids, read_chat_template
+from packing import PackedLM
+from policy import ModelError, load, stop_token_ids
+from rewards import Match, are_equal, extract_boxed, majority_vote
+from rollout import Rollout, Sample, Sampler, TransformersSampler, request_seed
+
+GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type")  # columns to break the main number down by
+
+
+@dataclass(frozen=True)
+class Settings:
+    model: str | None = None
+    """hub name or local folder, such as runs/x/checkpoints/latest/policy"""
+    benchmarks: tuple[str, ...] = ("math500", "gsm8k", "amc")
+    """names, or files of one's own"""
+    k: int = 8
+    """sampled answers a question; 0: only the greedy one"""
+    greedy: bool = True
+    """also one answer at temperature 0"""
+    temperature: float = 0.8
+    """of the sampled answers"""
+    max_tokens: int = 3072
+    """longer answers are cut"""
+    seed: int = 0
+    """of the sampled answers"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """hf: transformers' generate"""
+    chat_template: str | None = None
+    """Jinja file, for a tokenizer without a chat template"""
+    questions_per_batch: int = 64
+    """answered together, and lost together if the evaluation is killed"""
+    limit: int | None = None
+    """only the first so many questions of each benchmark"""
+    data_dir: str = "data"
+    """folder to search for the files of named benchmarks, before the Hugging Face hub"""
+    question_column: str = "question"
+    """in a file of one's own"""
+    answer_column: str = "answer"
+    """likewise"""
+    out: str | None = None
+    """folder to write (None: one under runs/evaluations, named after the model)"""
+    compare: tuple[str, str] | None = None
+    """instead of an evaluation: two result.json, before and after"""
+
+
+WITHOUT_EFFECT = ("benchmarks", "limit", "data_dir", "out", "compare")  # on the answer to any one question
+
+
+@dataclass(frozen=True)
+class Answered:
+    """One answer to one question: a line of BENCHMARK.jsonl."""
+
+    id: str
+    question: str
+    gold: str
+    greedy: bool
+    answer: str | None
+    correct: bool
+    tokens: int
+    truncated: bool
+    text: str
+
+
+# ---------------------------------------------------------------- asking
+
+
+def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
+
+
+def ask(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    prompts: Sequence[list[int]],
+    which: range,
+    settings: Settings,
+) -> list[Answered]:
+    """The greedy and then the k sampled answers to each of these questions, question by question.
+
+    The seeds depend on the question alone, so that two evaluations differ by the model alone.
+    """
+    asked = [prompts[i] for i in which]
+    seeds = [request_seed(settings.seed, "evaluation", i) for i in which]
+    answered: list[list[Answered]] = [[] for _ in which]
+    for greedy, n in ((True, int(settings.greedy)), (False, settings.k)):
+        if n == 0:
+            continue
+        temperature = 0.0 if greedy else settings.temperature
+        rollouts = sample(asked, seeds, n=n, temperature=temperature, max_tokens=settings.max_tokens)
+        texts = decode(rollouts, tokenizer)
+        boxed = [extract_boxed(text) for text in texts]
+        read = [None if answer is None else benchmark.read(answer) for answer in boxed]
+        pairs = [benchmark.pairs[i] for i in which for _ in range(n)]
+        correct = are_equal([pair.gold for pair in pairs], read, benchmark.match)
+        for j, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True)):
+            tokens, truncated = len(rollout.response_ids), not rollout.finished
+            answered[j // n].append(
+                Answered(
+                    pair.id, pair.question, str(pair.gold), greedy, read[j], correct[j], tokens, truncated, texts[j]
+                )
+            )
+    return [each for group in answered for each in group]
+
+
+def kept_answers(path: Path, benchmark: Benchmark, settings: Settings) -> list[Answered]:
+    """The answers of an earlier run, which was perhaps killed while it wrote: those of its whole batches."""
+    per_question = settings.k + settings.greedy
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    if lines and not lines[-1].endswith(b"\n"):
+        lines.pop()
+    wanted = len(benchmark.pairs) * per_question
+    if len(lines) < wanted:
+        per_batch = settings.questions_per_batch * per_question
+        lines = lines[: len(lines) // per_batch * per_batch]
+        if path.exists():
+            os.truncate(path, sum(map(len, lines)))
+    kept = [Answered(**json.loads(line)) for line in lines[:wanted]]
+    for i, each in enumerate(kept):
+        pair = benchmark.pairs[i // per_question]
+        if (each.question, each.gold) != (pair.question, pair.gold):
+            raise DataError(
+                f"{path}, line {i + 1} answers another question than the benchmark asks: name another --out"
+            )
+    return kept
+
+
+def answer_all(
+    sample: Sample,
+    tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
+    prompts: Sequence[list[int]],
+    settings: Settings,
+    path: Path,
+) -> list[Answered]:
+    """All answers to a benchmark; those that `path` does not hold yet are asked for and added to it."""
+    answered = kept_answers(path, benchmark, settings)
+    done, total = len(answered) // (settings.k + settings.greedy), len(benchmark.pairs)
+    with path.open("a") as file, tqdm(total=total, initial=done, desc=benchmark.name, unit="question") as bar:
+        for start in range(done, total, settings.questions_per_batch):
+            batch = range(start, min(start + settings.questions_per_batch, total))
+            new = ask(sample, tokenizer, benchmark, prompts, batch, settings)
+            file.writelines(json.dumps(asdict(each)) + "\n" for each in new)
+            file.flush()
+            answered += new
+            bar.update(len(batch))
+            bar.set_postfix(
+                correct=f"{fmean(each.correct for each in answered):.1%}",
+                truncated=f"{fmean(each.truncated for each in answered):.1%}",
+            )
+    return answered
+
+
+# ---------------------------------------------------------------- numbers
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -17,30 +200,240 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
-def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
+def question_values(answered: Sequence[Answered], match: Match) -> dict[str, float]:
+    """What the answers to one question add to each number."""
+    values: dict[str, float] = {}
+    greedy = [each for each in answered if each.greedy]
+    sampled = [each for each in answered if not each.greedy]
+    if greedy:
+        values["greedy"] = float(greedy[0].correct)
+    if k := len(sampled):
+        correct = sum(each.correct for each in sampled)
+        vote = majority_vote([each.answer for each in sampled], match).label
+        values[f"avg@{k}"] = correct / k
+        values |= {f"pass@{2**i}": pass_at_k(k, correct, 2**i) for i in range(1, k.bit_length())}
+        values[f"maj@{k}"] = float(any(each.correct for each in sampled if each.answer == vote))
+    for suffix, part in (("", sampled), (" (greedy)", greedy)):
+        if part:
+            values[f"unanswered{suffix}"] = fmean(each.answer is None for each in part)
+            values[f"truncated{suffix}"] = fmean(each.truncated for each in part)
+            values[f"tokens{suffix}"] = fmean(each.tokens for each in part)
+    return values
+
+
+Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return {"value": fmean(values), "error": error, "questions": len(values)}
+
+
+def result_of(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, Any]:
+    """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
+    per_question = len(answered) // len(benchmark.pairs)
+    values: dict[str, list[float]] = defaultdict(list)
+    for i in range(len(benchmark.pairs)):
+        group = answered[i * per_question : (i + 1) * per_question]
+        for name, value in question_values(group, benchmark.match).items():
+            values[name].append(value)
+    main = next((name for name in values if name.startswith("avg@")), "greedy")
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for pair, value in zip(benchmark.pairs, values[main], strict=True):
+        for column in GROUPINGS:
+            if column in pair.meta:
+                groups[column][str(pair.meta[column])].append(value)
+    questions = repr([(pair.question, pair.gold) for pair in benchmark.pairs])
+    return {
+        "questions": len(benchmark.pairs),
+        "samples": len(answered),
+        "numbers": {name: estimate(each) for name, each in values.items()},
+        "groups of": main,
+        "groups": {
+            column: {group: estimate(each) for group, each in sorted(by.items())} for column, by in groups.items()
+        },
+        "fingerprint": blake2b(questions.encode(), digest_size=8).hexdigest(),
+        "values": values,
+    }
 
 
 def accuracies(
     sample: Sample,
     tokenizer: PreTrainedTokenizerBase,
+    benchmark: Benchmark,
     prompts: Sequence[list[int]],
-    golds: Sequence[str],
-    samples: int,
-    temperature: float,
-    max_tokens: int,
-    seed: int,
+    settings: Settings,
 ) -> dict[str, float]:
-    """Mean accuracy of `samples` sampled answers a question (avg@k) and of one greedy answer.
+    """What training logs of an evaluation: the mean accuracy of k sampled answers (avg@k), and that of a greedy one."""
+    answered = ask(sample, tokenizer, benchmark, prompts, range(len(prompts)), settings)
+    numbers = {name: each["value"] for name, each in result_of(benchmark, answered)["numbers"].items()}
+    return {
+        "eval_accuracy": numbers[f"avg@{settings.k}"],
+        "eval_accuracy/greedy": numbers["greedy"],
+        "eval_truncated": numbers["truncated"],
+    }
 
-    The seeds do not depend on the training step, so that two evaluations differ by the model alone.
-    """
-    seeds = [request_seed(seed, "evaluation", i) for i in range(len(prompts))]
 
-    def accuracy(n: int, temperature: float) -> float:
-        rollouts = sample(prompts, seeds, n=n, temperature=temperature, max_tokens=max_tokens)
-        repeated = [gold for gold in golds for _ in range(n)]
-        correct = are_equal(repeated, [extract_boxed(text) for text in decode(rollouts, tokenizer)])
-        return sum(correct) / len(correct)
+# ---------------------------------------------------------------- showing
 
-    return {"eval_accuracy": accuracy(samples, temperature), "eval_accuracy/greedy": accuracy(1, 0.0)}
+COUNTS = ("questions", "samples")
+
+
+def written(estimate: Estimate, name: str, sign: str = "") -> str:
+    """`43.2 ± 1.8`: percent, or tokens."""
+    scale = 1 if name.startswith("tokens") else 100
+    error = "" if estimate["error"] is None else f" ± {scale * estimate['error']:.1f}"
+    return f"{scale * estimate['value']:{sign},.1f}{error}"
+
+
+def in_columns(rows: Sequence[Sequence[str]]) -> str:
+    """The first column to the left, the others to the right."""
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
+        for row in rows
+    )
+
+
+def table(results: dict[str, dict[str, Any]]) -> str:
+    """A row for each number, a column for each benchmark; then its main number by level, subject and the like."""
+    names = list(dict.fromkeys(name for result in results.values() for name in result["numbers"]))
+    rows = [["", *results]]
+    rows += [[count, *(f"{result[count]:,}" for result in results.values())] for count in COUNTS]
+    for name in names:
+        cells = [result["numbers"].get(name) for result in results.values()]
+        rows.append([name, *(written(cell, name) if cell else "" for cell in cells)])
+    lines = [in_columns(rows), "in percent, ± the standard error over questions; tokens a response"]
+    for benchmark, result in results.items():
+        for column, groups in result["groups"].items():
+            parts = [f"{group} {written(each, '')} ({each['questions']:,})" for group, each in groups.items()]
+            lines.append(f"\n{benchmark}, {result['groups of']} by {column}:\n  " + "\n  ".join(parts))
+    return "\n".join(lines)
+
+
+def read_result(path: str) -> dict[str, Any]:
+    try:
+        result = json.loads(Path(path).read_text())
+        return {"settings": dict(result["settings"]), "benchmarks": dict(result["benchmarks"])}
+    except (OSError, ValueError, KeyError, TypeError) as problem:
+        raise DataError(f"{path} is no result.json of an evaluation: {problem!r}") from problem
+
+
+def compare(before_path: str, after_path: str) -> str:
+    """Every number that both results have: before, after, and their mean difference question by question, whose
+    standard error is smaller than that of two separate means, as both were asked the same questions."""
+    before, after = read_result(before_path), read_result(after_path)
+    shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
+    if not shared:
+        raise DataError(f"{before_path} and {after_path} have no benchmark in common")
+    rows = [["", "", "before", "after", "difference"]]
+    for benchmark in shared:
+        a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
+        if a["fingerprint"] != b["fingerprint"]:
+            raise DataError(
+                f"{benchmark} has other questions in {before_path} than in {after_path}: evaluate one again"
+            )
+        for name in [name for name in a["numbers"] if name in b["numbers"]]:
+            difference = estimate([y - x for x, y in zip(a["values"][name], b["values"][name], strict=True)])
+            both = [written(result["numbers"][name], name) for result in (a, b)]
+            rows.append([benchmark, name, *both, written(difference, name, sign="+")])
+    lines = [f"before: {before_path}", f"after:  {after_path}", in_columns(rows)]
+    for name, value in before["settings"].items():
+        if value != after["settings"].get(name):
+            lines.append(f"other settings: {name} {value} before, {after['settings'].get(name)} after")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def make_sampler(
+    model: PackedLM, tokenizer: PreTrainedTokenizerBase, longest_prompt: int, settings: Settings
+) -> Sampler:
+    return TransformersSampler(stop_token_ids(model.lm, tokenizer), model.compute_dtype)
+
+
+def output_folder(settings: Settings) -> Path:
+    """Where the answers are kept, with the settings that they were made with; other settings need another folder."""
+    name = "-".join(
+        part for part in Path(str(settings.model)).parts[-4:] if part not in ("/", ".", "..", "checkpoints")
+    )
+    folder = Path(settings.out) if settings.out else Path("runs", "evaluations", name)
+    path = folder / "settings.json"
+    now = {name: value for name, value in asdict(settings).items() if name not in WITHOUT_EFFECT}
+    if path.exists():
+        before = json.loads(path.read_text())
+        if changes := [
+            f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]
+        ]:
+            raise DataError(
+                f"{folder} holds answers made with other settings: {', '.join(changes)}; name another --out"
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(now, indent=2) + "\n")
+    return folder
+
+
+def run(settings: Settings) -> Path:
+    """Ask, score, show; returns the path of result.json."""
+    benchmarks = [
+        load_benchmark(name, settings.data_dir, settings.question_column, settings.answer_column)
+        for name in settings.benchmarks
+    ]
+    if len({each.name for each in benchmarks}) < len(benchmarks):
+        raise DataError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
+    benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in benchmarks]
+    folder = output_folder(settings)
+    model, tokenizer = load(str(settings.model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    template = read_chat_template(settings.chat_template) if settings.chat_template else None
+    prompts = [[prompt_ids(tokenizer, pair.question, template) for pair in each.pairs] for each in benchmarks]
+    longest = max(len(prompt) for of_one in prompts for prompt in of_one)
+    results = {}
+    with make_sampler(model, tokenizer, longest, settings).holding(model.lm) as sample:
+        for benchmark, asked in zip(benchmarks, prompts, strict=True):
+            path = folder / f"{benchmark.name}.jsonl"
+            answered = answer_all(sample, tokenizer, benchmark, asked, settings, path)
+            results[benchmark.name] = result_of(benchmark, answered)
+    path = folder / "result.json"
+    earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
+    result = {
+        "settings": json.loads((folder / "settings.json").read_text()),
+        "benchmarks": earlier | results,
+        "grading": answers.counts(),
+    }
+    path.write_text(json.dumps(result) + "\n")
+    print(table(results))
+    print(f"kept in {path}")
+    return path
+
+
+def check(settings: Settings) -> Settings:
+    """Refuse what could only fail later; a link such as checkpoints/latest is followed, as it will move."""
+    needed = {
+        "--model is missing: a hub name or a local folder": settings.model,
+        "--k 0 with --no-greedy asks for no answer": settings.k > 0 or settings.greedy,
+        f"--k {settings.k} must not be negative": settings.k >= 0,
+        f"--temperature {settings.temperature} must be over 0; the greedy answer is extra": settings.temperature > 0,
+        f"--max-tokens {settings.max_tokens} must be at least 1": settings.max_tokens >= 1,
+        f"--limit {settings.limit} must be at least 1": settings.limit is None or settings.limit >= 1,
+        f"--questions-per-batch {settings.questions_per_batch} must be at least 1": settings.questions_per_batch >= 1,
+    }
+    for complaint, holds in needed.items():
+        if not holds:
+            raise DataError(complaint)
+    model = str(settings.model)
+    return replace(settings, model=str(Path(model).resolve()) if Path(model).exists() else model)
+
+
+def main() -> None:
+    settings = tyro.cli(Settings, description=__doc__)
+    try:
+        print(compare(*settings.compare)) if settings.compare else run(check(settings))
+    except (DataError, ModelError) as problem:
+        raise SystemExit(f"error: {problem}") from None
+    except KeyboardInterrupt:
+        raise SystemExit("stopped; the same command goes on from the answers kept so far") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -30,7 +30,9 @@ from transformers import PreTrainedTokenizerBase
 import checkpoint
 import metrics
 import plot
+from benchmark_data import Benchmark, load_benchmark
 from config import Config, ConfigError, parse
+from contamination import without_overlap
 from data import (
     DataError,
     Pair,
@@ -42,7 +44,7 @@ from data import (
     read_chat_template,
     steps_per_epoch,
 )
-from evaluate import accuracies, decode
+from evaluate import Settings, accuracies, decode
 from grpo import group_advantages, learning_rate, step_denominator
 from packing import PackedLM, micro_batches
 from policy import (
@@ -69,7 +71,8 @@ class Run:
     folder: Path
     variant: Variant  # the row of the table, with what the command line changes in it
     questions: list[PromptedPair]
-    eval_questions: list[PromptedPair]
+    eval_questions: list[PromptedPair]  # of the benchmark, those whose prompts are short enough
+    benchmark: Benchmark | None
     total_steps: int
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
@@ -186,21 +189,20 @@ def objective(run: Run, rollouts: dict[tuple[Voter, View], list[Rollout]]) -> Ob
 
 
 def evaluate(run: Run) -> dict[str, float]:
-    """Sampled and greedy accuracy of the policy on the evaluation questions, if there are any."""
-    if not run.eval_questions:
+    """Sampled and greedy accuracy of the policy on the benchmark, if there is one, as evaluate.py measures it."""
+    if run.benchmark is None:
         return {}
-    config, sampling, clock = run.config, run.config.sampling, metrics.Clock()
+    sampling, clock = run.config.sampling, metrics.Clock()
+    settings = Settings(
+        k=run.config.data.eval_samples,
+        temperature=sampling.temperature,
+        max_tokens=sampling.max_response_tokens,
+        seed=run.config.run.seed,
+    )
+    benchmark = replace(run.benchmark, pairs=[question.pair for question in run.eval_questions])
+    prompts = [question.prompts["x"] for question in run.eval_questions]
     with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
-        accuracy = accuracies(
-            sample,
-            run.tokenizer,
-            prompts=[question.prompts["x"] for question in run.eval_questions],
-            golds=[str(question.pair.gold) for question in run.eval_questions],
-            samples=config.data.eval_samples,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_response_tokens,
-            seed=config.run.seed,
-        )
+        accuracy = accuracies(sample, run.tokenizer, benchmark, prompts, settings)
     return accuracy | clock.seconds
 
 
@@ -235,7 +237,9 @@ def prepare(config: Config) -> tuple[Run, int]:
     resumed = checkpoint.find(config.run.resume, config.run.out) if config.run.resume else None
     folder = resumed.parents[1] if resumed else new_folder(config)
     pairs, report = load_questions(config, str(config.data.source))
-    eval_pairs = load_questions(config, config.data.eval_data)[0] if config.data.eval_data else []
+    benchmark = read_benchmark(config, config.data.eval_data) if config.data.eval_data else None
+    if config.data.decontaminate:
+        pairs = without_overlap(pairs, [read_benchmark(config, name) for name in config.data.decontaminate], report)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model.name == "embedded":
@@ -251,6 +255,9 @@ def prepare(config: Config) -> tuple[Run, int]:
     needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
     questions = to_prompts(pairs, views=views, needs_gold=needs_gold, report=report)
     print(report)
+    eval_questions = to_prompts(benchmark.pairs) if benchmark else []
+    if benchmark:
+        print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
 
     has_teacher = bool(variant.teacher_views) or (variant.kl_reference == "ema" and variant.kl_coef > 0)
     teacher = frozen_copy(policy) if has_teacher else None
@@ -260,7 +267,8 @@ def prepare(config: Config) -> tuple[Run, int]:
         folder=folder,
         variant=variant,
         questions=questions,
-        eval_questions=to_prompts(eval_pairs, needs_gold=True) if eval_pairs else [],
+        eval_questions=eval_questions,
+        benchmark=benchmark,
         total_steps=total_steps(config, len(questions)),
         device=device,
         tokenizer=tokenizer,
@@ -306,6 +314,11 @@ def load_questions(config: Config, source: str) -> tuple[list[Pair], Report]:
         report=report,
     )
     return pairs, report
+
+
+def read_benchmark(config: Config, name: str) -> Benchmark:
+    columns = {"question_column": config.data.question_column, "answer_column": config.data.answer_column}
+    return load_benchmark(name, **columns)
 
 
 def new_folder(config: Config) -> Path:

@@ -151,6 +151,7 @@ def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | N
         variant=row,
         questions=[question(pair) for pair in pairs],
         eval_questions=[],
+        benchmark=None,
         total_steps=10,
         device=CPU,
         tokenizer=byte_tokenizer(),

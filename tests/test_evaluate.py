@@ -1,0 +1,385 @@
+"""evaluate.py and benchmark_data.py: each test is named after the bug it prevents."""
+
+import itertools
+import json
+import math
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from fractions import Fraction
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+import evaluate
+from benchmark_data import SOURCES, Benchmark, load_benchmark, option_letter, python_literal
+from data import DataError, Pair
+from embedded import new_model, train_tokenizer
+from evaluate import Answered, Settings, compare, estimate, pass_at_k, question_values, result_of, run, table
+from rewards import are_equal, equivalent
+from rollout import Rollout
+
+SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
+needs_sets = pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")
+
+
+# ---------------------------------------------------------------- helpers
+
+
+class Letters:
+    """A tokenizer whose tokens are characters."""
+
+    name_or_path, chat_template = "letters", "any"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
+        return "\n".join(message["content"] for message in messages)
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def batch_decode(self, ids: Sequence[Sequence[int]], **_: Any) -> list[str]:
+        return ["".join(map(chr, each)) for each in ids]
+
+
+class Guesser:
+    """A sampler that boxes a digit drawn from each request's own seed, and counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.requests: list[str] = []
+
+    @contextmanager
+    def holding(self, lm: object) -> Iterator[Any]:
+        yield self.sample
+
+    def sample(
+        self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
+    ) -> list[Rollout]:
+        rollouts = []
+        for prompt, seed in zip(prompts, seeds, strict=True):
+            self.requests.append("".join(map(chr, prompt)).splitlines()[-1])
+            for g in range(n):
+                rng = random.Random(seed + g if temperature else 0)
+                text = "x" * rng.randrange(9) + rng.choice(["\\boxed{0}", "\\boxed{1}", "\\boxed{1.0}", "no idea"])
+                rollouts.append(Rollout(prompt, [*map(ord, text)], [0.0] * len(text), finished=rng.random() < 0.7))
+        return rollouts
+
+
+@pytest.fixture
+def guesser(monkeypatch: pytest.MonkeyPatch) -> Guesser:
+    guesser = Guesser()
+    monkeypatch.setattr(evaluate, "load", lambda name, device: (SimpleNamespace(lm=None), Letters()))
+    monkeypatch.setattr(evaluate, "make_sampler", lambda *_: guesser)
+    return guesser
+
+
+def write_questions(path: Path, count: int = 7, **more: Any) -> str:
+    rows = [{"question": f"What is {i} modulo 2?", "answer": i % 2, "level": i % 3, **more} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def settings_of(tmp_path: Path, **changes: Any) -> Settings:
+    defaults = {"benchmarks": (write_questions(tmp_path / "own.jsonl"),), "k": 3, "questions_per_batch": 2}
+    return Settings(**{"model": "letters", "out": str(tmp_path / "out"), **defaults, **changes})
+
+
+def answered(answer: str | None, correct: bool, greedy: bool = False) -> Answered:
+    return Answered("0", "?", "gold", greedy, answer, correct, tokens=5, truncated=answer is None, text="")
+
+
+# ---------------------------------------------------------------- numbers
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 8])
+def test_pass_at_k_is_biased(n: int) -> None:
+    """Against the share of all k-subsets of the n answers that hold a correct one."""
+    for correct, k in itertools.product(range(n + 1), range(1, n + 1)):
+        drawn = list(itertools.combinations([i < correct for i in range(n)], k))
+        assert pass_at_k(n, correct, k) == pytest.approx(sum(map(any, drawn)) / len(drawn), abs=1e-12)
+    assert pass_at_k(8, 1, 4) == 0.5
+
+
+def test_majority_counts_spellings_as_rivals_or_breaks_ties_by_luck() -> None:
+    """Every sequence of four answers, against counting values of fractions."""
+    value_of = {"1/2": Fraction(1, 2), "0.5": Fraction(1, 2), "3": Fraction(3), None: None}
+    for sequence in itertools.product(value_of, repeat=4):
+        samples = [answered(answer, value_of[answer] == Fraction(1, 2)) for answer in sequence]
+        given = [value_of[answer] for answer in sequence if answer is not None]
+        winner = max(given, key=given.count) if given else None  # of equals, max keeps the first
+        assert question_values(samples, "math")["maj@4"] == (winner == Fraction(1, 2)), sequence
+
+
+def test_standard_error_is_that_of_one_sample_or_divides_by_the_wrong_count() -> None:
+    """Against all ways to draw as many questions again, with replacement (the bootstrap, enumerated)."""
+    values = [0.0, 0.25, 1.0, 0.625]
+    means = [sum(drawn) / 4 for drawn in itertools.product(values, repeat=4)]
+    center = sum(means) / len(means)
+    variance = sum((mean - center) ** 2 for mean in means) / len(means)
+    assert estimate(values)["value"] == pytest.approx(center)
+    assert estimate(values)["error"] == pytest.approx(math.sqrt(variance * 4 / 3))
+    assert estimate([0.5]) == {"value": 0.5, "error": None, "questions": 1}
+
+
+def test_greedy_answer_leaks_into_the_sampled_numbers() -> None:
+    samples = [answered("1", True, greedy=True), answered("2", False), answered("2", False), answered(None, False)]
+    values = question_values(samples, "exact")
+    assert (values["greedy"], values["avg@3"], values["maj@3"]) == (1.0, 0.0, 0.0)
+    assert (values["unanswered"], values["unanswered (greedy)"]) == (pytest.approx(1 / 3), 0.0)
+    assert [name for name in values if name.startswith("pass@")] == ["pass@2"]
+
+
+def test_answers_are_scored_against_the_gold_of_a_neighbour(tmp_path: Path, guesser: Guesser) -> None:
+    result = json.loads(run(settings_of(tmp_path)).read_text())["benchmarks"]["own"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "own.jsonl").read_text().splitlines()]
+    assert len(lines) == 7 * 4 == result["samples"]
+    for i, line in enumerate(lines):
+        assert line["question"] == f"What is {i // 4} modulo 2?"
+        assert line["greedy"] == (i % 4 == 0)
+        assert line["correct"] == (line["answer"] is not None and float(line["answer"]) == (i // 4) % 2)
+        assert line["tokens"] == len(line["text"])
+    sampled = [line for line in lines if not line["greedy"]]
+    assert result["numbers"]["avg@3"]["value"] == pytest.approx(sum(line["correct"] for line in sampled) / 21)
+    assert result["numbers"]["truncated"]["value"] == pytest.approx(sum(line["truncated"] for line in sampled) / 21)
+    assert result["numbers"]["tokens"]["value"] == pytest.approx(sum(line["tokens"] for line in sampled) / 21)
+    assert result["groups"]["level"]["1"]["questions"] == 2
+    assert guesser.requests == [f"What is {i} modulo 2?" for pair in ((0, 1), (2, 3), (4, 5), (6,)) for i in pair * 2]
+
+
+# ---------------------------------------------------------------- killed and resumed
+
+
+def test_killed_evaluation_repeats_or_loses_questions(tmp_path: Path, guesser: Guesser) -> None:
+    """Killed after any byte, it ends with the files of an undisturbed run, and asks nothing twice that it kept."""
+    settings = settings_of(tmp_path)
+    result = run(settings)
+    lines, whole = tmp_path / "out" / "own.jsonl", (tmp_path / "out" / "own.jsonl").read_bytes()
+    undisturbed = json.loads(result.read_text())
+    batch = len(b"".join(whole.splitlines(keepends=True)[:8]))
+    for size in [*range(0, len(whole), 137), batch - 1, batch, batch + 1, len(whole)]:
+        lines.write_bytes(whole[:size])
+        result.unlink(missing_ok=True)
+        guesser.requests.clear()
+        assert json.loads(run(settings).read_text()) == undisturbed
+        assert lines.read_bytes() == whole
+        kept = whole[:size].count(b"\n") // 8 * 2 if size < len(whole) else 7
+        assert len(guesser.requests) == 2 * (7 - kept), "a greedy and a sampled request for each question not kept"
+
+
+def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path) -> None:
+    """The same with a real model and transformers' generate, killed inside its third batch."""
+    torch.manual_seed(0)
+    tokenizer = train_tokenizer()
+    new_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = settings_of(tmp_path, model=str(tmp_path / "model"), max_tokens=6, k=2)
+    run(settings)
+    lines = tmp_path / "out" / "own.jsonl"
+    whole = lines.read_bytes()
+    lines.write_bytes(b"".join(whole.splitlines(keepends=True)[:14]) + b'{"id": "4", "quest')
+    run(settings)
+    assert lines.read_bytes() == whole
+
+
+def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser: Guesser) -> None:
+    run(settings_of(tmp_path))
+    with pytest.raises(DataError, match=r"other settings: temperature \(was 0.8, is 1.0\); name another --out"):
+        run(settings_of(tmp_path, temperature=1.0))
+    changed = tmp_path / "changed"
+    changed.mkdir()
+    path = write_questions(changed / "own.jsonl")
+    Path(path).write_text(Path(path).read_text().replace("2 modulo", "4 modulo"))
+    with pytest.raises(DataError, match="own.jsonl, line 9 answers another question"):
+        run(settings_of(tmp_path, benchmarks=(path,)))
+
+
+def test_longer_limit_asks_everything_again_and_a_shorter_one_deletes(tmp_path: Path, guesser: Guesser) -> None:
+    run(settings_of(tmp_path, limit=4))
+    guesser.requests.clear()
+    run(settings_of(tmp_path))
+    assert len(guesser.requests) == 2 * 3
+    whole = (tmp_path / "out" / "own.jsonl").read_bytes()
+    result = json.loads(run(settings_of(tmp_path, limit=2)).read_text())
+    assert result["benchmarks"]["own"]["questions"] == 2
+    assert (tmp_path / "out" / "own.jsonl").read_bytes() == whole
+
+
+def test_second_benchmark_wipes_the_first_result(tmp_path: Path, guesser: Guesser) -> None:
+    run(settings_of(tmp_path))
+    other = write_questions(tmp_path / "other.jsonl", count=3)
+    result = json.loads(run(settings_of(tmp_path, benchmarks=(other,))).read_text())
+    assert {name: each["questions"] for name, each in result["benchmarks"].items()} == {"own": 7, "other": 3}
+
+
+# ---------------------------------------------------------------- compare
+
+
+def two_results(tmp_path: Path) -> tuple[str, str]:
+    pairs = [Pair(str(i), f"question {i}", gold="1") for i in range(5)]
+    paths = []
+    for name, correct in (("before", (0, 1, 0, 0, 1)), ("after", (1, 1, 0, 1, 0))):
+        result = result_of(Benchmark("own", pairs), [answered("1", bool(each), greedy=True) for each in correct])
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"settings": {"model": name, "k": 0}, "benchmarks": {"own": result}}))
+    return str(paths[0]), str(paths[1])
+
+
+def test_difference_has_the_error_of_unpaired_means(tmp_path: Path) -> None:
+    """Differences 1, 0, 0, 1, -1: mean 0.2, variance 0.7, standard error sqrt(0.7 / 5) = 0.3742 (unpaired: 0.3464)."""
+    row = next(line.split() for line in compare(*two_results(tmp_path)).splitlines() if " greedy " in line)
+    assert row == ["own", "greedy", "40.0", "±", "24.5", "60.0", "±", "24.5", "+20.0", "±", "37.4"]
+
+
+def test_compared_results_have_other_questions_or_settings(tmp_path: Path) -> None:
+    before, after = two_results(tmp_path)
+    assert "other settings: model before before, after after" in compare(before, after)
+    other = json.loads(Path(after).read_text())
+    other["benchmarks"]["own"]["fingerprint"] = "0"
+    Path(after).write_text(json.dumps(other))
+    with pytest.raises(DataError, match=r"own has other questions in .*before.json than in .*after.json"):
+        compare(before, after)
+    with pytest.raises(DataError, match=r"nowhere.json is no result.json"):
+        compare("nowhere.json", after)
+
+
+def test_table_hides_the_error_or_the_number_of_samples(tmp_path: Path, guesser: Guesser) -> None:
+    result = json.loads(run(settings_of(tmp_path)).read_text())["benchmarks"]
+    shown = {line.split("  ")[0]: line for line in table(result).splitlines()}
+    number = result["own"]["numbers"]["avg@3"]
+    assert shown["samples"].split() == ["samples", "28"]
+    assert shown["avg@3"].endswith(f"{100 * number['value']:.1f} ± {100 * number['error']:.1f}")
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+@needs_sets
+@pytest.mark.parametrize(
+    "name, count, golds",
+    [
+        ("math500", 500, {0: "\\left( 3, \\frac{\\pi}{2} \\right)", 3: "9"}),
+        ("gsm8k", 1319, {0: "18", 2: "70000"}),
+        ("amc", 83, {0: "142.0"}),
+        ("amc23", 40, {0: "27"}),
+        ("aime24", 30, {0: "73"}),
+        ("aime25", 30, {0: "70"}),
+        ("math", 5000, {0: "2", 2: "\\dfrac{9}{7}"}),
+        ("olympiadbench", 675, {0: "2", 13: "$69$,$84$"}),
+        ("svamp", 1000, {0: "51"}),
+        ("multiarith", 600, {0: "39"}),
+        ("mmlu-pro", 12032, {0: "I"}),
+        ("crux", 800, {1: "{1: None, 2: None}"}),
+    ],
+)
+def test_gold_is_a_whole_solution_or_has_lost_its_digits(name: str, count: int, golds: dict[int, str]) -> None:
+    benchmark = load_benchmark(name, str(SETS))
+    read = [str(pair.gold) for pair in benchmark.pairs]
+    assert len(read) == count
+    assert {i: read[i] for i in golds} == golds
+    assert all(gold.strip() and "####" not in gold and len(gold) < 250 for gold in read)
+    if name in {"gsm8k", "amc", "amc23", "aime24", "aime25", "svamp", "multiarith"}:
+        assert all(float(gold) == int(float(gold)) for gold in read)
+    if name == "mmlu-pro":
+        assert set(read) == set("ABCDEFGHIJ")
+
+
+@needs_sets
+def test_question_lost_half_of_its_text() -> None:
+    first = {name: load_benchmark(name, str(SETS)).pairs[0].question for name in ("svamp", "mmlu-pro", "crux")}
+    assert first["svamp"].endswith("discount of 25 dollars on each pack. How much do you have to pay to buy each pack?")
+    assert "\nI. Unsafe practices, Distress, Fear, Serious\n" in first["mmlu-pro"]
+    assert "output.sort(reverse=True)" in first["crux"] and "f([1, 1, 3, 1, 3, 1])" in first["crux"]
+
+
+def test_right_answers_in_a_benchmarks_own_notation_are_wrong() -> None:
+    for gold, answer in (("142.0", "142"), ("$69$,$84$", "84, 69"), ("$166$", "166 \\text{ cm}^2"), ("2125", "2,125")):
+        assert equivalent(gold, answer), (gold, answer)
+    letters = ["C", "(C)", "\\text{C}", "\\textbf{(C)}", "C. 5 metres", "$C$"]
+    assert [option_letter(answer) for answer in letters] == ["C"] * len(letters)
+    assert option_letter("Copper") == "Copper"
+    literals = ["{'a': 1, 'b': 2}", "\\{'b': 2, 'a': 1\\}", '{"b":2,"a":1}']
+    assert [python_literal(literal) for literal in literals] == [literals[0]] * 3
+    assert are_equal([python_literal("[1, 2]")] * 2, [python_literal("[2, 1]"), python_literal("(1, 2)")], "exact") == [
+        False,
+        False,
+    ]
+    assert python_literal("9**9**9**9") == "9**9**9**9"
+
+
+def test_every_named_benchmark_reads_its_hub_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The columns that the hub's data sets have, where they differ from the files that circulate elsewhere."""
+    rows = {
+        "math": {"problem": "1+1?", "solution": "It is $\\boxed{2}$.", "level": "Level 1", "type": "Algebra"},
+        "multiarith": {"question": "1+1?", "final_ans": "2"},
+        "svamp": {"Body": "One.", "Question": "1+1?", "Answer": "2.0"},
+        "aime25": {"problem": "1+1?", "answer": 2},
+        "olympiadbench": {"question": "1+1?", "final_answer": ["2"]},
+        "gsm8k": {"question": "1+1?", "answer": "1+1\n#### 2"},
+    }
+    for name, row in rows.items():
+        pattern = SOURCES[name].hub_files.pattern
+        file = tmp_path / name / pattern.replace("*", "0", 1).replace("parquet", "jsonl")
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(row) + "\n")
+
+    def snapshot_download(hub: str, **_: Any) -> str:
+        return str(tmp_path / next(name for name, source in SOURCES.items() if source.hub == hub))
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    for name in rows:
+        files = SOURCES[name].hub_files
+        object.__setattr__(files, "pattern", files.pattern.replace("parquet", "jsonl"))
+        (pair,) = load_benchmark(name, str(tmp_path / "nothing")).pairs
+        assert float(str(pair.gold)) == 2 and "1+1?" in pair.question
+
+
+def test_own_file_is_cleared_of_its_duplicates(tmp_path: Path) -> None:
+    path = tmp_path / "own.jsonl"
+    path.write_text('{"problem": "1+1?", "solution": 2}\n' * 3)
+    benchmark = load_benchmark(str(path), question_column="problem", answer_column="solution")
+    assert [(pair.question, pair.gold) for pair in benchmark.pairs] == [("1+1?", "2")] * 3
+
+
+def test_bad_benchmark_is_found_after_the_model_was_loaded(tmp_path: Path, guesser: Guesser) -> None:
+    with pytest.raises(DataError, match="nonsense is no file, no folder and no benchmark: choose from math500, gsm8k"):
+        run(settings_of(tmp_path, benchmarks=("nonsense",)))
+    unlabelled = tmp_path / "unlabelled.jsonl"
+    unlabelled.write_text('{"question": "1+1?"}\n{"question": "1+2?", "answer": 3}\n')
+    with pytest.raises(DataError, match="1 of 2 questions have no gold answer"):
+        run(settings_of(tmp_path, benchmarks=(str(unlabelled),)))
+    (tmp_path / "copy").mkdir()
+    same_name = write_questions(tmp_path / "copy" / "own.jsonl")
+    with pytest.raises(DataError, match="two would write to one file"):
+        run(settings_of(tmp_path, benchmarks=(str(tmp_path / "own.jsonl"), same_name)))
+    assert not guesser.requests
+
+
+def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(*_: Any, **__: Any) -> str:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    with pytest.raises(DataError, match=r"HuggingFaceH4/MATH-500 .* \(ConnectionError\): put math500.jsonl below"):
+        load_benchmark("math500", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "flags, complaint",
+    [
+        ({"model": None}, "--model is missing"),
+        ({"k": 0, "greedy": False}, "asks for no answer"),
+        ({"temperature": 0.0}, "--temperature 0.0 must be over 0"),
+        ({"limit": 0}, "--limit 0 must be at least 1"),
+    ],
+)
+def test_senseless_flag_is_obeyed(flags: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(DataError, match=complaint):
+        evaluate.check(Settings(**{"model": "letters", **flags}))
+
+
+def test_evaluation_follows_a_moving_link(tmp_path: Path) -> None:
+    (tmp_path / "step-000010").mkdir()
+    (tmp_path / "latest").symlink_to("step-000010")
+    assert evaluate.check(Settings(model=str(tmp_path / "latest"))).model == str(tmp_path / "step-000010")
