@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, Literal
 
 import torch
@@ -39,6 +39,7 @@ from benchmark_data import Benchmark, load_benchmark
 from data import DataError, prompt_ids, read_chat_template
 from packing import PackedLM
 from policy import ModelError, load, stop_token_ids
+from results import compare, estimate, read_result, table, write_json
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import Rollout, Sample, Sampler, TransformersSampler, request_seed
 
@@ -61,7 +62,7 @@ class Settings:
     """longer answers are cut"""
     seed: int = 0
     """of the sampled answers"""
-    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    sampler: Literal["auto", "hf"] = "auto"
     """hf: transformers' generate"""
     chat_template: str | None = None
     """Jinja file, for a tokenizer without a chat template"""
@@ -153,13 +154,15 @@ def kept_answers(path: Path, benchmark: Benchmark, settings: Settings) -> list[A
         lines = lines[: len(lines) // per_batch * per_batch]
         if path.exists():
             os.truncate(path, sum(map(len, lines)))
-    kept = [Answered(**json.loads(line)) for line in lines[:wanted]]
-    for i, each in enumerate(kept):
+    kept = []
+    for i, line in enumerate(lines[:wanted]):
         pair = benchmark.pairs[i // per_question]
-        if (each.question, each.gold) != (pair.question, pair.gold):
-            raise DataError(
-                f"{path}, line {i + 1} answers another question than the benchmark asks: name another --out"
-            )
+        try:
+            kept.append(Answered(**json.loads(line)))
+        except (ValueError, TypeError) as problem:
+            raise DataError(f"{path}, line {i + 1} is no answer of an evaluation: name another --out") from problem
+        if (kept[i].question, kept[i].gold) != (pair.question, pair.gold):
+            raise DataError(f"{path}, line {i + 1} answers another question than {benchmark.name}: name another --out")
     return kept
 
 
@@ -221,14 +224,6 @@ def question_values(answered: Sequence[Answered], match: Match) -> dict[str, flo
     return values
 
 
-Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
-
-
-def estimate(values: Sequence[float]) -> Estimate:
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-    return {"value": fmean(values), "error": error, "questions": len(values)}
-
-
 def result_of(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, Any]:
     """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
     per_question = len(answered) // len(benchmark.pairs)
@@ -274,76 +269,6 @@ def accuracies(
     }
 
 
-# ---------------------------------------------------------------- showing
-
-COUNTS = ("questions", "samples")
-
-
-def written(estimate: Estimate, name: str, sign: str = "") -> str:
-    """`43.2 ± 1.8`: percent, or tokens."""
-    scale = 1 if name.startswith("tokens") else 100
-    error = "" if estimate["error"] is None else f" ± {scale * estimate['error']:.1f}"
-    return f"{scale * estimate['value']:{sign},.1f}{error}"
-
-
-def in_columns(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    )
-
-
-def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row for each number, a column for each benchmark; then its main number by level, subject and the like."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result["numbers"]))
-    rows = [["", *results]]
-    rows += [[count, *(f"{result[count]:,}" for result in results.values())] for count in COUNTS]
-    for name in names:
-        cells = [result["numbers"].get(name) for result in results.values()]
-        rows.append([name, *(written(cell, name) if cell else "" for cell in cells)])
-    lines = [in_columns(rows), "in percent, ± the standard error over questions; tokens a response"]
-    for benchmark, result in results.items():
-        for column, groups in result["groups"].items():
-            parts = [f"{group} {written(each, '')} ({each['questions']:,})" for group, each in groups.items()]
-            lines.append(f"\n{benchmark}, {result['groups of']} by {column}:\n  " + "\n  ".join(parts))
-    return "\n".join(lines)
-
-
-def read_result(path: str) -> dict[str, Any]:
-    try:
-        result = json.loads(Path(path).read_text())
-        return {"settings": dict(result["settings"]), "benchmarks": dict(result["benchmarks"])}
-    except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{path} is no result.json of an evaluation: {problem!r}") from problem
-
-
-def compare(before_path: str, after_path: str) -> str:
-    """Every number that both results have: before, after, and their mean difference question by question, whose
-    standard error is smaller than that of two separate means, as both were asked the same questions."""
-    before, after = read_result(before_path), read_result(after_path)
-    shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
-    if not shared:
-        raise DataError(f"{before_path} and {after_path} have no benchmark in common")
-    rows = [["", "", "before", "after", "difference"]]
-    for benchmark in shared:
-        a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
-        if a["fingerprint"] != b["fingerprint"]:
-            raise DataError(
-                f"{benchmark} has other questions in {before_path} than in {after_path}: evaluate one again"
-            )
-        for name in [name for name in a["numbers"] if name in b["numbers"]]:
-            difference = estimate([y - x for x, y in zip(a["values"][name], b["values"][name], strict=True)])
-            both = [written(result["numbers"][name], name) for result in (a, b)]
-            rows.append([benchmark, name, *both, written(difference, name, sign="+")])
-    lines = [f"before: {before_path}", f"after:  {after_path}", in_columns(rows)]
-    for name, value in before["settings"].items():
-        if value != after["settings"].get(name):
-            lines.append(f"other settings: {name} {value} before, {after['settings'].get(name)} after")
-    return "\n".join(lines)
-
-
 # ---------------------------------------------------------------- command line
 
 
@@ -355,23 +280,24 @@ def make_sampler(
 
 def output_folder(settings: Settings) -> Path:
     """Where the answers are kept, with the settings that they were made with; other settings need another folder."""
-    name = "-".join(
-        part for part in Path(str(settings.model)).parts[-4:] if part not in ("/", ".", "..", "checkpoints")
-    )
-    folder = Path(settings.out) if settings.out else Path("runs", "evaluations", name)
-    path = folder / "settings.json"
+    parts = [part for part in Path(str(settings.model)).parts[-4:] if part not in ("/", ".", "..", "checkpoints")]
+    folder = Path(settings.out) if settings.out else Path("runs", "evaluations", "-".join(parts))
     now = {name: value for name, value in asdict(settings).items() if name not in WITHOUT_EFFECT}
-    if path.exists():
-        before = json.loads(path.read_text())
-        if changes := [
-            f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]
-        ]:
-            raise DataError(
-                f"{folder} holds answers made with other settings: {', '.join(changes)}; name another --out"
-            )
+    if any(file.stat().st_size for file in folder.glob("*.jsonl")):
+        before = read_settings(folder)
+        changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
+        if changed:
+            raise DataError(f"{folder} holds answers of other settings: {', '.join(changed)}; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(now, indent=2) + "\n")
+    write_json(folder / "settings.json", now)
     return folder
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((folder / "settings.json").read_text()))
+    except (OSError, ValueError, TypeError) as problem:
+        raise DataError(f"{folder} holds .jsonl files but no settings.json of theirs: name another --out") from problem
 
 
 def run(settings: Settings) -> Path:
@@ -396,12 +322,10 @@ def run(settings: Settings) -> Path:
             results[benchmark.name] = result_of(benchmark, answered)
     path = folder / "result.json"
     earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
-    result = {
-        "settings": json.loads((folder / "settings.json").read_text()),
-        "benchmarks": earlier | results,
-        "grading": answers.counts(),
-    }
-    path.write_text(json.dumps(result) + "\n")
+    write_json(
+        path,
+        {"settings": read_settings(folder), "benchmarks": earlier | results, "grading": answers.counts()},
+    )
     print(table(results))
     print(f"kept in {path}")
     return path
@@ -428,7 +352,10 @@ def check(settings: Settings) -> Settings:
 def main() -> None:
     settings = tyro.cli(Settings, description=__doc__)
     try:
-        print(compare(*settings.compare)) if settings.compare else run(check(settings))
+        if settings.compare:
+            print(compare(*settings.compare))
+        else:
+            run(check(settings))
     except (DataError, ModelError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""evaluate.py and benchmark_data.py: each test is named after the bug it prevents."""
+"""evaluate.py, results.py and benchmark_data.py: each test is named after the bug it prevents."""
 
 import itertools
 import json
@@ -11,6 +11,8 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -18,7 +20,9 @@ import evaluate
 from benchmark_data import SOURCES, Benchmark, load_benchmark, option_letter, python_literal
 from data import DataError, Pair
 from embedded import new_model, train_tokenizer
-from evaluate import Answered, Settings, compare, estimate, pass_at_k, question_values, result_of, run, table
+from evaluate import Answered, Settings, pass_at_k, question_values, result_of, run
+from policy import ModelError
+from results import compare, estimate, table
 from rewards import are_equal, equivalent
 from rollout import Rollout
 
@@ -185,7 +189,9 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path) -> N
 
 def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser: Guesser) -> None:
     run(settings_of(tmp_path))
-    with pytest.raises(DataError, match=r"other settings: temperature \(was 0.8, is 1.0\); name another --out"):
+    with pytest.raises(
+        DataError, match=r"answers of other settings: temperature \(was 0.8, is 1.0\); name another --out"
+    ):
         run(settings_of(tmp_path, temperature=1.0))
     changed = tmp_path / "changed"
     changed.mkdir()
@@ -193,6 +199,26 @@ def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser
     Path(path).write_text(Path(path).read_text().replace("2 modulo", "4 modulo"))
     with pytest.raises(DataError, match="own.jsonl, line 9 answers another question"):
         run(settings_of(tmp_path, benchmarks=(path,)))
+
+
+def test_failed_start_blocks_its_folder(tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistyped model leaves a folder with settings and no answers."""
+
+    def fail(*_: Any) -> None:
+        raise ModelError("no such model")
+
+    with monkeypatch.context() as patched, pytest.raises(ModelError):
+        patched.setattr(evaluate, "load", fail)
+        run(settings_of(tmp_path, model="leters"))
+    assert run(settings_of(tmp_path)).exists()
+
+
+def test_foreign_file_is_taken_for_answers(tmp_path: Path, guesser: Guesser) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "own.jsonl").write_text('{"question": "1+1?"}\n')
+    with pytest.raises(DataError, match="holds .jsonl files but no settings.json of theirs"):
+        run(settings_of(tmp_path))
+    assert (tmp_path / "out" / "own.jsonl").read_text() == '{"question": "1+1?"}\n'
 
 
 def test_longer_limit_asks_everything_again_and_a_shorter_one_deletes(tmp_path: Path, guesser: Guesser) -> None:
@@ -319,18 +345,18 @@ def test_every_named_benchmark_reads_its_hub_files(tmp_path: Path, monkeypatch: 
         "gsm8k": {"question": "1+1?", "answer": "1+1\n#### 2"},
     }
     for name, row in rows.items():
-        pattern = SOURCES[name].hub_files.pattern
-        file = tmp_path / name / pattern.replace("*", "0", 1).replace("parquet", "jsonl")
+        file = tmp_path / name / SOURCES[name].hub_files.pattern.replace("*", "0")
         file.parent.mkdir(parents=True)
-        file.write_text(json.dumps(row) + "\n")
+        if file.suffix == ".parquet":
+            pq.write_table(pa.Table.from_pylist([row]), file)
+        else:
+            file.write_text(json.dumps(row) + "\n")
 
     def snapshot_download(hub: str, **_: Any) -> str:
         return str(tmp_path / next(name for name, source in SOURCES.items() if source.hub == hub))
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     for name in rows:
-        files = SOURCES[name].hub_files
-        object.__setattr__(files, "pattern", files.pattern.replace("parquet", "jsonl"))
         (pair,) = load_benchmark(name, str(tmp_path / "nothing")).pairs
         assert float(str(pair.gold)) == 2 and "1+1?" in pair.question
 
