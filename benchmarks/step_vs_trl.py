@@ -14,6 +14,8 @@ between the steps: three for each weight and trained token, one for each referen
 each prompt once and each sampled token, all rows of a step at a time.
 """
 
+import json
+import math
 import multiprocessing
 import os
 import random
@@ -22,10 +24,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import Any
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import tyro
 
@@ -59,6 +64,8 @@ class Settings:
     """sequences of one forward-backward pass of TRL (None: TRL's default, 8)"""
     trl_checkpointing: bool = False
     """gradient checkpointing in TRL, its default: less memory, a forward pass more; ours never does it"""
+    clock: Literal["wall", "cpu"] = "wall"
+    """cpu: the work of one thread, which busy neighbours stretch less than the time on the wall"""
     kl_coef: float = 0.005
     """0 leaves out the reference pass on both sides"""
 
@@ -85,11 +92,16 @@ def forget_peak() -> float:
     return memory_gb("VmRSS")
 
 
+def clock() -> float:
+    """Seconds: of the wall, or with STEP_VS_TRL_CLOCK=cpu of this process's work, which neighbours do not stretch."""
+    return time.process_time() if os.environ.get("STEP_VS_TRL_CLOCK") == "cpu" else time.perf_counter()
+
+
 @contextmanager
 def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
-    begin = time.perf_counter()
+    begin = clock()
     yield
-    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - begin
+    seconds[phase] = seconds.get(phase, 0.0) + clock() - begin
 
 
 def timed_method(owner: Any, name: str, seconds: dict[str, float], phase: str) -> None:
@@ -106,14 +118,23 @@ def force_length(scores: Any, eos_ids: Sequence[int], lengths: Any, position: in
     """scores [N, V] that allow a stop token exactly when a row has reached its length [N]."""
     stop = (lengths <= position + 1)[:, None]
     forced = scores.masked_fill(stop, -float("inf"))
-    forced[:, eos_ids] = (~stop).float().log().neg().masked_fill(stop, 0.0).neg().expand(-1, len(eos_ids))
+    forced[:, eos_ids] = -float("inf")
+    forced[:, eos_ids[:1]] = forced[:, eos_ids[:1]].masked_fill(stop, 0.0)
     return forced
 
 
 # ---------------------------------------------------------------- ours
 
 
-def our_config(settings: Settings) -> Any:
+def write_questions(settings: Settings, folder: Path) -> None:
+    """As many as all steps ask, so that every step of ours has the same number."""
+    from word_problems import word_problems
+
+    rows = list(islice(word_problems("train"), settings.questions * (settings.warmup + settings.steps)))
+    (folder / "questions.jsonl").write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
+
+
+def our_config(settings: Settings, folder: Path) -> Any:
     from config import EMBEDDED, Config, Data, Model
 
     config = EMBEDDED if settings.model == "embedded" else Config(model=Model(settings.model))
@@ -123,28 +144,44 @@ def our_config(settings: Settings) -> Any:
     return replace(
         config,
         method=replace(config.method, variant="majority", kl_coef=settings.kl_coef),
-        data=Data(source="embedded", questions_per_step=settings.questions),
+        data=Data(source=str(folder / "questions.jsonl"), questions_per_step=settings.questions),
         sampling=replace(config.sampling, rollouts=settings.rollouts, max_response_tokens=settings.response_tokens),
         optimisation=optimisation,
-        run=replace(config.run, out=f"/tmp/step-vs-trl-{os.getpid()}"),
+        run=replace(config.run, out=str(folder / "ours")),
     )
 
 
-def our_side(settings: Settings, link: Connection) -> None:
+def force_our_lengths(settings: Settings, eos_ids: Sequence[int]) -> Any:
+    """Forbid and force stop tokens where rows are drawn; returns the lengths [N]."""
     import torch
 
     import rollout
+
+    lengths, draw, position, active = torch.tensor(settings.lengths()), rollout.draw, 0, torch.empty(0)
+
+    def forced(logits: Any, uniforms: Any, temperature: float) -> Any:
+        nonlocal position, active
+        if position == 0 or not len(active):  # a new step begins
+            position, active = 0, lengths
+        token, logp = draw(force_length(logits, eos_ids, active, position), uniforms, temperature)
+        position += 1
+        active = active[active > position]  # rows that have stopped leave the batch
+        return token, logp
+
+    rollout.draw = forced
+    return lengths
+
+
+def our_side(settings: Settings, folder: Path, link: Connection) -> None:
+    import torch
+
     import train
 
     torch.set_num_threads(settings.threads)
-    run, _ = train.prepare(our_config(settings))
+    run, _ = train.prepare(our_config(settings, folder))
     torch.set_num_threads(settings.threads)
-    lengths, draw = torch.tensor(settings.lengths()), rollout.SeededSampling.__call__
-
-    def forced(self: Any, input_ids: Any, scores: Any) -> Any:
-        return draw(self, input_ids, force_length(scores, run.sampler.eos_ids, lengths, len(self.logp)))
-
-    rollout.SeededSampling.__call__ = forced  # type: ignore[method-assign]
+    lengths = force_our_lengths(settings, run.sampler.eos_ids)
+    train.metrics.time = SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
     names = {"rollout": "generation", "reward": "reward", "reference": "reference", "update": "training"}
     link.send({"loaded_gb": forget_peak()})
     for step in range(settings.warmup + settings.steps):
@@ -178,12 +215,12 @@ def floor(lm: Any, settings: Settings, prompts: list[int]) -> dict[str, float]:
             weight = next(weight for weight in weights if tuple(weight.shape) == shape).detach()
             x = torch.ones(tokens, into)
             grad = torch.ones(tokens, out) if backward else None
-            begin = time.perf_counter()
+            begin = clock()
             x @ weight.T
             if grad is not None:
                 grad @ weight
                 grad.T @ x
-            total += (time.perf_counter() - begin) * shapes.count(shape)
+            total += (clock() - begin) * shapes.count(shape)
         return total
 
     def many(weights: Sequence[Any], tokens: int, backward: bool, at_once: int = 2048) -> float:
@@ -208,18 +245,17 @@ def floor(lm: Any, settings: Settings, prompts: list[int]) -> dict[str, float]:
 # ---------------------------------------------------------------- TRL
 
 
-def trl_dataset(settings: Settings, tokenizer: Any) -> Any:
+def trl_dataset(settings: Settings, folder: Path) -> Any:
     """Our questions in the order of our steps."""
     from datasets import Dataset
 
-    from data import SYSTEM_PROMPT, load_pairs, prompt_pairs, questions_of_step
+    from data import SYSTEM_PROMPT, load_pairs, questions_of_step
 
-    pairs = prompt_pairs(load_pairs("embedded"), tokenizer, 512)
+    pairs = load_pairs(str(folder / "questions.jsonl"))
     steps = range(settings.warmup + settings.steps)
     order = [i for step in steps for i in questions_of_step(len(pairs), settings.questions, 0, step)]
     messages = [
-        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": pairs[i].pair.question}]
-        for i in order
+        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": pairs[i].question}] for i in order
     ]
     return Dataset.from_dict({"prompt": messages})
 
@@ -236,7 +272,7 @@ def trl_reward(settings: Settings) -> Callable[..., list[float]]:
     return agreement
 
 
-def trl_trainer(settings: Settings) -> Any:
+def trl_trainer(settings: Settings, folder: Path) -> Any:
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer
 
@@ -248,9 +284,9 @@ def trl_trainer(settings: Settings) -> Any:
     micro_batch = settings.trl_micro_batch or 8
     if rows % micro_batch:
         raise SystemExit(f"--trl-micro-batch {micro_batch} does not divide the {rows} rollouts of a step")
-    ours = our_config(settings)
+    ours = our_config(settings, folder)
     arguments = GRPOConfig(
-        output_dir=f"/tmp/step-vs-trl-{os.getpid()}",
+        output_dir=str(folder / "trl"),
         per_device_train_batch_size=micro_batch,
         gradient_accumulation_steps=rows // micro_batch,
         num_generations=settings.rollouts,
@@ -276,17 +312,17 @@ def trl_trainer(settings: Settings) -> Any:
         model=path,
         reward_funcs=trl_reward(settings),
         args=arguments,
-        train_dataset=trl_dataset(settings, tokenizer),
+        train_dataset=trl_dataset(settings, folder),
         processing_class=tokenizer,
     )
 
 
-def trl_side(settings: Settings, link: Connection) -> None:
+def trl_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
     from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
 
     torch.set_num_threads(settings.threads)
-    trainer = trl_trainer(settings)
+    trainer = trl_trainer(settings, folder)
     torch.set_num_threads(settings.threads)
     lengths, seconds, sampled = torch.tensor(settings.lengths()), dict[str, float](), 0
 
@@ -327,10 +363,10 @@ def trl_side(settings: Settings, link: Connection) -> None:
         def on_step_begin(self, *_: Any, **__: Any) -> None:
             link.recv()
             seconds.clear()
-            self.begin = time.perf_counter()
+            self.begin = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["whole"] = time.perf_counter() - self.begin
+            seconds["whole"] = clock() - self.begin
             seconds["training"] = seconds["whole"] - seconds["prepare"]
             link.send({"seconds": dict(seconds), "sampled": sampled, "peak_gb": memory_gb("VmHWM")})
 
@@ -342,9 +378,12 @@ def trl_side(settings: Settings, link: Connection) -> None:
 # ---------------------------------------------------------------- both
 
 
-def start(side: Callable[[Settings, Connection], None], settings: Settings) -> tuple[Any, Connection, float]:
+Side = Callable[[Settings, Path, Connection], None]
+
+
+def start(side: Side, settings: Settings, folder: Path) -> tuple[Any, Connection, float]:
     here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=side, args=(settings, there), daemon=True)
+    process = multiprocessing.get_context("spawn").Process(target=side, args=(settings, folder, there), daemon=True)
     process.start()
     there.close()
     return process, here, here.recv()["loaded_gb"]
@@ -356,9 +395,7 @@ def ask(link: Connection) -> dict[str, Any]:
     return answer
 
 
-def table(
-    seconds: dict[str, dict[str, float]], tokens: int, peak: dict[str, float], loaded: dict[str, float]
-) -> str:
+def table(seconds: dict[str, dict[str, float]], tokens: int, peak: dict[str, float], loaded: dict[str, float]) -> str:
     """Markdown; seconds[side][phase] are medians."""
     lines = ["| phase | ours, s | TRL, s | TRL / ours | ours, tokens/s | TRL, tokens/s | floor, s | ours / floor |"]
     lines.append("|---" * 8 + "|")
@@ -373,21 +410,30 @@ def table(
     steps_add = {side: peak[side] - loaded[side] for side in peak}
     for name, value in (("of the process", peak), ("once loaded", loaded), ("added by the steps", steps_add)):
         trl_gb = value.get("trl")
-        lines.append(f"| {name} | {value['ours']:.3f} | {trl_gb or 0:.3f} | {value['ours'] / trl_gb if trl_gb else 0:.2f} |")
+        lines.append(
+            f"| {name} | {value['ours']:.3f} | {trl_gb or 0:.3f} | {value['ours'] / trl_gb if trl_gb else 0:.2f} |"
+        )
     return "\n".join(lines)
 
 
 def main(settings: tyro.conf.OmitArgPrefixes[Settings], alone: bool = False) -> None:
     """`alone`: ours and the floor, without TRL."""
-    os.environ["OMP_NUM_THREADS"] = str(settings.threads)
-    sides: dict[str, Callable[[Settings, Connection], None]] = {"ours": our_side}
+    os.environ |= {"OMP_NUM_THREADS": str(settings.threads), "STEP_VS_TRL_CLOCK": settings.clock}
+    sides: dict[str, Side] = {"ours": our_side}
     if not alone:
         from importlib.util import find_spec
 
         if not find_spec("trl"):
             raise SystemExit("error: TRL is not installed: pip install -r requirements-bench.txt, or give --alone")
         sides["trl"] = trl_side
-    started = {name: start(side, settings) for name, side in sides.items()}
+    with TemporaryDirectory() as folder:
+        write_questions(settings, Path(folder))
+        measure(settings, sides, Path(folder))
+
+
+def measure(settings: Settings, sides: dict[str, Side], folder: Path) -> None:
+    """Let the sides take their steps in turn; print medians."""
+    started = {name: start(side, settings, folder) for name, side in sides.items()}
     measured: dict[str, list[dict[str, float]]] = {name: [] for name in [*sides, "floor"]}
     peak: dict[str, float] = {}
     for step in range(settings.warmup + settings.steps):
