@@ -1,5 +1,5 @@
-"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it the trainer's own model (here) or
-vLLM (vllm_sampler.py).
+"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it the trainer's own model (here)
+or vLLM (vllm_sampler.py).
 
     with sampler.holding(lm) as sample:                       # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # G rollouts a prompt, groups contiguous

@@ -15,7 +15,6 @@ each prompt once and each sampled token, all rows of a step at a time.
 """
 
 import json
-import math
 import multiprocessing
 import os
 import random
@@ -159,11 +158,11 @@ def force_our_lengths(settings: Settings, eos_ids: Sequence[int]) -> Any:
 
     lengths, draw, position, active = torch.tensor(settings.lengths()), rollout.draw, 0, torch.empty(0)
 
-    def forced(logits: Any, uniforms: Any, temperature: float) -> Any:
+    def forced(logits: Any, uniforms: Any, *how: float) -> Any:
         nonlocal position, active
         if position == 0 or not len(active):  # a new step begins
             position, active = 0, lengths
-        token, logp = draw(force_length(logits, eos_ids, active, position), uniforms, temperature)
+        token, logp = draw(force_length(logits, eos_ids, active, position), uniforms, *how)
         position += 1
         active = active[active > position]  # rows that have stopped leave the batch
         return token, logp

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import metrics
 from packing import PackedLM, micro_batches
 from policy import score, stop_token_ids
-from rollout import Rollout, TransformersSampler, draw, uniform_numbers, request_seed
+from rollout import Rollout, TransformersSampler, draw, request_seed, uniform_numbers
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 SEEDS = [request_seed(0, 0, i, "x", "policy") for i in range(len(PROMPTS))]
