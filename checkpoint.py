@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from packing import PackedLM
 
-HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "tensorboard", "wandb")}
+HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "tensorboard", "wandb", "profile")}
 HARMLESS |= {"sampling.engine_memory"} | {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
 
 

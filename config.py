@@ -82,7 +82,7 @@ class Model:
 @dataclass(frozen=True)
 class Sampling:
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: generate of transformers; auto: vllm if it is installed and there is a GPU, else hf"""
+    """hf: the trainer's own model; auto: vllm if it is installed and there is a GPU, else hf"""
     engine_memory: float = 0.5
     """share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most"""
     tensor_parallel: int = 1
@@ -131,6 +131,8 @@ class Run:
     """also log to TensorBoard, in the run's folder"""
     wandb: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline works)"""
+    profile: bool = False
+    """write a PyTorch trace of the second step to trace.json, for chrome://tracing or ui.perfetto.dev"""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ EMBEDDED = Config(
         eval_samples=4,
     ),
     sampling=Sampling(max_response_tokens=32),
-    optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99),
+    optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99, tokens_per_micro_batch=2048),
 )
 
 

@@ -102,8 +102,8 @@ def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> N
             group["lr"] = learning_rate(step, total, peak, warmup=0.05, schedule="cosine")
         rollouts = demonstrations(tokenizer, rng, 64, flawed)
         batch = pack(rollouts, range(len(rollouts)), torch.device("cpu"))
-        logp = model(batch, temperature=1.0).logp
-        (-logp.sum() / batch.mask.sum()).backward()
+        tokens = batch.mask.sum()
+        model(batch, temperature=1.0, token_loss=lambda logp, _, tokens=tokens: -logp / tokens).loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -77,17 +77,20 @@ def step_denominator(how: Aggregation, sequences: int, tokens: int, max_tokens: 
     return {"token": max(tokens, 1), "sequence": sequences, "dr-grpo": sequences * max_tokens}[how]
 
 
-def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
-    """Scalar share of these sequences [B, T] in the step's loss.
+def token_weights(mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
+    """What each token counts [B, T] in the step's loss, 0 where `mask` is.
 
     "token": every response token of the step weighs the same; "sequence": every rollout does (Eq. 4 as printed);
     "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is that of
     `step_denominator`, or one for each sequence [B] where they belong to different views.
     """
-    per_sequence = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)
-    if how == "sequence":
-        per_sequence = per_sequence / mask.sum(dim=1).clamp(min=1)
-    return (per_sequence / denominator).sum()
+    length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else torch.ones_like(mask[:, 0], dtype=torch.int64)
+    return (mask != 0) / (length * denominator)[:, None]
+
+
+def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
+    """Scalar share of these sequences [B, T] in the step's loss, see `token_weights`."""
+    return (per_token.masked_fill(mask == 0, 0.0) * token_weights(mask, how, denominator)).sum()
 
 
 def learning_rate(

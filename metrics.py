@@ -45,6 +45,17 @@ class Clock:
         self.seconds[f"seconds_{phase}"] = self.seconds.get(f"seconds_{phase}", 0.0) + seconds
 
 
+@contextmanager
+def tracing(file: Path, wanted: bool) -> Iterator[None]:
+    """PyTorch's trace of what happens inside, if `wanted`."""
+    if not wanted:
+        yield
+        return
+    with torch.profiler.profile() as profiler:
+        yield
+    profiler.export_chrome_trace(str(file))
+
+
 def response_metrics(rollouts: Sequence[Rollout], answers: Sequence[str | None], suffix: str = "") -> dict[str, float]:
     """Length, cuts and answers of rollouts, one question or many."""
     given = Counter(answer for answer in answers if answer is not None)

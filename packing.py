@@ -8,7 +8,7 @@ Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T
 H hidden, V vocabulary.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, PreTrainedModel
 
 from rollout import Rollout
 
-LOGITS_PER_CHUNK = 2**25  # 128 MiB in float32
+# In float32 256 MiB on a GPU; on a CPU 32 MiB, where larger ones leave the cache and smaller ones add up too often.
+LOGITS_PER_CHUNK = 2**26 if torch.cuda.is_available() else 2**23
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class MicroBatch:
     position_ids: Tensor  # [1, S]
     token_at: Tensor  # [B, L] index into S; 0 past a sequence's end
     row_at: Tensor  # [S] index into B*L, the inverse
+    bounds: Tensor  # [B + 1] int32, where sequences begin and end in S
     predictor_at: Tensor  # [B, T] index into S of the token that predicts each response token
     targets: Tensor  # [B, T] the response tokens
     mask: Tensor  # [B, T] bool, by length and never by token id: the stop token is trained on, padding is not
@@ -42,8 +45,9 @@ class TokenStats(NamedTuple):
     """Per response token [B, T], 0 where the mask is; of the distribution at the sampling temperature."""
 
     logp: Tensor
-    entropy: Tensor  # nats; carries no gradient
-    self_certainty: Tensor  # logsumexp(z) - mean(z); carries no gradient
+    entropy: Tensor  # nats
+    self_certainty: Tensor  # logsumexp(z) - mean(z)
+    loss: Tensor  # the sum of a `TokenLoss` over all of them, with gradient; 0 where none was asked for
 
 
 def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device) -> MicroBatch:
@@ -66,6 +70,7 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
         position_ids=positions[in_sequence][None],
         token_at=(starts[:, None] + positions).masked_fill(~in_sequence, 0),
         row_at=in_sequence.flatten().nonzero().squeeze(1),
+        bounds=F.pad(lengths.cumsum(0), (1, 0)).int(),
         predictor_at=predictor_at.masked_fill(~mask, 0),
         targets=padded([r.response_ids for r in chosen]),
         mask=mask,
@@ -74,8 +79,10 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
     return MicroBatch(*(tensor.to(device) for tensor in vars(batch).values()))
 
 
-def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
-    """All rollouts, packed into micro-batches of at most `tokens` tokens (a longer sequence gets its own).
+def micro_batches(
+    rollouts: Sequence[Rollout], tokens: int, device: torch.device, rows: Iterable[int] | None = None
+) -> list[MicroBatch]:
+    """The rollouts at `rows` (None: all), in micro-batches of at most `tokens` tokens (a longer one gets its own).
 
     Neighbours in length go together: attention, the only part that pads on a CPU, then pads little.
     """
@@ -85,13 +92,17 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
 
     groups: list[list[int]] = []
     used = tokens
-    for row in sorted(range(len(rollouts)), key=length):
+    for row in sorted(range(len(rollouts)) if rows is None else rows, key=length):
         if used + length(row) > tokens:
             groups.append([])
             used = 0
         groups[-1].append(row)
         used += length(row)
     return [pack(rollouts, rows, device) for rows in groups]
+
+
+def runs_flash(query: Tensor) -> bool:
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
 def packed_attention(
@@ -107,15 +118,21 @@ def packed_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence of a micro-batch, for transformers' attention interface.
 
-    query [1, heads, S, d]; key and value may have fewer heads. Sequences are laid out [B, L] for the attention alone:
-    padding on the right needs no mask under causal attention, and its outputs are dropped. A layer with a sliding
-    window sees that many tokens, the present one included.
+    query [1, heads, S, d]; key and value may have fewer heads. In half precision on a GPU this is flash attention of
+    variable length; elsewhere sequences are laid out [B, L] for the attention alone: padding on the right needs no mask
+    under causal attention, and its outputs are dropped. A layer with a sliding window sees that many tokens, the
+    present one included.
     """
+    longest, window = packing.token_at.shape[1], None
+    if runs_flash(query):
+        ends = (packing.bounds, packing.bounds, longest, longest)
+        left = -1 if sliding_window is None else sliding_window - 1
+        tokens_first = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
+        return varlen_attn(*tokens_first, *ends, scale=scaling, window_size=(left, 0), enable_gqa=True)[None], None
 
     def rows(packed: Tensor) -> Tensor:
         return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
 
-    longest, window = packing.token_at.shape[1], None
     if sliding_window is not None and sliding_window < longest:
         window = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
     output = F.scaled_dot_product_attention(
@@ -132,42 +149,66 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-class ChunkedHead(torch.autograd.Function):
-    """(hidden [R, H], weight [V, H], targets [R], temperature) -> log p(target), entropy, self-certainty, each [R].
+# Log-probs of some of the R response tokens, and which ones -> the loss of each, already weighted: they are only added.
+TokenLoss = Callable[[Tensor, slice], Tensor]
 
-    Sums over the vocabulary and over tokens are float32. Only the first output carries a gradient:
-    d log p(y) / d z = onehot(y) - softmax(z), from logits that the backward pass computes again.
+
+class ChunkedHead(torch.autograd.Function):
+    """(hidden [R, H], weight [V, H], targets [R], temperature, token_loss) -> loss, and per token [R] log p(target),
+    entropy, self-certainty. The loss is the sum of `token_loss` and carries the gradient; without one it is 0.
+
+    A loss that is a sum over tokens has its gradient at hand as soon as a token's logits are,
+
+        d loss / d z = (d loss / d log p(y)) (onehot(y) - softmax(z)) / temperature,
+
+    so the gradients of hidden and weight are formed in the forward pass: three matrix products in all, and no logits
+    computed twice. Sums over the vocabulary and over tokens are float32.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, token_loss: TokenLoss | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        loss = hidden.new_zeros((), dtype=torch.float32)
         logp, entropy, certainty = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        if token_loss is not None:
+            grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+            ctx.gradients = grad_hidden, grad_weight
         for chunk in token_chunks(len(hidden), len(weight)):
             logits = (hidden[chunk] @ weight.T).float() / temperature  # [chunk, V]
-            log_z = logits.logsumexp(dim=-1)
-            logp[chunk] = logits.gather(-1, targets[chunk, None]).squeeze(-1) - log_z
-            certainty[chunk] = log_z - logits.mean(dim=-1)
-            entropy[chunk] = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-        ctx.save_for_backward(hidden, weight, targets)
-        ctx.temperature = temperature
-        ctx.mark_non_differentiable(entropy, certainty)
-        return logp, entropy, certainty
+            target = targets[chunk, None]
+            log_z = logits.logsumexp(dim=-1, keepdim=True)
+            probabilities = torch.exp(logits - log_z)
+            logp[chunk] = (logits.gather(-1, target) - log_z).squeeze(-1)
+            certainty[chunk] = log_z.squeeze(-1) - logits.mean(dim=-1)
+            entropy[chunk] = log_z.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
+            if token_loss is None:
+                continue
+            value, slope = value_and_slope(token_loss, logp[chunk], chunk)  # [chunk]
+            loss += value.sum()
+            scale = slope[:, None] / temperature
+            grad_logits = probabilities.mul_(-scale).scatter_add_(-1, target, scale).to(hidden.dtype)
+            grad_hidden[chunk] = grad_logits @ weight
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
+            else:
+                grad_weight += grad_logits.T @ hidden[chunk]
+        ctx.mark_non_differentiable(logp, entropy, certainty)
+        return loss, logp, entropy, certainty
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
-        for chunk in token_chunks(len(hidden), len(weight)):
-            logits = (hidden[chunk] @ weight.T).float() / ctx.temperature
-            grad_logits = -logits.softmax(dim=-1)
-            grad_logits.scatter_add_(-1, targets[chunk, None], torch.ones_like(grad_logits[:, :1]))
-            grad_logits = (grad_logits * (grads[0][chunk, None] / ctx.temperature)).to(hidden.dtype)
-            grad_hidden[chunk] = grad_logits @ weight
-            grad_weight += grad_logits.T @ hidden[chunk]
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
+        return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None
+
+
+def value_and_slope(token_loss: TokenLoss, logp: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+    """The losses of tokens [n] and their derivatives by the log-probs."""
+    with torch.enable_grad():
+        logp = logp.detach().requires_grad_()
+        value = token_loss(logp, tokens)
+        (slope,) = torch.autograd.grad(value.sum(), logp)
+    return value.detach(), slope
 
 
 class PackedLM(nn.Module):
@@ -183,13 +224,13 @@ class PackedLM(nn.Module):
         enabled = self.compute_dtype != torch.float32
         return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
 
-    def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
+    def forward(self, batch: MicroBatch, temperature: float, token_loss: TokenLoss | None = None) -> TokenStats:
         with self.autocast():
             hidden = self.lm.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
             ).last_hidden_state[0]  # [S, H]
         hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
         weight = self.lm.get_output_embeddings().weight.to(self.compute_dtype)
-        stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature)
+        loss, *stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
         zeros = torch.zeros_like(batch.sampler_logp)
-        return TokenStats(*(zeros.masked_scatter(batch.mask, stat) for stat in stats))
+        return TokenStats(*(zeros.masked_scatter(batch.mask, stat) for stat in stats), loss=loss)

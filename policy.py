@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 import embedded
 import grpo
-from packing import MicroBatch, PackedLM, TokenStats, pack
+from packing import MicroBatch, PackedLM, TokenLoss, TokenStats, pack
 from rollout import Rollout
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
@@ -114,12 +114,13 @@ def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) ->
 
 def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats]) -> TokenStats:
     """Each statistic's mean over the response tokens of each rollout, [N]."""
-    rows = torch.cat([batch.rows for batch in batches])
-    means = [
-        [stat.sum(dim=1) / batch.mask.sum(dim=1) for batch, stat in zip(batches, column, strict=True)]
-        for column in zip(*stats, strict=True)
-    ]
-    return TokenStats(*(torch.cat(mean)[rows.argsort()] for mean in means))
+    order = torch.cat([batch.rows for batch in batches]).argsort()
+
+    def means(name: str) -> Tensor:
+        sums = torch.cat([getattr(stat, name).sum(dim=1) for stat in stats])
+        return (sums / torch.cat([batch.mask.sum(dim=1) for batch in batches]))[order]
+
+    return TokenStats(means("logp"), means("entropy"), means("self_certainty"), loss=sum(stat.loss for stat in stats))
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,28 @@ class Objective:
     aggregation: grpo.Aggregation
     denominators: Tensor  # [N] of each rollout's view, see grpo.step_denominator
     max_grad_norm: float
+
+
+def token_loss(batch: MicroBatch, advantages: Tensor, reference_logp: Tensor | None, objective: Objective) -> TokenLoss:
+    """The loss of response tokens as a function of their log-probs (Eqs. 4 and 5), each a row of one token here;
+    advantages are [N], `reference_logp` is [B, T]."""
+    rows, mask = batch.rows[:, None].expand_as(batch.mask)[batch.mask], batch.mask  # [R]
+    weight = grpo.token_weights(mask, objective.aggregation, objective.denominators[batch.rows])[mask]
+    sampler_logp = batch.sampler_logp[mask]
+    anchor = None if reference_logp is None else reference_logp[mask]
+
+    def loss(logp: Tensor, tokens: slice) -> Tensor:
+        logp, importance = logp[:, None], None
+        if objective.tis_cap:
+            importance = grpo.truncated_importance_weight(logp, sampler_logp[tokens, None], objective.tis_cap)
+        # One optimizer step per batch of rollouts: the old policy is the policy at hand, its log-probs need no pass.
+        old_logp, every_token = logp.detach(), torch.ones_like(logp)
+        value = grpo.policy_loss(logp, old_logp, advantages[rows[tokens]], every_token, objective.clip, importance)
+        if anchor is not None:
+            value = value + objective.kl_coef * grpo.k3(logp, anchor[tokens, None])
+        return value.squeeze(1) * weight[tokens]
+
+    return loss
 
 
 def optimizer_step(
@@ -150,32 +173,20 @@ def optimizer_step(
     """
     per_token: list[dict[str, Tensor]] = []
     for i, batch in enumerate(batches):
-        stats = policy(batch, objective.temperature)
-        weights = None
-        if objective.tis_cap:
-            weights = grpo.truncated_importance_weight(stats.logp, batch.sampler_logp, objective.tis_cap)
-        # One optimizer step per batch of rollouts: the old policy is the policy at hand, its log-probs need no pass.
-        old_logp = stats.logp.detach()
-        loss = grpo.policy_loss(stats.logp, old_logp, advantages[batch.rows], batch.mask, objective.clip, weights)
-        kl = grpo.k3(stats.logp, reference[i].logp) if reference else torch.zeros_like(loss)
-        grpo.aggregate(
-            loss + objective.kl_coef * kl, batch.mask, objective.aggregation, objective.denominators[batch.rows]
-        ).backward()
-        mismatch = (old_logp - batch.sampler_logp).abs()
-        per_token.append(
-            {
-                name: value.detach()[batch.mask]
-                for name, value in {"entropy": stats.entropy, "kl": kl, "mismatch": mismatch}.items()
-            }
-        )
+        reference_logp = reference[i].logp if reference else None
+        stats = policy(batch, objective.temperature, token_loss(batch, advantages, reference_logp, objective))
+        stats.loss.backward()
+        seen = {"entropy": stats.entropy, "mismatch": (stats.logp - batch.sampler_logp).abs()}
+        seen |= {} if reference_logp is None else {"kl": grpo.k3(stats.logp, reference_logp)}
+        per_token.append({name: value[batch.mask] for name, value in seen.items()})
     grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), objective.max_grad_norm).item()
     if finite := math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    entropy, kl, mismatch = (torch.cat([t[name] for t in per_token]) for name in ("entropy", "kl", "mismatch"))
-    metrics = {"entropy": entropy.mean().item(), "grad_norm": grad_norm, "lr": learning_rate}
-    metrics |= {"mismatch_mean": mismatch.mean().item(), "mismatch_max": mismatch.max().item()}
-    metrics |= {"kl": kl.mean().item()} if reference else {}
+    measured = {name: torch.cat([seen[name] for seen in per_token]) for name in per_token[0]}
+    metrics = {"grad_norm": grad_norm, "lr": learning_rate, "mismatch_max": measured["mismatch"].max().item()}
+    metrics["mismatch_mean"] = measured.pop("mismatch").mean().item()
+    metrics |= {name: values.mean().item() for name, values in measured.items()}
     return metrics | {"skipped_steps": float(not finite)}

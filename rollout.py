@@ -1,4 +1,4 @@
-"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it transformers' `generate` (here)
+"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it the trainer's own model (here)
 or vLLM (vllm_sampler.py).
 
     with sampler.holding(lm) as sample:                       # the engine holds exactly this model's weights
@@ -18,9 +18,10 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
 
-ROWS_PER_CALL = 256  # of `generate`: bounds its key-value cache
+ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
 
 
 @dataclass(frozen=True)
@@ -59,35 +60,60 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
     return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
 
 
-class SeededSampling(LogitsProcessor):
-    """Draws each row's next token with that row's own uniform numbers, and keeps the log-prob of what it drew.
+def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The token [N] where the cumulative distribution of `logits` [N, V] passes each row's uniform number [N], and its
+    log-prob [N]; the likeliest token at temperature 0."""
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if top_p < 1:
+        logp = nucleus(logp, top_p)
+    if temperature == 0:
+        token = logp.argmax(dim=-1, keepdim=True)
+    else:
+        cumulative = logp.exp().cumsum(dim=-1)
+        # right=True never stops on a token of probability 0, except past the end by rounding
+        token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+        token = token.clamp(max=logp.shape[-1] - 1)
+    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
 
-    `generate` samples all rows from one global stream, which makes a rollout depend on its neighbours. This processor
-    draws by inverting the cumulative distribution and leaves `generate` a score for the drawn token only.
-    """
 
-    def __init__(
-        self, seeds: Sequence[int], temperature: float, max_tokens: int, device: torch.device, top_p: float = 1.0
-    ) -> None:
-        self.temperature = temperature
-        self.top_p = top_p
-        self.logp: list[Tensor] = []  # T tensors [N]
-        draws = [torch.rand(max_tokens, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-        self.uniforms = torch.stack(draws, dim=1).to(device)  # [T, N]
+def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[count, N]: each row's own stream, whatever else is in the batch."""
+    streams = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(streams, dim=1).to(device)
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        logp = torch.log_softmax(scores.float() / (self.temperature or 1.0), dim=-1)  # [N, V]
-        if self.top_p < 1:
-            logp = nucleus(logp, self.top_p)
-        if self.temperature == 0:
-            token = logp.argmax(dim=-1, keepdim=True)
-        else:
-            cumulative = logp.exp().cumsum(dim=-1)
-            threshold = self.uniforms[len(self.logp)][:, None] * cumulative[:, -1:]
-            # right=True never stops on a token of probability 0, except past the end by rounding
-            token = torch.searchsorted(cumulative, threshold, right=True).clamp(max=logp.shape[-1] - 1)
-        self.logp.append(logp.gather(-1, token).squeeze(-1))
-        return torch.full_like(scores, -torch.inf).scatter_(-1, token, 0.0)
+
+class Decoding:
+    """The next token's logits [N, V] of a batch of sequences, G = n for each prompt, which grows by a token a step."""
+
+    def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
+        self.lm, self.cache = lm, DynamicCache(config=lm.config)
+        # Padding on the left, so that all rows grow at the same end.
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
+        padded = [torch.tensor(prompt) for prompt in prompts]
+        input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
+        columns = torch.arange(input_ids.shape[1], device=lm.device)
+        self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
+        self._forward(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        self.cache.batch_repeat_interleave(n)
+        self.mask, self.logits = (tensor.repeat_interleave(n, dim=0) for tensor in (self.mask, self.logits))
+
+    def step(self, token: Tensor, kept: Tensor) -> None:
+        """Append a token [N] to each sequence, and go on with those of `kept` [N] alone."""
+        if not kept.all():
+            self.cache.batch_select_indices(kept.nonzero().squeeze(1))
+        self.mask = F.pad(self.mask[kept], (0, 1), value=1)
+        self._forward(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
+
+    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
+        output = self.lm(
+            input_ids,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        self.logits = output.logits[:, -1]
 
 
 @contextmanager
@@ -102,7 +128,11 @@ def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
 
 
 class TransformersSampler:
-    """transformers' `generate` on the trainer's own model: no second copy, any device, any family."""
+    """The trainer's own model with a key-value cache of transformers: no second copy, any device, any family.
+
+    A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
+    does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
+    """
 
     sync_seconds: float | None = None
 
@@ -112,10 +142,6 @@ class TransformersSampler:
 
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        generation = lm.generation_config
-        # `generate` fills what a request leaves open from the model's own config: a top_k, a repetition penalty.
-        lm.generation_config = GenerationConfig()
-
         def sample(
             prompts: Sequence[list[int]],
             seeds: Sequence[int],
@@ -124,43 +150,44 @@ class TransformersSampler:
             max_tokens: int,
             top_p: float = 1.0,
         ) -> list[Rollout]:
-            rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
-            calls = [rows[start : start + ROWS_PER_CALL] for start in range(0, len(rows), ROWS_PER_CALL)]
-            settings = temperature, max_tokens, top_p
+            per_call = max(1, ROWS_PER_CALL // n)
+            calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
+            settings = n, temperature, max_tokens, top_p
             with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                return [rollout for call in calls for rollout in self._generate(lm, call, *settings)]
+                groups = [self._sample(lm, prompts[c], seeds[c], *settings) for c in calls]
+            return [rollout for group in groups for rollout in group]
 
         with plain_attention(lm):
-            try:
-                yield sample
-            finally:
-                lm.generation_config = generation
+            yield sample
 
     @torch.no_grad()
-    def _generate(
-        self, lm: PreTrainedModel, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int, top_p: float
+    def _sample(
+        self,
+        lm: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        top_p: float,
     ) -> list[Rollout]:
-        prompts = [torch.tensor(prompt) for prompt, _ in rows]
-        input_ids = nn.utils.rnn.pad_sequence(prompts, batch_first=True, padding_side="left").to(lm.device)
-        attention_mask = nn.utils.rnn.pad_sequence(
-            [torch.ones_like(prompt) for prompt in prompts], batch_first=True, padding_side="left"
-        ).to(lm.device)
-        sampling = SeededSampling([seed for _, seed in rows], temperature, max_tokens, lm.device, top_p)
-        generation = GenerationConfig(
-            do_sample=False, max_new_tokens=max_tokens, eos_token_id=self.eos_ids, pad_token_id=self.eos_ids[0]
-        )
-        output = lm.generate(  # type: ignore[operator]
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            generation_config=generation,
-            logits_processor=LogitsProcessorList([sampling]),
-        )
-        responses = output[:, input_ids.shape[1] :].tolist()
-        logps = torch.stack(sampling.logp, dim=1).tolist()
-        return [self._cut(prompt, ids, logp) for (prompt, _), ids, logp in zip(rows, responses, logps, strict=True)]
-
-    def _cut(self, prompt: list[int], ids: list[int], logp: list[float]) -> Rollout:
-        """What follows the first stop token is padding, whatever its id: the pad token may be a stop token."""
-        stops = [position for position, token in enumerate(ids) if token in self.eos_ids]
-        length = stops[0] + 1 if stops else len(ids)
-        return Rollout(prompt, ids[:length], logp[:length], finished=bool(stops))
+        uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
+        drawn = [(list[int](), list[float]()) for _ in range(len(prompts) * n)]  # tokens and log-probs of each row
+        active = torch.arange(len(drawn), device=lm.device)  # rows that still go on
+        stop_ids = torch.tensor(self.eos_ids, device=lm.device)
+        decoding = Decoding(lm, prompts, n)
+        for position in range(max_tokens):
+            token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
+            for row, *one in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
+                for values, value in zip(drawn[row], one, strict=True):
+                    values.append(value)
+            goes_on = torch.isin(token, stop_ids, invert=True)
+            active = active[goes_on]
+            if len(active) == 0 or position + 1 == max_tokens:
+                break
+            decoding.step(token, goes_on)
+        asked = [prompt for prompt in prompts for _ in range(n)]
+        return [
+            Rollout(prompt, ids, logp, finished=ids[-1] in self.eos_ids)
+            for prompt, (ids, logp) in zip(asked, drawn, strict=True)
+        ]

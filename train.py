@@ -121,6 +121,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         groups = build_groups(variant, answers, labels, method.answer_match, **read_logits)
         rewards = variant.reward(groups)
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
+        if run.reference is None:
+            # Without a KL term a rollout of advantage 0 adds nothing to the gradient. One is kept, for a step without
+            # any other: AdamW has to see a gradient of 0, not none.
+            telling = advantages.nonzero().flatten().tolist() or [0]
+            batches = micro_batches(trained, optimisation.tokens_per_micro_batch, run.device, telling)
 
     # 5. One optimizer step.
     reference = None
@@ -214,7 +219,8 @@ def train(config: Config) -> Path:
     bar = tqdm(range(first_step, run.total_steps), initial=first_step, total=run.total_steps, desc="training")
     for step in bar:
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
-        seen, sample = train_step(run, step)
+        with metrics.tracing(run.folder / "trace.json", config.run.profile and step == first_step + 1):
+            seen, sample = train_step(run, step)
         log.write({"step": step} | evaluated | seen | {"peak_memory_gb": metrics.peak_memory_gb()}, sample)
         bar.set_postfix(log.headline())
         for warning in log.new_collapse_signs():

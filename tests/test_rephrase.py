@@ -18,7 +18,7 @@ import rephrase
 from data import DataError, load_pairs
 from faults import lost_numbers, numbers, strict_fault
 from rephrase import Reply, Settings, parse
-from rollout import SeededSampling, TransformersSampler, nucleus, request_seed
+from rollout import TransformersSampler, draw, nucleus, request_seed, uniform_numbers
 
 ROOT = Path(rephrase.__file__).parent
 
@@ -453,14 +453,14 @@ def test_the_nucleus_is_the_fewest_tokens_that_hold_top_p():
 
 def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it():
     rows, temperature, logits = 4000, 0.5, torch.tensor([1.0, 0.2, 0.9, -3.0])
-    sampling = SeededSampling(range(rows), temperature, 1, torch.device("cpu"), top_p=0.8)
-    drawn = sampling(torch.zeros(rows, 1), logits.repeat(rows, 1)).argmax(dim=-1)
+    (uniforms,) = uniform_numbers(range(rows), 1, torch.device("cpu"))
+    drawn, logps = draw(logits.repeat(rows, 1), uniforms, temperature, top_p=0.8)
     p = (logits / temperature).softmax(-1)
     assert p[0] < 0.8 < p[0] + p[2]  # the nucleus: the first and the third token
     expected = {0: (p[0] / (p[0] + p[2])).item(), 2: (p[2] / (p[0] + p[2])).item()}
     shares = Counter(drawn.tolist())
     assert set(shares) == {0, 2} and abs(shares[0] / rows - expected[0]) < 0.03
-    for token, logp in zip(drawn.tolist(), sampling.logp[0].tolist(), strict=True):
+    for token, logp in zip(drawn.tolist(), logps.tolist(), strict=True):
         assert logp == pytest.approx(torch.tensor(expected[token]).log().item(), abs=1e-5)
 
 

@@ -10,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedModel
 import metrics
 from packing import PackedLM, micro_batches
 from policy import score, stop_token_ids
-from rollout import Rollout, SeededSampling, TransformersSampler, request_seed
+from rollout import Rollout, TransformersSampler, draw, request_seed, uniform_numbers
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 SEEDS = [request_seed(0, 0, i, "x", "policy") for i in range(len(PROMPTS))]
@@ -92,22 +92,20 @@ def test_sampled_frequencies_are_those_of_the_softmax():
     """A chi-square test at temperature 0.7 on nine tokens, one of them impossible."""
     z = torch.tensor([1.0, -1.0, 0.5, 2.0, -float("inf"), 0.0, -0.5, 1.5, -2.0])
     draws = 20_000
-    sampling = SeededSampling(range(draws), 0.7, 1, CPU)
-    tokens = sampling(torch.zeros(draws, 1, dtype=torch.long), z.expand(draws, -1)).argmax(-1)
+    tokens, logp = draw(z.expand(draws, -1), uniform_numbers(range(draws), 1, CPU)[0], 0.7)
     expected = draws * (z / 0.7).softmax(-1)
     counts = torch.bincount(tokens, minlength=9)
     assert counts[4] == 0
     possible = expected > 0
     chi_square = ((counts - expected)[possible] ** 2 / expected[possible]).sum().item()
     assert chi_square < 24.3  # 7 degrees of freedom, p = 0.001; the seeds are fixed
-    assert torch.allclose(sampling.logp[0], (z / 0.7).log_softmax(-1)[tokens])
+    assert torch.allclose(logp, (z / 0.7).log_softmax(-1)[tokens])
 
 
 def test_successive_tokens_are_drawn_independently():
     """A chi-square test on pairs: one uniform number used twice would only ever draw the same token again."""
     draws, z = 20_000, torch.tensor([0.5, -0.5, 0.0, 1.0])
-    sampling = SeededSampling(range(draws), 1.0, 2, CPU)
-    first, second = (sampling(torch.zeros(draws, 1), z.expand(draws, -1)).argmax(-1) for _ in range(2))
+    first, second = (draw(z.expand(draws, -1), u, 1.0)[0] for u in uniform_numbers(range(draws), 2, CPU))
     expected = draws * z.softmax(-1)[:, None] * z.softmax(-1)
     counts = torch.bincount(4 * first + second, minlength=16).view(4, 4)
     assert ((counts - expected) ** 2 / expected).sum().item() < 37.7  # 15 degrees of freedom, p = 0.001

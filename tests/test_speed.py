@@ -1,0 +1,153 @@
+"""Each optimisation against its naive twin: what is saved must not change what is computed."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny import CPU, EOS, gradients, largest_gap, stopping_lm, tiny_lm, tiny_rollouts, tiny_run, twin_of
+from torch.nn import functional as F
+
+import metrics
+import packing
+import train
+from data import Pair
+from grpo import aggregate, token_weights
+from packing import PackedLM, micro_batches, pack
+from policy import Objective, build_optimizer, optimizer_step
+from rewards import VARIANTS
+from rollout import TransformersSampler
+
+# ---------------------------------------------------------------- the head
+
+
+def test_the_head_multiplies_three_times_not_four(monkeypatch):
+    """Gradients are formed with the logits at hand; a backward pass that computes them again costs a third more."""
+    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", 257 * 8)
+    hidden, targets = torch.randn(20, 32, requires_grad=True), torch.arange(20)
+    weight = tiny_lm().get_output_embeddings().weight
+    with torch.profiler.profile() as profiler:
+        packing.ChunkedHead.apply(hidden, weight, targets, 1.0, lambda logp, _: -logp)[0].backward()
+    products = sum(event.count for event in profiler.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
+    assert products == 3 * 3  # chunks of 8, 8 and 4 tokens
+
+
+def test_scoring_forms_no_gradients():
+    batch = pack(tiny_rollouts(4), range(4), CPU)
+    with torch.profiler.profile() as profiler, torch.no_grad():
+        PackedLM(tiny_lm())(batch, 1.0)
+    assert not any(event.key == "aten::addmm_" for event in profiler.key_averages())
+
+
+@pytest.mark.parametrize("how", ["token", "sequence", "dr-grpo"])
+def test_token_weights_add_up_to_the_aggregate(how):
+    mask = torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
+    per_token, denominators = torch.randn(2, 3), torch.tensor([4.0, 7.0])
+    expected = sum(
+        per_token[b][mask[b]].sum() / denominators[b] / (mask[b].sum() if how == "sequence" else 1) for b in range(2)
+    )
+    assert torch.allclose(aggregate(per_token, mask, how, denominators), expected)
+    assert not token_weights(mask, how, denominators)[0, 2]
+
+
+# ---------------------------------------------------------------- attention
+
+
+def reference_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen says it computes, one sequence at a time with a mask."""
+    assert bounds.dtype == torch.int32 and (bounds is bounds_k) and longest == longest_k == int(bounds.diff().max())
+    outputs = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        left = window_size[0] if window_size[0] >= 0 else end
+        seen = (distance >= -window_size[1]) & (distance <= left)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa))
+    return torch.cat([output.transpose(0, 1) for output in outputs])
+
+
+@pytest.mark.parametrize("family, settings", [("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 3})])
+def test_flash_attention_of_variable_length_gets_what_it_expects(monkeypatch, family, settings):
+    """A GPU's path on a CPU, with a stand-in for the kernel: bounds, layout, causality and window."""
+    batch, seen = pack(tiny_rollouts(5), range(5), CPU), {}
+    for flash in (False, True):
+        monkeypatch.setattr(packing, "runs_flash", lambda _, flash=flash: flash)
+        monkeypatch.setattr(packing, "varlen_attn", reference_varlen)
+        lm = tiny_lm(family, **settings)
+        loss = PackedLM(lm)(batch, 1.0, lambda logp, _: logp).loss
+        loss.backward()
+        seen[flash] = loss.item(), gradients(lm)
+    assert seen[True][0] == pytest.approx(seen[False][0], rel=1e-5)
+    assert largest_gap(seen[True][1], seen[False][1]) < 1e-5
+
+
+# ---------------------------------------------------------------- rollouts without advantage
+
+
+def test_leaving_out_rollouts_without_advantage_changes_no_weight():
+    rollouts, advantages = tiny_rollouts(8), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, -0.5])
+    objective = Objective(1.0, 0.2, 0.0, 0.0, "token", torch.full((8,), 40.0), 1.0)
+    weights = []
+    for rows in (range(8), advantages.nonzero().flatten().tolist()):
+        policy = PackedLM(tiny_lm())
+        batches = micro_batches(rollouts, 30, CPU, rows)
+        optimizer_step(policy, build_optimizer(policy, (0.9, 0.99), 0.0), batches, advantages, None, objective, 1e-3)
+        weights.append({name: p.detach() for name, p in policy.lm.named_parameters()})
+    assert largest_gap(*weights) < 1e-5
+
+
+def test_a_step_without_a_kl_term_trains_on_telling_rollouts_alone(monkeypatch):
+    trained = []
+    step = train.optimizer_step
+
+    def watched(policy, optimizer, batches, *rest):
+        trained.append(sorted(row for batch in batches for row in batch.rows.tolist()))
+        return step(policy, optimizer, batches, *rest)
+
+    monkeypatch.setattr(train, "optimizer_step", watched)
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+    row = replace(VARIANTS["majority"], kl_coef=0.0, reward=lambda groups: rewards)
+    run = tiny_run(row, [Pair(str(i), f"question {i}", None, None, {}) for i in range(2)])
+    for reference, expected in ((None, [0, 1, 2, 3]), (run.reference, list(range(8)))):
+        run.reference = reference
+        train.train_step(run, 0)
+        assert trained[-1] == expected
+    rewards[0] = [0.0] * 4
+    run.reference = None
+    train.train_step(run, 0)
+    assert trained[-1] == [0]  # the optimizer sees a gradient of 0
+
+
+# ---------------------------------------------------------------- the sampler
+
+
+def test_a_sampler_that_drops_finished_rows_says_what_a_single_row_says():
+    """Compaction mixed up with the order of rows would give one rollout another's tokens."""
+    lm = stopping_lm()
+    prompts, seeds = [[5, 6, 7], [8], [9, 10]], [100, 200, 300]
+    with TransformersSampler([EOS]).holding(lm) as sample:
+        together = sample(prompts, seeds, n=4, temperature=1.0, max_tokens=12)
+        alone = [
+            sample([prompt], [seed + g], n=1, temperature=1.0, max_tokens=12)[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for g in range(4)
+        ]
+    assert [r.response_ids for r in together] == [r.response_ids for r in alone]
+    assert len({len(r.response_ids) for r in together}) > 3
+    twin = twin_of(lm)
+    for rollout in together:
+        sequence = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        logits = twin(sequence).logits[0, len(rollout.prompt_ids) - 1 :]
+        expected = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert rollout.logp == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+# ---------------------------------------------------------------- the trace
+
+
+def test_a_trace_is_written_when_wanted_and_only_then(tmp_path):
+    for wanted in (False, True):
+        with metrics.tracing(tmp_path / "trace.json", wanted):
+            torch.ones(3) @ torch.ones(3)
+        assert (tmp_path / "trace.json").exists() == wanted
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
