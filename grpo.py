@@ -84,13 +84,13 @@ def token_weights(mask: Tensor, how: Aggregation, denominator: float | Tensor) -
     "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is that of
     `step_denominator`, or one for each sequence [B] where they belong to different views.
     """
-    length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else torch.ones_like(mask[:, 0], dtype=torch.int64)
-    return (mask != 0) / (length * denominator)[:, None]
+    length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else torch.ones_like(mask[:, 0])
+    return mask / (length * denominator)[:, None]
 
 
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
     """Scalar share of these sequences [B, T] in the step's loss, see `token_weights`."""
-    return (per_token.masked_fill(mask == 0, 0.0) * token_weights(mask, how, denominator)).sum()
+    return (per_token.masked_fill(mask == 0, 0.0) * token_weights(mask.to(per_token), how, denominator)).sum()
 
 
 def learning_rate(

@@ -125,10 +125,13 @@ def packed_attention(
     """
     longest, window = packing.token_at.shape[1], None
     if runs_flash(query):
-        ends = (packing.bounds, packing.bounds, longest, longest)
-        left = -1 if sliding_window is None else sliding_window - 1
-        tokens_first = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
-        return varlen_attn(*tokens_first, *ends, scale=scaling, window_size=(left, 0), enable_gqa=True)[None], None
+        q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
+        window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
+        ends = packing.bounds
+        output = varlen_attn(
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, enable_gqa=True
+        )
+        return output[None], None  # type: ignore[call-overload]
 
     def rows(packed: Tensor) -> Tensor:
         return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
@@ -233,4 +236,5 @@ class PackedLM(nn.Module):
         weight = self.lm.get_output_embeddings().weight.to(self.compute_dtype)
         loss, *stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
         zeros = torch.zeros_like(batch.sampler_logp)
-        return TokenStats(*(zeros.masked_scatter(batch.mask, stat) for stat in stats), loss=loss)
+        logp, entropy, certainty = (zeros.masked_scatter(batch.mask, stat) for stat in stats)
+        return TokenStats(logp, entropy, certainty, loss)

@@ -120,7 +120,9 @@ def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats])
         sums = torch.cat([getattr(stat, name).sum(dim=1) for stat in stats])
         return (sums / torch.cat([batch.mask.sum(dim=1) for batch in batches]))[order]
 
-    return TokenStats(means("logp"), means("entropy"), means("self_certainty"), loss=sum(stat.loss for stat in stats))
+    return TokenStats(
+        means("logp"), means("entropy"), means("self_certainty"), torch.stack([stat.loss for stat in stats]).sum()
+    )
 
 
 @dataclass(frozen=True)

@@ -93,27 +93,27 @@ class Decoding:
         input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
         columns = torch.arange(input_ids.shape[1], device=lm.device)
         self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
-        self._forward(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        logits = self._next_logits(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
         self.cache.batch_repeat_interleave(n)
-        self.mask, self.logits = (tensor.repeat_interleave(n, dim=0) for tensor in (self.mask, self.logits))
+        self.mask, self.logits = self.mask.repeat_interleave(n, dim=0), logits.repeat_interleave(n, dim=0)
 
     def step(self, token: Tensor, kept: Tensor) -> None:
         """Append a token [N] to each sequence, and go on with those of `kept` [N] alone."""
         if not kept.all():
             self.cache.batch_select_indices(kept.nonzero().squeeze(1))
         self.mask = F.pad(self.mask[kept], (0, 1), value=1)
-        self._forward(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
+        self.logits = self._next_logits(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
 
-    def _forward(self, input_ids: Tensor, position_ids: Tensor) -> None:
-        output = self.lm(
+    def _next_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm(
             input_ids,
             attention_mask=self.mask,
             position_ids=position_ids,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
-        )
-        self.logits = output.logits[:, -1]
+        ).logits
+        return logits[:, -1]
 
 
 @contextmanager
