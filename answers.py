@@ -172,7 +172,7 @@ def plain_number(answer: str) -> Fraction | None:
 def same_number(first: Fraction, second: Fraction, exact: bool) -> bool:
     """Equal, or, where a decimal may be rounded, to six decimals (as in Math-Verify) and five digits."""
     gap, size = abs(first - second), max(abs(first), abs(second))
-    return gap == 0 or not exact and gap < Fraction(1, 10**6) and gap < size / 10**5
+    return gap == 0 or (not exact and gap < Fraction(1, 10**6) and gap < size / 10**5)
 
 
 def decide_here(first: str, second: str) -> bool | None:
