@@ -41,7 +41,8 @@ from packing import PackedLM
 from policy import ModelError, load, stop_token_ids
 from results import compare, estimate, read_result, table, write_json
 from rewards import Match, are_equal, extract_boxed, majority_vote
-from rollout import Rollout, Sample, Sampler, TransformersSampler, request_seed
+from rollout import Rollout, Sample, Sampler, request_seed
+from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
 GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type")  # columns to break the main number down by
 
@@ -62,8 +63,10 @@ class Settings:
     """longer answers are cut"""
     seed: int = 0
     """of the sampled answers"""
-    sampler: Literal["auto", "hf"] = "auto"
-    """hf: transformers' generate"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """hf: generate of transformers; auto: vllm if it is installed and there is a GPU, else hf"""
+    engine_memory: float = 0.5
+    """share of a GPU's memory for vLLM, next to the model as training loads it"""
     chat_template: str | None = None
     """Jinja file, for a tokenizer without a chat template"""
     questions_per_batch: int = 64
@@ -82,7 +85,14 @@ class Settings:
     """instead of an evaluation: two result.json, before and after"""
 
 
-WITHOUT_EFFECT = ("benchmarks", "limit", "data_dir", "out", "compare")  # on the answer to any one question
+WITHOUT_EFFECT = (
+    "benchmarks",
+    "limit",
+    "engine_memory",
+    "data_dir",
+    "out",
+    "compare",
+)  # on the answer to any one question
 
 
 @dataclass(frozen=True)
@@ -273,9 +283,21 @@ def accuracies(
 
 
 def make_sampler(
-    model: PackedLM, tokenizer: PreTrainedTokenizerBase, longest_prompt: int, settings: Settings
+    chosen: Literal["vllm", "hf"],
+    model: PackedLM,
+    tokenizer: PreTrainedTokenizerBase,
+    longest_prompt: int,
+    settings: Settings,
 ) -> Sampler:
-    return TransformersSampler(stop_token_ids(model.lm, tokenizer), model.compute_dtype)
+    return build_sampler(
+        chosen,
+        model.lm,
+        stop_token_ids(model.lm, tokenizer),
+        model.compute_dtype,
+        max_sequence_tokens=longest_prompt + settings.max_tokens,
+        rows=settings.questions_per_batch * max(settings.k, 1),
+        engine_memory=settings.engine_memory,
+    )
 
 
 def output_folder(settings: Settings) -> Path:
@@ -309,13 +331,13 @@ def run(settings: Settings) -> Path:
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise DataError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in benchmarks]
-    folder = output_folder(settings)
+    folder, sampler = output_folder(settings), choose_sampler(settings.sampler)
     model, tokenizer = load(str(settings.model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     template = read_chat_template(settings.chat_template) if settings.chat_template else None
     prompts = [[prompt_ids(tokenizer, pair.question, template) for pair in each.pairs] for each in benchmarks]
     longest = max(len(prompt) for of_one in prompts for prompt in of_one)
     results = {}
-    with make_sampler(model, tokenizer, longest, settings).holding(model.lm) as sample:
+    with make_sampler(sampler, model, tokenizer, longest, settings).holding(model.lm) as sample:
         for benchmark, asked in zip(benchmarks, prompts, strict=True):
             path = folder / f"{benchmark.name}.jsonl"
             answered = answer_all(sample, tokenizer, benchmark, asked, settings, path)
@@ -356,7 +378,7 @@ def main() -> None:
             print(compare(*settings.compare))
         else:
             run(check(settings))
-    except (DataError, ModelError) as problem:
+    except (DataError, ModelError, SamplerError) as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the answers kept so far") from None

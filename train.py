@@ -242,10 +242,8 @@ def prepare(config: Config) -> tuple[Run, int]:
     variant, sampler = chosen_variant(config), choose_sampler(config.sampling.sampler)
     resumed = checkpoint.find(config.run.resume, config.run.out) if config.run.resume else None
     folder = resumed.parents[1] if resumed else new_folder(config)
-    pairs, report = load_questions(config, str(config.data.source))
+    pairs, report = load_questions(config)
     benchmark = read_benchmark(config, config.data.eval_data) if config.data.eval_data else None
-    if config.data.decontaminate:
-        pairs = without_overlap(pairs, [read_benchmark(config, name) for name in config.data.decontaminate], report)
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model.name == "embedded":
@@ -309,16 +307,18 @@ def chosen_variant(config: Config) -> Variant:
     return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
 
 
-def load_questions(config: Config, source: str) -> tuple[list[Pair], Report]:
+def load_questions(config: Config) -> tuple[list[Pair], Report]:
     report = Report()
     pairs = load_pairs(
-        source,
+        str(config.data.source),
         question=config.data.question_column,
         rephrased=config.data.rephrased_column,
         answer=config.data.answer_column,
         keep_bad_rewrites=config.data.keep_bad_rewrites,
         report=report,
     )
+    if config.data.decontaminate:
+        pairs = without_overlap(pairs, [read_benchmark(config, name) for name in config.data.decontaminate], report)
     return pairs, report
 
 
