@@ -115,6 +115,8 @@ def largest_gap(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
 class ScriptedSampler:
     """Says what `script(holder, prompt text, g)` tells it to; `holder` is the model whose turn it is."""
 
+    sync_seconds = None
+
     def __init__(self, script: Callable[[PreTrainedModel, str, int], str]) -> None:
         self.script = script
 
