@@ -11,6 +11,7 @@ has an engine of its own, or `tensor_parallel` neighbours share one. The calls b
 """
 
 import importlib.util
+import math
 import os
 import random
 import tempfile
@@ -24,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention
 
@@ -92,45 +93,19 @@ class VLLMSampler:
         self.max_sequence_tokens = max_sequence_tokens
         self.on_gpu = lm.device.type == "cuda"
         self.sync_seconds: float | None = None
-        self.group = tensor_parallel_group(tensor_parallel)
         self._held = self._checked = False
+        self._group = tensor_parallel_group(tensor_parallel)
         with torch.device("meta"):
             skeleton = AutoModelForCausalLM.from_config(lm.config)
         self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
-        known = getattr(lm.config, "max_position_embeddings", max_sequence_tokens)
-        if max_sequence_tokens > known:
-            raise SamplerError(
-                f"prompts and responses of {max_sequence_tokens} tokens together: the model knows {known} positions; "
-                "lower --max-response-tokens or --max-prompt-tokens"
-            )
-        arguments = self._memory(lm, rows, engine_memory) | {
-            "dtype": str(compute_dtype).removeprefix("torch."),
-            "max_model_len": max_sequence_tokens,
-            "tensor_parallel_size": tensor_parallel,
-        }
-        if distributed.is_initialized() and "RANK" in os.environ:  # by the trainer, under torchrun
-            arguments["distributed_executor_backend"] = "external_launcher"
-        with self._undisturbed_host():
-            self.llm = start_engine(lm, arguments)
-            self._sleep()
-
-    def _memory(self, lm: PreTrainedModel, rows: int, share: float) -> dict[str, Any]:
-        """How much the engine may take. A CPU has no sleep mode: there, no more than `rows` sequences need."""
+        size: dict[str, Any] = {"max_model_len": max_sequence_tokens, "tensor_parallel_size": tensor_parallel}
         if self.on_gpu:
-            return {"enable_sleep_mode": True, "gpu_memory_utilization": share}
-        config, sequences = lm.config, min(rows, CPU_SEQUENCES)
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * self.dtype.itemsize
-        blocks = sequences * -(-self.max_sequence_tokens // CPU_BLOCK) + 1
-        machine = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return {
-            "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * machine)),
-            "max_num_seqs": sequences,
-            "enforce_eager": True,
-            # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.
-            "enable_chunked_prefill": False,
-        }
+            size |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
+        else:
+            size |= cpu_limits(lm.config, compute_dtype, max_sequence_tokens, rows, engine_memory)
+        with undisturbed_host(self.on_gpu):
+            self.llm = start_engine(lm, compute_dtype, size)
+            self._sleep()
 
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
@@ -138,7 +113,7 @@ class VLLMSampler:
         if self._held:
             raise SamplerError("the engine holds a model already: leave its `with` first")
         begin = time.perf_counter()
-        with self._undisturbed_host():
+        with undisturbed_host(self.on_gpu):
             self._wake("weights")
             self._load(lm)
             self._wake("kv_cache")
@@ -152,7 +127,7 @@ class VLLMSampler:
             yield self._sample
         finally:
             self._held = False
-            with self._undisturbed_host():
+            with undisturbed_host(self.on_gpu):
                 self._sleep()
 
     def _wake(self, tag: str) -> None:
@@ -168,6 +143,7 @@ class VLLMSampler:
         """All of the model's tensors, under their Hugging Face names: vLLM fuses and shards them itself, but fills a
         fused block from a part of it without complaint."""
         weights = complete_weights(lm, self._needed)
+        checked, self._checked = self._checked, False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -179,10 +155,10 @@ class VLLMSampler:
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         except Exception as error:
-            self._checked = False
             raise SamplerError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
             raise SamplerError(f"vLLM stopped loading before the weight {left[0]}")
+        self._checked = checked
 
     def _sample(
         self,
@@ -196,12 +172,12 @@ class VLLMSampler:
         if not self._held:
             raise SamplerError("sampling outside of `holding`: the engine's weights belong to no model")
         rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
-        if self.group is None:
+        if self._group is None:
             return self._generate(rows, temperature, max_tokens, top_p)
         # Processes that share an engine must ask it the same, so each asks for all and keeps its own.
-        everyone: list[list[tuple[list[int], int]]] = [[] for _ in range(distributed.get_world_size(self.group))]
-        distributed.all_gather_object(everyone, rows, group=self.group)
-        me = distributed.get_rank(self.group)
+        everyone: list[list[tuple[list[int], int]]] = [[] for _ in range(distributed.get_world_size(self._group))]
+        distributed.all_gather_object(everyone, rows, group=self._group)
+        me = distributed.get_rank(self._group)
         start = sum(len(others) for others in everyone[:me])
         rollouts = self._generate([row for others in everyone for row in others], temperature, max_tokens, top_p)
         return rollouts[start : start + len(rows)]
@@ -226,7 +202,7 @@ class VLLMSampler:
             for _, seed in rows
         ]
         prompts = [{"prompt_token_ids": prompt} for prompt, _ in rows]
-        with self._undisturbed_host():
+        with undisturbed_host(self.on_gpu):
             outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
         said = [output.outputs[0] for output in outputs]
         return [
@@ -249,51 +225,81 @@ class VLLMSampler:
             )
         self._checked = True
 
-    @contextmanager
-    def _undisturbed_host(self) -> Iterator[None]:
-        """vLLM reseeds and consumes the global random numbers, replaces torch.set_num_threads and edits the
-        environment; on a CPU it would compile for a minute and gain nothing."""
-        environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
-        python_state, numpy_state = random.getstate(), np.random.get_state()
-        os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {
-            name: os.environ.get(name, value)
-            for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items()
-        }
-        devices = [torch.cuda.current_device()] if self.on_gpu else []
-        eager = nullcontext() if self.on_gpu else torch.compiler.set_stance("force_eager")
-        try:
-            with torch.random.fork_rng(devices), eager, warnings.catch_warnings(action="ignore"):
-                yield
-        finally:
-            for name in os.environ.keys() - environment.keys():
-                del os.environ[name]
-            os.environ |= environment
-            torch.set_num_threads = set_num_threads
-            torch.set_num_threads(threads)
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
 
-
-def start_engine(lm: PreTrainedModel, arguments: dict[str, Any]) -> Any:
+def start_engine(lm: PreTrainedModel, dtype: torch.dtype, size: dict[str, Any]) -> Any:
     """A vLLM engine in this process, for models like `lm`, still without weights."""
     from vllm import LLM
 
+    known = getattr(lm.config, "max_position_embeddings", size["max_model_len"])
+    if size["max_model_len"] > known:
+        raise SamplerError(
+            f"prompt and response of {size['max_model_len']} tokens together: the model knows {known} positions; "
+            "lower --max-response-tokens or --max-prompt-tokens"
+        )
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
+    under_torchrun = distributed.is_initialized() and "RANK" in os.environ
     with tempfile.TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         try:
             return LLM(
                 model=folder,
+                dtype=str(dtype).removeprefix("torch."),
                 load_format="dummy",
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 generation_config="vllm",  # no top_k or repetition penalty from the model's own
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled, at its temperature
                 disable_log_stats=True,
-                **arguments,
+                distributed_executor_backend="external_launcher" if under_torchrun else None,
+                **size,
             )
         except ValueError as error:  # settings that vLLM refuses
             raise SamplerError(f"vLLM does not start: {error}") from error
+
+
+def cpu_limits(
+    config: PretrainedConfig, dtype: torch.dtype, max_sequence_tokens: int, rows: int, share: float
+) -> dict[str, Any]:
+    """A CPU has no sleep mode: the key-value cache is as large as `rows` sequences need, and at most `share` of the
+    memory."""
+    sequences = min(rows, CPU_SEQUENCES)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
+    blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory)),
+        "max_num_seqs": sequences,
+        "enforce_eager": True,
+        # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.
+        "enable_chunked_prefill": False,
+    }
+
+
+@contextmanager
+def undisturbed_host(on_gpu: bool) -> Iterator[None]:
+    """vLLM reseeds and consumes the global random numbers, replaces torch.set_num_threads and edits the
+    environment; on a CPU it would compile for a minute and gain nothing."""
+    environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {
+        name: os.environ.get(name, value)
+        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items()
+    }
+    devices = [torch.cuda.current_device()] if on_gpu else []
+    eager = nullcontext() if on_gpu else torch.compiler.set_stance("force_eager")
+    try:
+        with torch.random.fork_rng(devices), eager, warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ |= environment
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
 
 
 def tensor_parallel_group(size: int) -> Any:

@@ -7,8 +7,11 @@ CO_REWARDING_TEST_MODEL names a folder with a real model, for the tests that can
 import importlib.util
 import os
 import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -203,13 +206,16 @@ def test_rollouts_of_a_group_are_copies_or_do_not_repeat(pair: Pair) -> None:
 
 @needs_vllm
 @each_model
-@pytest.mark.parametrize("temperature", [0.7, 0.0])
-def test_log_probs_of_another_distribution(pair: Pair, temperature: float) -> None:
-    for rollout in pair.sample(tokens=40, temperature=temperature, n=2):
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.7, 1.0), (0.0, 1.0), (0.7, 0.8)])
+def test_log_probs_of_another_distribution(pair: Pair, temperature: float, top_p: float) -> None:
+    for rollout in pair.sample(tokens=40, temperature=temperature, n=2, top_p=top_p):
         tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids])
         pair.lm.set_attn_implementation("sdpa")
         logits = pair.lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].detach().double()
         scaled = (logits / (temperature or 1.0)).exp()
+        for row in scaled if top_p < 1 else []:
+            share = row.sort(descending=True).values.cumsum(0) / row.sum()
+            row[row < row.sort(descending=True).values[int((share < top_p).sum())]] = 0
         by_hand = (scaled / scaled.sum(-1, keepdim=True)).log()
         chosen = torch.tensor(rollout.response_ids)
         assert torch.allclose(by_hand[range(len(chosen)), chosen].float(), torch.tensor(rollout.logp), atol=1e-4)
@@ -279,7 +285,7 @@ def test_the_trainer_is_disturbed() -> None:
 
 
 @needs_vllm
-def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*arguments: Any, **options: Any) -> Any:
         ENGINES.append(build_sampler(*arguments, **options))
         return ENGINES[-1]
@@ -293,6 +299,47 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Any, monkeypatch:
     assert seen["vllm"]["mismatch_max"] < 1e-4 and seen["hf"]["mismatch_max"] < 1e-4
     assert 0 < seen["vllm"]["seconds_sync"] < 60 and "seconds_sync" not in seen["hf"]
     assert seen["vllm"]["seconds_rollout"] > 0 and seen["vllm"]["seconds_teacher"] > 0
+
+
+TWO_PROCESSES_WITH_ONE_ENGINE = """
+import torch
+from torch import distributed
+from test_vllm import LONG, Pair, build_sampler, untied_model
+
+distributed.init_process_group("gloo")
+rank = distributed.get_rank()
+lm = untied_model()
+sampler = build_sampler("vllm", lm, [1], torch.float32, max_sequence_tokens=LONG + 20, rows=8, tensor_parallel=2)
+pair = Pair(lm, sampler)
+for change in range(2):
+    prompts = [[(7 * i + 13 * rank + j) % 100 for j in range(LONG)] for i in range(2 + rank)]
+    rollouts = pair.sample(prompts=prompts, seeds=[100 * rank + 10 * i for i in range(2 + rank)])
+    assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in prompts for _ in range(4)]
+    assert pair.gaps(rollouts).max() < 1e-4
+    pair.change_weights(seed=change)
+ranks = torch.tensor(rank)
+distributed.all_reduce(ranks)
+assert ranks == 1
+print("all is well")
+"""
+
+
+@needs_vllm
+def test_processes_that_share_an_engine_get_each_others_rollouts(tmp_path: Path) -> None:
+    script = tmp_path / "two.py"
+    script.write_text(TWO_PROCESSES_WITH_ONE_ENGINE)
+    here = Path(__file__).parent
+    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    ended = subprocess.run([*torchrun, str(script)], env=environment, capture_output=True, text=True)
+    assert ended.stdout.count("all is well") == 2, ended.stderr
+
+
+@needs_vllm
+@tied_model
+def test_an_engine_is_shared_by_processes_that_are_not_there(pair: Pair) -> None:
+    with pytest.raises(SamplerError, match="--tensor-parallel 2 needs .* there are 1: start with torchrun"):
+        build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=64, rows=8, tensor_parallel=2)
 
 
 @needs_vllm
