@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
@@ -63,6 +63,7 @@ The question:
 """
 
 Row = dict[str, Any]
+Work = Callable[[int, "Speaker"], list[Row]]
 Opener = Callable[[], AbstractContextManager["Speaker"]]
 
 
@@ -92,6 +93,8 @@ class Settings:
     """questions that are sampled together and saved together"""
     seed: int = 0
     """of everything random"""
+    sampler: Literal["auto", "vllm", "hf"] = "auto"
+    """hf: transformers' generate; auto: vLLM if it is installed and there is a GPU"""
     chat_template: str | None = None
     """Jinja file, for a tokenizer without a chat template"""
     question_column: str = "question"
@@ -116,6 +119,7 @@ class Speaker:
 
     tokenizer: PreTrainedTokenizerBase
     sample: Sample
+    longest_prompt: int  # in tokens
     chat_template: str | None
 
     def replies(self, prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], **how: Any) -> list[Reply]:
@@ -127,36 +131,48 @@ class Speaker:
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [Reply(text, rollout.finished) for text, rollout in zip(texts, rollouts, strict=True)]
 
-    def instruction_ids(self, question: str) -> list[int]:
-        text = self.tokenizer.apply_chat_template(
-            [{"role": "user", "content": INSTRUCTION + question}],
-            chat_template=self.chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,  # templates that do not know it pass over it
-        )
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": INSTRUCTION + question}],
+        chat_template=chat_template,
+        add_generation_prompt=True,
+        tokenize=False,
+        enable_thinking=False,  # templates that do not know it pass over it
+    )
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 @contextmanager
-def speaker(name: str, chat_template: str | None) -> Iterator[Speaker]:
+def speaker(name: str, reply_tokens: int, replies: int, settings: Settings) -> Iterator[Speaker]:
+    """A model ready for batches of so many replies at a time."""
     import torch
 
     from policy import ModelError, load_pretrained, stop_token_ids
-    from rollout import TransformersSampler
+    from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
     try:
+        chosen = choose_sampler(settings.sampler)
         lm, tokenizer = load_pretrained(name, dtype)
-        sampler = TransformersSampler(stop_token_ids(lm, tokenizer), dtype)
-    except ModelError as problem:
+        lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
+        template = read_chat_template(settings.chat_template) if settings.chat_template else None
+        prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
+        # The rewriter's reply holds the question and its rewrite.
+        longest_prompt = len(instruction_ids(tokenizer, "", template)) + settings.max_tokens // 2
+        sampler = build_sampler(
+            chosen,
+            lm,
+            stop_token_ids(lm, tokenizer),
+            dtype,
+            max_sequence_tokens=longest_prompt + reply_tokens,
+            rows=replies,
+        )
+        with sampler.holding(lm) as sample:
+            yield Speaker(tokenizer, sample, longest_prompt, template)
+    except (ModelError, SamplerError) as problem:
         raise DataError(str(problem)) from problem
-    lm.to(torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if on_gpu else "cpu")  # type: ignore[arg-type]
-    template = read_chat_template(chat_template) if chat_template else None
-    prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
-    with sampler.holding(lm) as sample:
-        yield Speaker(tokenizer, sample, template)
 
 
 # ---------------------------------------------------------------- a reply -> a rewrite
@@ -199,14 +215,12 @@ def rewrite_batch(pairs: Sequence[Pair], model: Speaker, settings: Settings) -> 
     """A row for each pair; `faults` counts what was turned down, also where no rewrite was good enough."""
     rows = [as_row(pair) for pair in pairs]
     faults: list[Counter[str]] = [Counter() for _ in pairs]
-    prompts = [model.instruction_ids(pair.question) for pair in pairs]
-    # A reply holds the question and its rewrite.
-    longest = settings.max_tokens // 2 + len(model.instruction_ids(""))
+    prompts = [instruction_ids(model.tokenizer, pair.question, model.chat_template) for pair in pairs]
     for i, prompt in enumerate(prompts):
-        faults[i]["question too long"] += rows[i]["rephrased"] is None and len(prompt) > longest
+        faults[i]["question too long"] += rows[i]["rephrased"] is None and len(prompt) > model.longest_prompt
     for attempt in range(settings.attempts):
         n = 2**attempt
-        missing = [i for i, row in enumerate(rows) if not row["rephrased"] and len(prompts[i]) <= longest]
+        missing = [i for i, row in enumerate(rows) if not row["rephrased"] and not faults[i]["question too long"]]
         if not missing:
             break
         replies = model.replies(
@@ -235,22 +249,29 @@ def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) ->
 
 def verify_batch(rows: Sequence[Row], model: Speaker, settings: Settings) -> list[Row]:
     """The rows, without the rephrasings to which the model's majority gives another answer, or none."""
-    k, paired = settings.verify_samples, [row for row in rows if row["rephrased"]]
-    if not paired:
-        return list(rows)
-    wordings = [(row, wording) for row in paired for wording in ("question", "rephrased")]
-    replies = model.replies(
-        [prompt_ids(model.tokenizer, row[wording], model.chat_template) for row, wording in wordings],
-        [(settings.seed, "verify", row["id"], wording) for row, wording in wordings],
-        n=k,
-        temperature=1.0,
-        max_tokens=settings.verify_tokens,
-    )
-    answers = [extract_boxed(reply.text) for reply in replies]
-    votes = [majority_vote(answers[start : start + k], "math").label for start in range(0, len(answers), k)]
-    agree = dict(zip((row["id"] for row in paired), are_equal(votes[::2], votes[1::2]), strict=True))
+    k, asked, faults = settings.verify_samples, [], {}
+    for row in rows:
+        if row["rephrased"]:
+            wordings = row["question"], row["rephrased"]
+            prompts = [prompt_ids(model.tokenizer, wording, model.chat_template) for wording in wordings]
+            if max(map(len, prompts)) <= model.longest_prompt:
+                asked.append((row["id"], prompts))
+            else:
+                faults[row["id"]] = "too long to verify"
+    if asked:
+        replies = model.replies(
+            [prompt for _, prompts in asked for prompt in prompts],
+            [(settings.seed, "verify", name, view) for name, _ in asked for view in ("x", "x'")],
+            n=k,
+            temperature=1.0,
+            max_tokens=settings.verify_tokens,
+        )
+        boxed = [extract_boxed(reply.text) for reply in replies]
+        votes = [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
+        agree = are_equal(votes[::2], votes[1::2])
+        faults |= {name: "other answer" for (name, _), same in zip(asked, agree, strict=True) if not same}
     return [
-        row if agree.get(row["id"], True) else row | {"rephrased": None, "faults": row["faults"] | {"other answer": 1}}
+        row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
         for row in rows
     ]
 
@@ -288,11 +309,18 @@ def claim(settings: Settings, pairs: Sequence[Pair]) -> Path:
     return folder
 
 
-def make_parts(
-    stage: str, parts: Sequence[Path], work: Callable[[int, Speaker], list[Row]], open_model: Opener
-) -> None:
+def stand_alone() -> tuple[int, int]:
+    """This process's rank and the number of processes. Then it forgets torchrun's variables and sees one GPU: it needs
+    no other process, while vLLM would take them all for one engine."""
+    rank, processes = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
+    visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.pop("LOCAL_RANK", None)
+    if local_rank is not None and visible != "":
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)] if visible else local_rank
+    return rank, processes
+
+
+def make_parts(stage: str, parts: Sequence[Path], rank: int, processes: int, work: Work, open_model: Opener) -> None:
     """This process's share of the parts, as far as they are missing."""
-    rank, processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     share, tally = range(rank, len(parts), processes), Counter[str]()
     if all(parts[i].exists() for i in share):
         return
@@ -323,7 +351,7 @@ def rephrase(settings: OmitArgPrefixes[Settings]) -> None:
         answer=settings.answer_column,
         report=report,
     )
-    folder = claim(settings, pairs)
+    folder, (rank, processes) = claim(settings, pairs), stand_alone()
     batches = [pairs[start : start + settings.batch_size] for start in range(0, len(pairs), settings.batch_size)]
     rewritten = [folder / f"rewritten-{i:06d}.jsonl" for i in range(len(batches))]
     verified = [folder / f"verified-{i:06d}.jsonl" for i in range(len(batches))] if settings.verify else rewritten
@@ -331,14 +359,19 @@ def rephrase(settings: OmitArgPrefixes[Settings]) -> None:
         make_parts(
             "rephrasing",
             rewritten,
+            rank,
+            processes,
             lambda i, model: rewrite_batch(batches[i], model, settings),
-            partial(speaker, settings.model, settings.chat_template),
+            partial(speaker, settings.model, settings.max_tokens, settings.batch_size, settings),
         )
+        votes = 2 * settings.batch_size * settings.verify_samples
         make_parts(
             "verifying",
             verified,
+            rank,
+            processes,
             lambda i, model: verify_batch(read_part(rewritten[i]), model, settings),
-            partial(speaker, settings.verify or "", settings.chat_template),
+            partial(speaker, settings.verify or "", settings.verify_tokens, votes, settings),
         )
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {folder}", file=sys.stderr)

@@ -126,12 +126,10 @@ class Scripted:
     """Stands for a Speaker; `say(question, key, g)` is its g-th reply."""
 
     tokenizer = chat_template = None
+    longest_prompt = 100
 
     def __init__(self, say):
         self.say, self.asked = say, []
-
-    def instruction_ids(self, question):
-        return list(question.encode())
 
     def replies(self, prompts, keys, n, **how):
         self.asked += [(*key[1:], n) for key in keys]
@@ -141,7 +139,8 @@ class Scripted:
 
 def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "speaker", lambda *_: nullcontext(model))
-    monkeypatch.setattr(rephrase, "prompt_ids", lambda tokenizer, text, template: list(text.encode()))
+    for to_ids in ("prompt_ids", "instruction_ids"):
+        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, template: list(text.encode()))
 
 
 def wrap(rewrite: str) -> str:
@@ -208,9 +207,12 @@ def test_a_question_without_a_good_rewrite_is_recorded_with_its_reasons_not_lost
 def test_a_question_too_long_to_be_repeated_is_not_asked(tmp_path, monkeypatch):
     model = Scripted(answer_in_other_words)
     use(monkeypatch, model)
-    out = tmp_path / "pairs.jsonl"
-    rephrase.rephrase(Settings(str(questions(tmp_path, 2)), "m", out, max_tokens=20))
-    assert [row["faults"] for row in rows_of(out)] == [{"question too long": 1}] * 2 and not model.asked
+    (tmp_path / "q.jsonl").write_text(
+        '{"question": "What is 1 + 20?"}\n{"question": "What is 1 + 20?%s"}\n' % (" " * 100)
+    )
+    rephrase.rephrase(Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
+    assert [row["faults"] for row in rows_of(tmp_path / "pairs.jsonl")][1] == {"question too long": 1}
+    assert {name for _, name, *_ in model.asked} == {"0"}
 
 
 def test_a_rephrasing_that_is_there_is_kept(tmp_path, monkeypatch):
@@ -252,7 +254,7 @@ def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
     def say(question: str, key: tuple, g: int) -> str:
         if key[1] == "rewrite":
             return "nothing" if key[2] == "q4" else answer_in_other_words(question, key, g)
-        vote = votes[key[2]][key[3]][g]
+        vote = votes[key[2]][{"x": "question", "x'": "rephrased"}[key[3]]][g]
         return "no idea" if vote is None else f"So \\boxed{{{vote}}}"
 
     use(monkeypatch, Scripted(say))
@@ -261,6 +263,16 @@ def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
     kept = {row["id"]: bool(row["rephrased"]) for row in rows_of(out)}
     assert kept == {"q0": True, "q1": False, "q2": False, "q3": True, "q4": False}
     assert [row["faults"] for row in rows_of(out)][:4] == [{}, {"other answer": 1}, {"other answer": 1}, {}]
+
+
+def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch):
+    model = Scripted(lambda question, key, g: "\\boxed{7}")
+    use(monkeypatch, model)
+    pairs = [{"question": "3 + 4?", "rephrased": "4 + 3?"}, {"question": "2 + 5?", "rephrased": "5 + 2?" * 20}]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    rephrase.rephrase(Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
+    assert [row["rephrased"] for row in rows_of(tmp_path / "pairs.jsonl")] == ["4 + 3?", None]
+    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"too long to verify": 1}
 
 
 # ---------------------------------------------------------------- kill and resume
@@ -272,8 +284,8 @@ sys.path[:0] = [{root!r}]
 import data, rephrase
 
 class Stub:
-    def instruction_ids(self, question):
-        return list(question.encode())
+    tokenizer = chat_template = None
+    longest_prompt = 100
 
     def replies(self, prompts, keys, n, **how):
         time.sleep({seconds})
@@ -288,6 +300,7 @@ class Stub:
         return rephrase.Reply("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", rng.random() < 0.9)
 
 rephrase.speaker = lambda *_: nullcontext(Stub())
+rephrase.instruction_ids = lambda tokenizer, question, template: list(question.encode())
 data.main()
 """
 
@@ -355,6 +368,18 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert set(asked.values()) == {2}  # by the one process, and by one of the two
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert any("of 10 questions have a rephrasing" in summary for summary in summaries)
+
+
+def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
+    for visible, local_rank, expected in ((None, "3", "3"), ("4,6", "1", "6"), ("", "1", ""), ("4,6", None, "4,6")):
+        given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "CUDA_VISIBLE_DEVICES": visible}
+        for name, value in given.items():
+            monkeypatch.delenv(name, raising=False)
+            if value is not None:
+                monkeypatch.setenv(name, value)
+        assert rephrase.stand_alone() == (5, 8)
+        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
 
 
 def test_a_file_that_was_being_written_at_the_kill_is_not_taken_for_a_batch(tmp_path, monkeypatch):
