@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -43,6 +44,8 @@ HARMLESS |= {
     "sampling.engine_memory",
     "optimisation.tokens_per_micro_batch",
 }  # the latter changes rounding, as another number of processes does
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
 
 class CheckpointError(ValueError):
