@@ -92,7 +92,7 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
         for name, model in training.models().items():
             save_model(model, training.tokenizer, aside / name)
         state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=ranks.count() == 1)
+        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=not ranks.launched())
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}
         ranks.on_first(partial(finish, aside, final, trainer))
         ranks.on_first(partial(prune, folder, keep, keep_every))
@@ -237,7 +237,7 @@ def load(path: Path, training: Training) -> int:
     for name, model in training.models().items():
         load_model(path / name, model)
     state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-    load_shards(state, checkpoint_id=path / "optimizer", no_dist=ranks.count() == 1)
+    load_shards(state, checkpoint_id=path / "optimizer", no_dist=not ranks.launched())
     set_optimizer_state_dict(training.policy, training.optimizer, state["optimizer"])
     return int(saved["step"])
 

@@ -1,4 +1,4 @@
-"""Several gloo processes against one: the same rollouts, metrics and weights, and checkpoints that move between them."""
+"""Several gloo processes against one: the same rollouts, metrics, weights; checkpoints that move between them."""
 
 import shutil
 import subprocess
