@@ -141,7 +141,8 @@ def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats],
     for batch, stat in zip(batches, stats, strict=True):
         tokens = batch.mask.sum(dim=1).clamp(min=1)
         means[:, batch.rows] += torch.stack([stat.logp, stat.entropy, stat.self_certainty]).sum(dim=2) / tokens
-    return TokenStats(*ranks.total(means), loss=torch.stack([stat.loss for stat in stats]).sum())
+    logp, entropy, self_certainty = ranks.total(means)
+    return TokenStats(logp, entropy, self_certainty, torch.stack([stat.loss for stat in stats]).sum())
 
 
 @dataclass(frozen=True)
