@@ -1,93 +1,249 @@
-"""Checkpoints from which a run continues as if it had never stopped.
+"""Checkpoints from which a run continues as if it had never stopped, on any number of processes.
 
     checkpoints/step-000010/{policy,teacher}/     Hugging Face format, float32
-                            trainer.pt            optimizer, step, settings
+                            optimizer/            every process's shards (torch.distributed.checkpoint)
+                            trainer.json          step, settings, fingerprint of the questions
+                            manifest.json         size and SHA-256 of every other file
     checkpoints/latest -> step-000010
 
 Everything random in a run is derived from (seed, step, question), so there is no random state to keep. A checkpoint
-is written aside and renamed: it is there whole or not at all.
+is written aside, synced and renamed: it is there whole or not at all. What the disk does to it later, the manifest
+tells before anything is loaded. Processes on several machines need a folder that all of them see.
 """
 
+import hashlib
+import json
 import os
 import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict_loader import load as load_shards
+from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
+import ranks
+from data import PromptedPair
 from packing import PackedLM
 
-HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "tensorboard", "wandb", "profile")}
-HARMLESS |= {"sampling.engine_memory"} | {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
+HARMLESS = {
+    f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb", "profile")
+}
+HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
+HARMLESS |= {
+    "sampling.engine_memory",
+    "optimisation.tokens_per_micro_batch",
+}  # the latter changes rounding, as another number of processes does
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be continued, with the reason in one sentence."""
+    """A checkpoint that cannot be written or continued, with the reason in one sentence."""
 
 
-def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    model.lm.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+@dataclass
+class Training:
+    """What a checkpoint holds, or is loaded into."""
+
+    policy: PackedLM
+    teacher: PackedLM | None
+    tokenizer: PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    settings: dict[str, dict[str, Any]]  # of config.Config
+    questions: str  # their fingerprint
+
+    def models(self) -> dict[str, PackedLM]:
+        return {"policy": self.policy} | ({"teacher": self.teacher} if self.teacher is not None else {})
 
 
-def save(
-    folder: Path,
-    step: int,
-    policy: PackedLM,
-    teacher: PackedLM | None,
-    tokenizer: PreTrainedTokenizerBase,
-    optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
-) -> Path:
-    """Write folder/step-N for the state after N optimizer steps, and point folder/latest to it."""
+def fingerprint(questions: Sequence[PromptedPair]) -> str:
+    """Of everything that a run reads of its data: it changes with the file, the chat template and the tokenizer."""
+    digest = hashlib.sha256()
+    for question in questions:
+        digest.update(repr((question.pair.id, sorted(question.prompts.items()), question.pair.gold)).encode())
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------- writing
+
+
+def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every: int = 0) -> Path:
+    """Write folder/step-N for the state after N optimizer steps, point folder/latest to it, remove older ones: all but
+    the last `keep` (0: none) and every `keep_every`-th step. All processes must call this.
+
+    Raises:
+        CheckpointError: the disk is full, say; the checkpoints before are untouched.
+    """
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
-    shutil.rmtree(aside, ignore_errors=True)
-    save_model(policy, tokenizer, aside / "policy")
-    if teacher is not None:
-        save_model(teacher, tokenizer, aside / "teacher")
-    torch.save({"step": step, "optimizer": optimizer.state_dict(), "config": config}, aside / "trainer.pt")
-    shutil.rmtree(final, ignore_errors=True)
-    aside.rename(final)
-    link = folder / "latest.incomplete"
-    link.unlink(missing_ok=True)
-    link.symlink_to(final.name)
-    os.replace(link, folder / "latest")
+    try:
+        ranks.on_first(partial(begin, aside))
+        for name, model in training.models().items():
+            save_model(model, training.tokenizer, aside / name)
+        state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
+        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=not ranks.launched())
+        trainer = {"step": step, "settings": training.settings, "questions": training.questions}
+        ranks.on_first(partial(finish, aside, final, trainer))
+        ranks.on_first(partial(prune, folder, keep, keep_every))
+    except (OSError, SafetensorError, CheckpointException) as error:
+        reasons = [str(e) for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        raise CheckpointError(
+            f"the checkpoint {final} could not be written ({str(reasons[0]).splitlines()[0]}): make room, then go on "
+            "with --resume auto; those before it are intact"
+        ) from error
     return final
 
 
-def find(resume: str, out: str | None) -> Path:
-    """The checkpoint that --resume names; `auto` is the latest of the run in --out."""
-    if resume == "auto" and out is None:
+def begin(aside: Path) -> None:
+    for left_over in aside.parent.glob("*.incomplete"):
+        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
+    aside.mkdir(parents=True)
+
+
+def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """In Hugging Face format; a sharded model is put together tensor by tensor, in the first process's own memory."""
+    whole: dict[int, torch.Tensor] = {}  # a tied weight is one parameter under two names
+    weights: dict[str, torch.Tensor] = {}
+    for name, tensor in model.lm.state_dict(keep_vars=True).items():
+        if id(tensor) not in whole:
+            full = ranks.full(tensor.detach())
+            whole[id(tensor)] = full.cpu() if ranks.is_first() else full.new_empty(0)
+        weights[name] = whole[id(tensor)]
+
+    def write() -> None:
+        model.lm.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+
+    ranks.on_first(write)
+
+
+def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
+    """From here on the checkpoint exists."""
+    (aside / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
+    (aside / "manifest.json").write_text(json.dumps(describe(aside), indent=2) + "\n")
+    for path in [*aside.rglob("*"), aside]:
+        sync(path)
+    if final.exists():
+        final.rename(final.with_suffix(".replaced.incomplete"))
+    aside.rename(final)
+    sync(final.parent)
+    link = final.parent / "latest.incomplete"
+    link.symlink_to(final.name)
+    os.replace(link, final.parent / "latest")
+
+
+def sync(path: Path) -> None:
+    """Not in the page cache but on the disk: a machine that loses its power loses no checkpoint."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def describe(folder: Path) -> dict[str, list[Any]]:
+    """{file: [bytes, SHA-256]} of all files but the manifest."""
+
+    def describe_file(path: Path) -> list[Any]:
+        with path.open("rb") as stream:
+            return [path.stat().st_size, hashlib.file_digest(stream, "sha256").hexdigest()]
+
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json")
+    with ThreadPoolExecutor() as pool:  # hashing lets other threads run
+        return dict(zip([str(path.relative_to(folder)) for path in files], pool.map(describe_file, files), strict=True))
+
+
+def prune(folder: Path, keep: int, keep_every: int) -> None:
+    for old in newest_first(folder)[keep:] if keep else []:
+        if not keep_every or step_of(old) % keep_every:
+            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def newest_first(folder: Path) -> list[Path]:
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    return sorted(found, key=step_of, reverse=True)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def find(resume: str, out: str | None) -> Path | None:
+    """The checkpoint that --resume names; `auto` is the newest intact one of the run in --out, None if that has none
+    yet, so that one command both starts a run and continues it."""
+    if resume != "auto":
+        if fault := fault_of(Path(resume)):
+            raise CheckpointError(f"--resume {resume}: {fault}")
+        return Path(resume).resolve()
+    if out is None:
         raise CheckpointError("--resume auto: say of which run, with --out runs/NAME")
-    path = Path(str(out)) / "checkpoints" / "latest" if resume == "auto" else Path(resume)
-    if not (path / "trainer.pt").is_file():
-        raise CheckpointError(f"--resume {resume}: {path} holds no checkpoint (no trainer.pt in it)")
-    return path.resolve()
+    candidates = newest_first(Path(out) / "checkpoints")
+    for path in candidates:
+        if not (fault := fault_of(path)):
+            return path.resolve()
+        print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
+    if candidates:
+        raise CheckpointError(f"--resume auto: none of {len(candidates)} checkpoints in {out} is intact")
+    return None
 
 
-def flat(config: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"data.source": ..., "sampling.rollouts": ...}"""
-    return {f"{group}.{name}": value for group, settings in config.items() for name, value in settings.items()}
+def fault_of(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None if it is as it was written."""
+    try:
+        written = json.loads((path / "manifest.json").read_text())
+        present = describe(path)
+    except (OSError, ValueError):
+        return "it holds no checkpoint (no readable manifest.json in it)"
+    for file, (size, digest) in written.items():
+        if file not in present:
+            return f"{file} is missing"
+        if present[file] != [size, digest]:
+            return f"{file} is damaged ({present[file][0]:,} bytes, {size:,} were written)"
+    return None
 
 
-def load(
-    path: Path,
-    policy: PackedLM,
-    teacher: PackedLM | None,
-    optimizer: torch.optim.Optimizer,
-    config: dict[str, Any],
-) -> int:
+def flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """{"data.source": ..., "sampling.rollouts": ...}, as JSON gives them back."""
+    plain = json.loads(json.dumps(settings))
+    return {f"{group}.{name}": value for group, values in plain.items() for name, value in values.items()}
+
+
+def load(path: Path, training: Training) -> int:
     """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
-    state = torch.load(path / "trainer.pt", weights_only=True)
-    before, now = flat(state["config"]), flat(config)
+    saved = json.loads((path / "trainer.json").read_text())
+    before, now = flat(saved["settings"]), flat(training.settings)
     if differing := sorted(key for key in now if key not in HARMLESS and before.get(key) != now[key]):
         changes = ", ".join(f"{key} (was {before.get(key)}, is {now[key]})" for key in differing)
         raise CheckpointError(f"--resume {path}: made with other settings: {changes}")
-    for model, name in ((policy, "policy"), (teacher, "teacher")):
-        if model is not None:
-            saved = AutoModelForCausalLM.from_pretrained(path / name, dtype=torch.float32)
-            model.lm.load_state_dict(saved.state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    return int(state["step"])
+    if saved["questions"] != training.questions:
+        raise CheckpointError(
+            f"--resume {path}: the questions of {now['data.source']}, or the tokens of their prompts, have changed "
+            "since; restore the file, or start a new run from the checkpoint's policy/ with --model"
+        )
+    for name, model in training.models().items():
+        load_model(path / name, model)
+    state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
+    load_shards(state, checkpoint_id=path / "optimizer", no_dist=not ranks.launched())
+    set_optimizer_state_dict(training.policy, training.optimizer, state["optimizer"])
+    return int(saved["step"])
+
+
+@torch.no_grad()
+def load_model(folder: Path, model: PackedLM) -> None:
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    for name, mine in model.lm.state_dict().items():
+        mine.copy_(ranks.sharded_like(saved[name], mine))

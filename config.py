@@ -122,9 +122,13 @@ class Run:
     out: str | None = None
     """folder to write (None: a new one under runs/)"""
     resume: str | None = None
-    """auto (with out), or a folder runs/NAME/checkpoints/step-N: continue from there"""
+    """auto (the newest of out, or a new run if there is none), or a folder runs/NAME/checkpoints/step-N"""
     save_every: int = 0
     """steps between checkpoints; 0: only at the end"""
+    keep: int = 2
+    """checkpoints to keep, the newest; 0: all"""
+    keep_every: int = 0
+    """steps between checkpoints that are kept besides, such as 50; 0: none"""
     seed: int = 0
     """of everything random"""
     tensorboard: bool = False
@@ -199,6 +203,7 @@ def validate(config: Config) -> None:
         "lr": (optimisation.lr >= 0, "must not be negative"),
         "warmup": (0 <= optimisation.warmup <= 1, "is a share of the steps: between 0 and 1"),
         "tokens_per_micro_batch": (optimisation.tokens_per_micro_batch >= 1, "must be at least 1"),
+        "keep": (config.run.keep >= 0, "must not be negative"),
         "ema_start": (0 <= method.ema_start <= 1, "is a weight between 0 and 1"),
         "ema_end": (0 <= method.ema_end <= 1, "is a weight between 0 and 1"),
         "chat_template": (

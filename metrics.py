@@ -254,7 +254,9 @@ def keep_steps_before(file: Path, step: int) -> None:
     """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    file.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
+    aside = file.with_suffix(".incomplete")  # killed here, too, a run loses nothing
+    aside.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
+    aside.replace(file)
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

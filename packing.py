@@ -10,7 +10,7 @@ H hidden, V vocabulary.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -80,11 +80,19 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout], tokens: int, device: torch.device, rows: Iterable[int] | None = None
+    rollouts: Sequence[Rollout],
+    tokens: int,
+    device: torch.device,
+    rows: Iterable[int] | None = None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> list[MicroBatch]:
-    """The rollouts at `rows` (None: all), in micro-batches of at most `tokens` tokens (a longer one gets its own).
+    """This rank's share of the rollouts at `rows` (None: all), in micro-batches of at most `tokens` tokens (a longer
+    one gets its own).
 
-    Neighbours in length go together: attention, the only part that pads on a CPU, then pads little.
+    Neighbours in length go together: attention, the only part that pads on a CPU, then pads little. The micro-batches
+    are the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
+    gets as many, a muted one where they do not suffice: FSDP communicates within each forward and backward pass.
     """
 
     def length(row: int) -> int:
@@ -98,7 +106,15 @@ def micro_batches(
             used = 0
         groups[-1].append(row)
         used += length(row)
-    return [pack(rollouts, rows, device) for rows in groups]
+    batches = [pack(rollouts, rows, device) for rows in groups[rank::ranks]]
+    if len(batches) * ranks < len(groups):
+        batches.append(muted(pack(rollouts, groups[0][:1], device)))
+    return batches
+
+
+def muted(batch: MicroBatch) -> MicroBatch:
+    """The same with no response token: it passes through the model and leaves no trace in loss, gradient or metrics."""
+    return replace(batch, mask=torch.zeros_like(batch.mask))
 
 
 def runs_flash(query: Tensor) -> bool:

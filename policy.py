@@ -8,10 +8,13 @@ from pathlib import Path
 import torch
 import transformers
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import embedded
 import grpo
+import ranks
 from packing import MicroBatch, PackedLM, TokenLoss, TokenStats, pack
 from rollout import Rollout
 
@@ -38,6 +41,8 @@ def resolve(name: str) -> str:
 
 def load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     transformers.utils.logging.disable_progress_bar()
+    if name == "embedded":
+        ranks.on_first(embedded.model_folder)  # makes it, where it does not exist
     path = embedded.model_folder() if name == "embedded" else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
@@ -106,23 +111,38 @@ def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: 
     return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
+def shard(model: PackedLM, device: torch.device) -> None:
+    """Spread float32 weights over all ranks, in place, and with them their gradients and AdamW's state (FSDP2).
+
+    Each decoder layer is put together when its turn comes, in the dtype of computing, and taken apart behind it: a
+    weight that stayed whole after a pass would miss the next update. Gradients are added up in float32 and not
+    averaged, because the loss is divided by the whole step's denominator.
+    """
+    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    mesh = init_device_mesh(device.type, (ranks.count(),))
+    layers = [module for module in model.lm.modules() if type(module).__name__ in (model.lm._no_split_modules or ())]
+    for module in [*layers, model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+        assert isinstance(module, FSDPModule)
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
+
+
 @torch.no_grad()
 def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) -> list[TokenStats]:
     """Statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
     return [model(batch, temperature) for batch in batches]
 
 
-def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats]) -> TokenStats:
-    """Each statistic's mean over the response tokens of each rollout, [N]."""
-    order = torch.cat([batch.rows for batch in batches]).argsort()
-
-    def means(name: str) -> Tensor:
-        sums = torch.cat([getattr(stat, name).sum(dim=1) for stat in stats])
-        return (sums / torch.cat([batch.mask.sum(dim=1) for batch in batches]))[order]
-
-    return TokenStats(
-        means("logp"), means("entropy"), means("self_certainty"), torch.stack([stat.loss for stat in stats]).sum()
-    )
+def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int) -> TokenStats:
+    """Each statistic's mean over the response tokens of each rollout, [rollouts], those of other ranks included."""
+    means = torch.zeros(3, rollouts, device=batches[0].mask.device)
+    for batch, stat in zip(batches, stats, strict=True):
+        tokens = batch.mask.sum(dim=1).clamp(min=1)
+        means[:, batch.rows] += torch.stack([stat.logp, stat.entropy, stat.self_certainty]).sum(dim=2) / tokens
+    logp, entropy, self_certainty = ranks.total(means)
+    return TokenStats(logp, entropy, self_certainty, torch.stack([stat.loss for stat in stats]).sum())
 
 
 @dataclass(frozen=True)
@@ -169,7 +189,8 @@ def optimizer_step(
     objective: Objective,
     learning_rate: float,
 ) -> dict[str, float]:
-    """One step on the loss of all micro-batches (Eq. 6); advantages are [N], `reference` is None without a KL term.
+    """One step on the loss of all ranks' micro-batches (Eq. 6); advantages are [N], `reference` is None without a KL
+    term.
 
     A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
     """
@@ -181,14 +202,15 @@ def optimizer_step(
         seen = {"entropy": stats.entropy, "mismatch": (stats.logp - batch.sampler_logp).abs()}
         seen |= {} if reference_logp is None else {"kl": grpo.k3(stats.logp, reference_logp)}
         per_token.append({name: value[batch.mask] for name, value in seen.items()})
-    grad_norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), objective.max_grad_norm).item()
+    grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), objective.max_grad_norm)).item()
     if finite := math.isfinite(grad_norm):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     measured = {name: torch.cat([seen[name] for seen in per_token]) for name in per_token[0]}
-    metrics = {"grad_norm": grad_norm, "lr": learning_rate, "mismatch_max": measured["mismatch"].max().item()}
-    metrics["mismatch_mean"] = measured.pop("mismatch").mean().item()
-    metrics |= {name: values.mean().item() for name, values in measured.items()}
+    mismatch = measured.pop("mismatch")
+    metrics = {"grad_norm": grad_norm, "lr": learning_rate, "mismatch_mean": ranks.mean(mismatch)}
+    metrics["mismatch_max"] = ranks.largest(mismatch.max().item() if len(mismatch) else 0.0)
+    metrics |= {name: ranks.mean(values) for name, values in measured.items()}
     return metrics | {"skipped_steps": float(not finite)}

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+import ranks
+
 ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
 
 
@@ -127,8 +129,23 @@ def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
         lm.train(training).set_attn_implementation(attention)
 
 
+@torch.no_grad()
+def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
+    if not ranks.is_sharded(lm):
+        return lm
+    with torch.device("meta"):
+        copy: PreTrainedModel = type(lm)(lm.config).eval()
+    copy.load_state_dict({name: ranks.full(t).to(dtype) for name, t in lm.state_dict().items()}, assign=True)
+    for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
+        owner, _, attribute = name.rpartition(".")
+        setattr(copy.get_submodule(owner), attribute, buffer)
+    return copy
+
+
 class TransformersSampler:
-    """The trainer's own model with a key-value cache of transformers: no second copy, any device, any family.
+    """The trainer's own model, or a copy where that is sharded, with a key-value cache of transformers: any device, any
+    family.
 
     A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
@@ -142,6 +159,8 @@ class TransformersSampler:
 
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        lm = whole(lm, self.compute_dtype)
+
         def sample(
             prompts: Sequence[list[int]],
             seeds: Sequence[int],

@@ -38,7 +38,8 @@ def frozen_copy(policy: M) -> M:
 def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
     """teacher <- weight * teacher + (1 - weight) * policy, in place and exact for weight 0 and 1.
 
-    `parameters()` yields a tied weight once, so it is averaged once. Buffers are copied.
+    `parameters()` yields a tied weight once, so it is averaged once. Buffers are copied. Under FSDP every rank averages
+    its own shards, and nothing is communicated.
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
         mine.lerp_(theirs.to(mine), 1 - weight)

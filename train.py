@@ -2,6 +2,7 @@
 
     python train.py                                             # variant II on the embedded task, a laptop, minutes
     python train.py --variant I --model Qwen3-8B-Base --data math
+    torchrun --nproc-per-node 4 train.py --variant I --model Qwen3-8B-Base --data math
 
 One step of every variant, each a row of `rewards.VARIANTS`:
 
@@ -15,9 +16,12 @@ What differs from the paper's equations and from the authors' code is said at th
 teacher.py. Shapes: Q questions a step, G rollouts a question and view, N rollouts of the policy in a step.
 """
 
+import fcntl
 import json
 import signal
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +34,7 @@ from transformers import PreTrainedTokenizerBase
 import checkpoint
 import metrics
 import plot
+import ranks
 from benchmark_data import Benchmark, load_benchmark
 from config import Config, ConfigError, parse
 from contamination import without_overlap
@@ -55,6 +60,7 @@ from policy import (
     mean_per_rollout,
     optimizer_step,
     score,
+    shard,
     stop_token_ids,
 )
 from rewards import VARIANTS, VIEWS, Variant, View, Voter, build_groups, on_views, pseudo_labels, read_answers
@@ -112,11 +118,14 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
     # 4. Rewards and advantages of the policy's rollouts, N = views x Q x G.
     trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
-    batches = micro_batches(trained, optimisation.tokens_per_micro_batch, run.device)
+    in_batches = partial(
+        micro_batches, trained, optimisation.tokens_per_micro_batch, run.device, rank=ranks.rank(), ranks=ranks.count()
+    )
+    batches = in_batches()
     with clock("reward"):
         read_logits = {}
         if variant.reward_reads_logits:
-            own = mean_per_rollout(batches, score(run.policy, batches, sampling.temperature))
+            own = mean_per_rollout(batches, score(run.policy, batches, sampling.temperature), len(trained))
             read_logits = {"entropy": own.entropy.tolist(), "self_certainty": own.self_certainty.tolist()}
         groups = build_groups(variant, answers, labels, method.answer_match, **read_logits)
         rewards = variant.reward(groups)
@@ -125,7 +134,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             # Without a KL term a rollout of advantage 0 adds nothing to the gradient. One is kept, for a step without
             # any other: AdamW has to see a gradient of 0, not none.
             telling = advantages.nonzero().flatten().tolist() or [0]
-            batches = micro_batches(trained, optimisation.tokens_per_micro_batch, run.device, telling)
+            batches = in_batches(rows=telling)
 
     # 5. One optimizer step.
     reference = None
@@ -161,7 +170,7 @@ def sample_views(
     config, sampling = run.config, run.config.sampling
     asked = [(view, question) for view in views for question in questions]
     with run.sampler.holding(model.lm) as sample:
-        rollouts = sample(
+        rollouts = ranks.shared_out(sample)(
             prompts=[question.prompts[view] for view, question in asked],
             seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
             n=sampling.rollouts,
@@ -207,48 +216,63 @@ def evaluate(run: Run) -> dict[str, float]:
     benchmark = replace(run.benchmark, pairs=[question.pair for question in run.eval_questions])
     prompts = [question.prompts["x"] for question in run.eval_questions]
     with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
-        accuracy = accuracies(sample, run.tokenizer, benchmark, prompts, settings)
+        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, benchmark, prompts, settings)
     return accuracy | clock.seconds
 
 
 def train(config: Config) -> Path:
-    """Prepare, loop, save; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
+    """Prepare and loop; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
     run, first_step = prepare(config)
-    log = metrics.RunLog(run.folder, asdict(config), first_step)
-    stop_requested = catch_signals()
-    bar = tqdm(range(first_step, run.total_steps), initial=first_step, total=run.total_steps, desc="training")
+    with claimed(run.folder):
+        return loop(run, first_step)
+
+
+def loop(run: Run, first_step: int) -> Path:
+    """All steps from the first on, with evaluations and checkpoints when they are due."""
+    config = run.config
+    ranks.on_first(lambda: (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n"))
+    log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
+    signals = catch_signals()
+    steps = range(first_step, run.total_steps)
+    bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", disable=log is None)
     for step in bar:
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
-        with metrics.tracing(run.folder / "trace.json", config.run.profile and step == first_step + 1):
+        with metrics.tracing(
+            run.folder / "trace.json", config.run.profile and step == first_step + 1 and log is not None
+        ):
             seen, sample = train_step(run, step)
-        log.write({"step": step} | evaluated | seen | {"peak_memory_gb": metrics.peak_memory_gb()}, sample)
-        bar.set_postfix(log.headline())
-        for warning in log.new_collapse_signs():
-            bar.write(f"collapse? step {step}: {warning}", file=sys.stderr)
-        done = step + 1
-        if done == run.total_steps or is_due(done, config.run.save_every) or stop_requested:
+        seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb())
+        if log:
+            log.write({"step": step} | evaluated | seen, sample)
+            bar.set_postfix(log.headline())
+            for warning in log.new_collapse_signs():
+                bar.write(f"collapse? step {step}: {warning}", file=sys.stderr)
+        done, stop_signal = step + 1, int(ranks.largest(max(signals, default=0)))
+        if done == run.total_steps or is_due(done, config.run.save_every) or stop_signal:
             saved = save_checkpoint(run, done)
-        if stop_requested:
+        if stop_signal:
             bar.close()
-            print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
-            raise SystemExit(128 + stop_requested[0])
-    if run.eval_questions:
-        log.write({"step": run.total_steps} | evaluate(run), [])
+            if log:
+                print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
+            raise SystemExit(128 + stop_signal)
+    evaluated = evaluate(run)
+    if log and evaluated:
+        log.write({"step": run.total_steps} | evaluated, [])
     return run.folder
 
 
 def prepare(config: Config) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
-    variant, sampler = chosen_variant(config), choose_sampler(config.sampling.sampler)
-    resumed = checkpoint.find(config.run.resume, config.run.out) if config.run.resume else None
-    folder = resumed.parents[1] if resumed else new_folder(config)
+    device, variant, sampler = ranks.start(), chosen_variant(config), choose_sampler(config.sampling.sampler)
+    resumed = ranks.on_first(partial(checkpoint.find, config.run.resume, config.run.out)) if config.run.resume else None
+    folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
     pairs, report = load_questions(config)
     benchmark = read_benchmark(config, config.data.eval_data) if config.data.eval_data else None
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if config.model.name == "embedded":
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
-    policy, tokenizer = load(config.model.name, device)
+    # A model that is going to be sharded must not meet a GPU before.
+    policy, tokenizer = load(config.model.name, torch.device("cpu") if ranks.launched() else device)
     to_prompts = partial(
         prompt_pairs,
         tokenizer=tokenizer,
@@ -265,7 +289,13 @@ def prepare(config: Config) -> tuple[Run, int]:
 
     has_teacher = bool(variant.teacher_views) or (variant.kl_reference == "ema" and variant.kl_coef > 0)
     teacher = frozen_copy(policy) if has_teacher else None
-    reference = teacher if variant.kl_reference == "ema" else frozen_copy(policy)
+    anchor = None
+    if variant.kl_coef > 0:
+        anchor = teacher if variant.kl_reference == "ema" else frozen_copy(policy)
+    if ranks.launched():
+        for model in dict.fromkeys((policy, teacher, anchor)):
+            if model is not None:
+                shard(model, device)
     run = Run(
         config=config,
         folder=folder,
@@ -278,7 +308,7 @@ def prepare(config: Config) -> tuple[Run, int]:
         tokenizer=tokenizer,
         policy=policy,
         teacher=teacher,
-        reference=reference if variant.kl_coef > 0 else None,
+        reference=anchor,
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
         sampler=build_sampler(
             sampler,
@@ -291,10 +321,28 @@ def prepare(config: Config) -> tuple[Run, int]:
             tensor_parallel=config.sampling.tensor_parallel,
         ),
     )
-    first_step = checkpoint.load(resumed, policy, teacher, run.optimizer, asdict(config)) if resumed else 0
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n")
-    return run, first_step
+    return run, checkpoint.load(resumed, to_save(run)) if resumed else 0
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other runs out of it for as long as this one lives, however it ends."""
+    with ExitStack() as held:
+
+        def claim() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((folder / ".lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{folder}: another run is writing to it; wait for it, or name another --out"
+                ) from None
+            except OSError as error:
+                raise ConfigError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+
+        ranks.on_first(claim)
+        yield
 
 
 def chosen_variant(config: Config) -> Variant:
@@ -328,9 +376,9 @@ def read_benchmark(config: Config, name: str) -> Benchmark:
 
 
 def new_folder(config: Config) -> Path:
-    """A folder that no other run has written to."""
+    """A folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
-        if (Path(config.run.out) / "metrics.jsonl").exists():
+        if config.run.resume != "auto" and (Path(config.run.out) / "metrics.jsonl").exists():
             raise ConfigError(
                 f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
             )
@@ -354,11 +402,11 @@ def is_due(step: int, every: int) -> bool:
 
 def catch_signals() -> list[int]:
     """The list fills when the run is asked to stop; the loop looks at it between steps. A second request is obeyed
-    at once, without saving."""
+    at once, without saving; not so under torchrun, which passes on what its processes may have got themselves."""
     requested: list[int] = []
 
     def request(number: int, _: object) -> None:
-        if requested:
+        if requested and not ranks.launched():
             raise KeyboardInterrupt
         requested.append(number)
 
@@ -368,14 +416,15 @@ def catch_signals() -> list[int]:
 
 
 def save_checkpoint(run: Run, steps_taken: int) -> Path:
-    return checkpoint.save(
-        run.folder / "checkpoints",
-        steps_taken,
-        run.policy,
-        run.teacher,
-        run.tokenizer,
-        run.optimizer,
-        asdict(run.config),
+    settings = run.config.run
+    folder = run.folder / "checkpoints"
+    return checkpoint.save(folder, steps_taken, to_save(run), settings.keep, settings.keep_every)
+
+
+def to_save(run: Run) -> checkpoint.Training:
+    questions = checkpoint.fingerprint(run.questions)
+    return checkpoint.Training(
+        run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), questions=questions
     )
 
 
@@ -384,9 +433,11 @@ def main() -> None:
         folder = train(parse())
     except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
-    curves = plot.draw([folder], folder / "curves.png")
-    print(metrics.closing_table(folder))
-    print(f"  curves             {curves}")
+    if ranks.is_first():
+        curves = plot.draw([folder], folder / "curves.png")
+        print(metrics.closing_table(folder))
+        print(f"  curves             {curves}")
+    ranks.stop()
 
 
 if __name__ == "__main__":

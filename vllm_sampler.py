@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, distributed
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention
+import ranks
+from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention, whole
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
 CPU_SEQUENCES = 256  # sampled at once on a CPU
@@ -149,7 +150,8 @@ class VLLMSampler:
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal name
             for name, tensor in weights.items():
-                yield name, tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
+                tensor = ranks.full(tensor.detach())  # one at a time: whole, the model would not fit
+                yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
 
         tensors = stream()
         try:
@@ -331,6 +333,7 @@ def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) ->
 def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype) -> Tensor:
     """Log-probs [T] of a response under the model itself, by transformers."""
     tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
+    lm = whole(lm, dtype)
     with plain_attention(lm), torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32):
         logits = lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
     response = tokens[0, len(rollout.prompt_ids) :, None]

@@ -191,7 +191,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(6)
     batches = micro_batches(rollouts, 25, torch.device("cpu"))
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
-    means = mean_per_rollout(batches, score(policy, batches, temperature=0.7))
+    means = mean_per_rollout(batches, score(policy, batches, temperature=0.7), len(rollouts))
     answers = {("policy", view): read_answers([""] * 3, 3, "exact") for view in ("x", "x'")}
 
     policy.lm.set_attn_implementation("eager")

@@ -1,0 +1,125 @@
+"""Checkpoints that the disk has damaged, a full disk, data that changed, two runs in one folder."""
+
+import json
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+from test_train import SMALL, metrics_of, small
+
+import checkpoint
+import train
+from checkpoint import CheckpointError
+from config import ConfigError, parse
+from word_problems import word_problems
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run of two steps with a checkpoint after each; tests work on copies."""
+    return train.train(small(tmp_path_factory.mktemp("run") / "run", "--steps", "2", "--save-every", "1"))
+
+
+@pytest.fixture
+def folder(finished, tmp_path) -> Path:
+    return shutil.copytree(finished, tmp_path / "run", symlinks=True)
+
+
+def cut_in_half(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def flip_a_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "fault"),
+    [
+        ("policy/model.safetensors", cut_in_half, "policy/model.safetensors is damaged"),
+        ("teacher/model.safetensors", flip_a_bit, "teacher/model.safetensors is damaged"),
+        ("optimizer/__0_0.distcp", Path.unlink, "optimizer/__0_0.distcp is missing"),
+        ("manifest.json", cut_in_half, "holds no checkpoint"),
+    ],
+)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, capsys, file, damage, fault):
+    newest = folder / "checkpoints" / "step-000002"
+    damage(newest / file)
+    assert checkpoint.find("auto", str(folder)) == (folder / "checkpoints" / "step-000001").resolve()
+    assert fault in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=fault):
+        checkpoint.find(str(newest), None)
+
+
+def test_resume_auto_repeats_the_lost_step_exactly(folder, finished):
+    cut_in_half(folder / "checkpoints" / "step-000002" / "policy" / "model.safetensors")
+    flags = ["--steps", "2", "--save-every", "1", "--out", str(folder), "--resume", "auto"]
+    assert metrics_of(train.train(parse([*SMALL, *flags]))) == metrics_of(finished)
+    weights = [run / "checkpoints" / "step-000002" / "policy" / "model.safetensors" for run in (folder, finished)]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+
+
+def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(tmp_path, finished):
+    """A job that is requeued before its first checkpoint would otherwise never start again."""
+    flags = ["--steps", "2", "--save-every", "1", "--out", str(tmp_path / "new"), "--resume", "auto"]
+    assert metrics_of(train.train(parse([*SMALL, *flags]))) == metrics_of(finished)
+
+
+def test_nothing_intact_is_an_error_and_not_a_fresh_start(folder):
+    for path in checkpoint.newest_first(folder / "checkpoints"):
+        (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="none of 2 checkpoints"):
+        checkpoint.find("auto", str(folder))
+
+
+def test_a_full_disk_leaves_the_checkpoints_before_intact(tmp_path, monkeypatch):
+    """RLIMIT_FSIZE fails a write as a full disk does, in the middle of a file."""
+    small_files, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    save = train.save_checkpoint
+
+    def save_on_full_disk(run: train.Run, steps_taken: int) -> Path:
+        if steps_taken == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited))
+        return save(run, steps_taken)
+
+    monkeypatch.setattr(train, "save_checkpoint", save_on_full_disk)
+    try:
+        with pytest.raises(CheckpointError, match="step-000002 could not be written .*make room"):
+            train.train(small(tmp_path / "run", "--steps", "2", "--save-every", "1"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (small_files, unlimited))
+    assert checkpoint.find("auto", str(tmp_path / "run")).name == "step-000001"
+
+
+def test_only_the_last_and_every_nth_checkpoint_stay(tmp_path):
+    for step in range(1, 8):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    checkpoint.prune(tmp_path, keep=2, keep_every=3)
+    assert sorted(map(checkpoint.step_of, tmp_path.iterdir())) == [3, 6, 7]
+    checkpoint.prune(tmp_path, keep=0, keep_every=0)
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
+    rows, file = word_problems()[:12], tmp_path / "data.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    flags = ["--steps", "1", "--data", str(file)]
+    folder = train.train(small(tmp_path / "run", *flags))
+    rows[3]["question"] += " Tell me."
+    file.write_text("\n".join(map(json.dumps, rows)))
+    with pytest.raises(CheckpointError, match=r"questions of .*data.jsonl.* have changed"):
+        train.train(parse([*SMALL, *flags, "--out", str(folder), "--resume", "auto"]))
+
+
+def test_two_runs_in_one_folder_are_refused(tmp_path):
+    with train.claimed(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing to it"):
+        train.train(small(tmp_path / "run", "--steps", "1"))
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_folder_that_cannot_be_written_to_is_one_sentence():
+    with pytest.raises(ConfigError, match="cannot be written to"), train.claimed(Path("/proc/self/run")):
+        pass
