@@ -346,7 +346,7 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
     assert len(texts) == 10 and len({text and text.split()[0] for text in texts}) > 1  # the seeds reach the stub
     for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
         already = parts(tmp_path)
-        process = start(tmp_path, "killed.jsonl", seconds=0.2)
+        process = start(tmp_path, "killed.jsonl", seconds=1.5)
         while process.poll() is None and parts(tmp_path) == already:
             time.sleep(0.01)
         process.send_signal(sign)
