@@ -64,7 +64,7 @@ class Settings:
     seed: int = 0
     """of the sampled answers"""
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: generate of transformers; auto: vllm if it is installed and there is a GPU, else hf"""
+    """hf: transformers; auto: vllm if it is installed and there is a GPU, else hf"""
     engine_memory: float = 0.5
     """share of a GPU's memory for vLLM, next to the model as training loads it"""
     chat_template: str | None = None

@@ -434,9 +434,8 @@ def main() -> None:
     except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
     if ranks.is_first():
-        curves = plot.draw([folder], folder / "curves.png")
+        plot.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))
-        print(f"  curves             {curves}")
     ranks.stop()
 
 

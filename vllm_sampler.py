@@ -54,7 +54,7 @@ def choose_sampler(name: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]
         reason = f"vLLM {'' if installed else 'not '}installed, {'a' if torch.cuda.is_available() else 'no'} GPU"
     else:
         chosen, reason = name, f"--sampler {name}"
-    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'generate of transformers'} ({reason})")
+    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
     return chosen
 
 

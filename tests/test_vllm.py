@@ -367,8 +367,8 @@ def test_a_sampler_is_chosen_in_silence_or_cannot_be_had(
     assert capsys.readouterr().out.splitlines() == [
         f"sampler: {sampler}"
         for sampler in (
-            "generate of transformers (vLLM not installed, no GPU)",
+            "transformers (vLLM not installed, no GPU)",
             "vLLM (vLLM installed, a GPU)",
-            "generate of transformers (vLLM installed, no GPU)",
+            "transformers (vLLM installed, no GPU)",
         )
     ]
