@@ -40,10 +40,9 @@ HARMLESS = {
     f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb", "profile")
 }
 HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
-HARMLESS |= {
-    "sampling.engine_memory",
-    "optimisation.tokens_per_micro_batch",
-}  # the latter changes rounding, as another number of processes does
+HARMLESS |= {f"memory.{name}" for name in ("activation_checkpointing", "offload_optimizer", "offload_teacher", "plan")}
+# These change rounding, as another number of processes does.
+HARMLESS |= {"sampling.engine_memory", "optimisation.tokens_per_micro_batch"}
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
@@ -92,7 +91,7 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
         for name, model in training.models().items():
             save_model(model, training.tokenizer, aside / name)
         state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=not ranks.launched())
+        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=not ranks.in_group())
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}
         ranks.on_first(partial(finish, aside, final, trainer))
         ranks.on_first(partial(prune, folder, keep, keep_every))
@@ -237,13 +236,12 @@ def load(path: Path, training: Training) -> int:
     for name, model in training.models().items():
         load_model(path / name, model)
     state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-    load_shards(state, checkpoint_id=path / "optimizer", no_dist=not ranks.launched())
+    load_shards(state, checkpoint_id=path / "optimizer", no_dist=not ranks.in_group())
     set_optimizer_state_dict(training.policy, training.optimizer, state["optimizer"])
     return int(saved["step"])
 
 
-@torch.no_grad()
 def load_model(folder: Path, model: PackedLM) -> None:
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
-    for name, mine in model.lm.state_dict().items():
-        mine.copy_(ranks.sharded_like(saved[name], mine))
+    """The first process reads, and gives the others their shards."""
+    saved = PackedLM(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)) if ranks.is_first() else None
+    ranks.spread(ranks.tensors_of(saved) if saved else {}, model)

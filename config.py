@@ -118,6 +118,18 @@ class Optimisation:
 
 
 @dataclass(frozen=True)
+class Memory:
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """compute activations again instead of keeping them; auto: where a step would not fit otherwise"""
+    offload_optimizer: bool = False
+    """keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there"""
+    offload_teacher: bool = False
+    """keep the teacher, or the frozen reference, in the CPU's memory"""
+    plan: bool = False
+    """print what the run would need on 1, 2, 4 and 8 GPUs, and end"""
+
+
+@dataclass(frozen=True)
 class Run:
     out: str | None = None
     """folder to write (None: a new one under runs/)"""
@@ -146,6 +158,7 @@ class Config:
     model: OmitArgPrefixes[Model] = field(default_factory=Model)
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     optimisation: OmitArgPrefixes[Optimisation] = field(default_factory=Optimisation)
+    memory: OmitArgPrefixes[Memory] = field(default_factory=Memory)
     run: OmitArgPrefixes[Run] = field(default_factory=Run)
 
 

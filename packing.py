@@ -239,12 +239,11 @@ class PackedLM(nn.Module):
         self.lm = lm
         self.compute_dtype = compute_dtype
 
-    def autocast(self) -> AbstractContextManager[None]:
-        enabled = self.compute_dtype != torch.float32
-        return torch.autocast(self.lm.device.type, self.compute_dtype, enabled=enabled)
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
 
     def forward(self, batch: MicroBatch, temperature: float, token_loss: TokenLoss | None = None) -> TokenStats:
-        with self.autocast():
+        with self.autocast(batch.input_ids.device):  # the weights may be elsewhere, see policy.shard
             hidden = self.lm.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
             ).last_hidden_state[0]  # [S, H]

@@ -2,15 +2,18 @@
 
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 import embedded
 import grpo
@@ -39,27 +42,57 @@ def resolve(name: str) -> str:
     return f"{owner}/{name}"
 
 
-def load_pretrained(name: str, dtype: torch.dtype) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_pretrained(
+    name: str, dtype: torch.dtype, weights: bool = True
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A model of transformers and its tokenizer; without `weights` the model is on the meta device and costs nothing.
+
+    Raises:
+        ModelError: transformers cannot load it.
+    """
     transformers.utils.logging.disable_progress_bar()
     if name == "embedded":
         ranks.on_first(embedded.model_folder)  # makes it, where it does not exist
     path = embedded.model_folder() if name == "embedded" else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
-        lm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+        if weights:
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {name}: transformers cannot load {path} ({reason})") from error
-    return lm, tokenizer
 
 
-def load(name: str, device: torch.device) -> tuple[PackedLM, PreTrainedTokenizerBase]:
-    """Model with float32 master weights (bfloat16 compute on a GPU), and its tokenizer."""
-    lm, tokenizer = load_pretrained(name, torch.float32)
-    lm.to(device)  # type: ignore[arg-type]
-    policy = PackedLM(lm, torch.bfloat16 if device.type == "cuda" else torch.float32)
-    verify_head(policy, name)
-    return policy, tokenizer
+def load(name: str, device: torch.device, offload: bool = False) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+    """The model to train, with float32 master weights (bfloat16 compute on a GPU), and its tokenizer.
+
+    In a group of processes the first reads the weights, and each keeps its shards: on `device`, or with `offload` in
+    the CPU's memory.
+    """
+    lm, tokenizer = load_pretrained(name, torch.float32, weights=ranks.is_first())
+    policy = PackedLM(lm if ranks.is_first() else unfilled(lm), compute_dtype(device))
+    ranks.on_first(partial(verify_head, policy, name))
+    if ranks.in_group():
+        weights = ranks.tensors_of(policy)
+        shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
+        ranks.spread(weights, policy)
+    return (policy if ranks.in_group() else policy.to(device)), tokenizer
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def unfilled(lm: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same architecture, in float32 on the CPU, with whatever values: memory costs nothing before it is
+    written to, so a model that is going to be sharded is never whole here."""
+    with torch.device("meta"):
+        skeleton: PreTrainedModel = type(lm)(deepcopy(lm.config)).float()
+    skeleton.to_empty(device="cpu").eval()
+    skeleton.tie_weights()
+    return skeleton
 
 
 def verify_head(policy: PackedLM, name: str) -> None:
@@ -111,22 +144,33 @@ def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: 
     return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
-def shard(model: PackedLM, device: torch.device) -> None:
-    """Spread float32 weights over all ranks, in place, and with them their gradients and AdamW's state (FSDP2).
+def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
+    """Spread float32 weights over the mesh's ranks, in place, and with them their gradients and AdamW's state (FSDP2);
+    with `offload` all of these stay in the CPU's memory, AdamW works there, and layers visit the GPU.
 
     Each decoder layer is put together when its turn comes, in the dtype of computing, and taken apart behind it: a
     weight that stayed whole after a pass would miss the next update. Gradients are added up in float32 and not
     averaged, because the loss is divided by the whole step's denominator.
     """
-    model.compute_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    mesh = init_device_mesh(device.type, (ranks.count(),))
-    layers = [module for module in model.lm.modules() if type(module).__name__ in (model.lm._no_split_modules or ())]
-    for module in [*layers, model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision)
+    place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
+    for module in [*decoder_layers(model), model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=place)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
+
+
+def decoder_layers(model: PackedLM) -> list[torch.nn.Module]:
+    names = model.lm._no_split_modules or ()
+    return [module for module in model.lm.modules() if type(module).__name__ in names]
+
+
+def checkpoint_activations(model: PackedLM) -> None:
+    """Keep of each decoder layer its input alone, and compute the rest again in the backward pass: a third more
+    arithmetic for a fraction of the memory. No layer draws random numbers, so none need to be kept."""
+    for layer in decoder_layers(model):
+        layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
 @torch.no_grad()

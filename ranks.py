@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 T = TypeVar("T")
@@ -23,15 +24,20 @@ TIMEOUT = timedelta(minutes=30)  # how far one rank may fall behind the others, 
 
 
 def start() -> torch.device:
-    """Join the other processes of torchrun, if it started this one; returns the device to work on."""
-    has_gpu = torch.cuda.is_available()
-    if "RANK" not in os.environ:
-        return torch.device("cuda" if has_gpu else "cpu")
-    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if has_gpu else "cpu")
+    """Join the other processes of torchrun, if it started this one; returns the device to work on.
+
+    On a GPU a process by itself is a group of one, so that what runs on many GPUs is what runs on one. On a CPU it is
+    no group at all: the laptop pays nothing for what it does not need.
+    """
+    has_gpu, launched = torch.cuda.is_available(), "RANK" in os.environ
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if has_gpu else "cpu")
     if has_gpu:
         torch.cuda.set_device(device)
-    if not distributed.is_initialized():
-        distributed.init_process_group("cpu:gloo,cuda:nccl" if has_gpu else "gloo", timeout=TIMEOUT)
+    if (has_gpu or launched) and not distributed.is_initialized():
+        backend, alone = "cpu:gloo,cuda:nccl" if has_gpu else "gloo", not launched
+        store = distributed.HashStore() if alone else None  # type: ignore[attr-defined]
+        size, rank = (1, 0) if alone else (-1, -1)
+        distributed.init_process_group(backend, timeout=TIMEOUT, store=store, world_size=size, rank=rank)
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device
@@ -42,9 +48,9 @@ def stop() -> None:
         distributed.destroy_process_group()
 
 
-def launched() -> bool:
-    """Whether torchrun started this process, perhaps as its only one."""
-    return "RANK" in os.environ and distributed.is_initialized()
+def in_group() -> bool:
+    """Whether processes work together here, be it a group of one: then models are sharded."""
+    return distributed.is_initialized()
 
 
 def count() -> int:
@@ -102,21 +108,45 @@ def largest(mine: float) -> float:
     return max(everyones([mine]))
 
 
-def is_sharded(model: nn.Module) -> bool:
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+def mesh_of(model: nn.Module) -> DeviceMesh | None:
+    """The processes over which a model is sharded, None if it is not."""
+    return next((tensor.device_mesh for tensor in model.parameters() if isinstance(tensor, DTensor)), None)
 
 
 def full(tensor: Tensor) -> Tensor:
-    """A sharded tensor put together, on every rank; any other as it is. All ranks must ask for it."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def sharded_like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """The part of a tensor, which every rank has whole, that falls to this rank if `pattern` is sharded."""
-    if not isinstance(pattern, DTensor):
+    """A sharded tensor put together, on every rank's own device; any other as it is. All ranks must ask for it."""
+    if not isinstance(tensor, DTensor):
         return tensor
-    on_device = tensor.to(pattern.device)
-    return distribute_tensor(on_device, pattern.device_mesh, pattern.placements, src_data_rank=None)
+    on_device = tensor.to(tensor.device_mesh.device_type)
+    assert isinstance(on_device, DTensor)
+    return on_device.full_tensor()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's own shard of a sharded tensor, sharing its memory; any other as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters, a tied one once, and buffers, those that are in no state dict included."""
+    return {name: tensor.detach() for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+
+
+@torch.no_grad()
+def spread(weights: dict[str, Tensor], model: nn.Module) -> None:
+    """Fill a model, sharded or not, with the weights that rank 0 has; the other ranks' `weights` are not read. One
+    tensor at a time: no rank needs memory for another whole model."""
+    for name, mine in tensors_of(model).items():
+        if isinstance(mine, DTensor):
+            device = torch.device(mine.device_mesh.device_type)
+            empty = torch.empty(mine.shape, dtype=mine.dtype, device=device)
+            whole = weights[name].to(empty) if is_first() else empty
+            local(mine).copy_(local(distribute_tensor(whole, mine.device_mesh, mine.placements)))
+        else:
+            if is_first():
+                mine.copy_(weights[name])
+            if count() > 1:
+                distributed.broadcast(mine, src=0)
 
 
 def shared_out(sample: Callable[..., list[T]]) -> Callable[..., list[T]]:

@@ -113,6 +113,14 @@ class Variant:
     reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
 
     @property
+    def has_teacher(self) -> bool:
+        return bool(self.teacher_views) or (self.kl_coef > 0 and self.kl_reference == "ema")
+
+    @property
+    def has_frozen_reference(self) -> bool:
+        return self.kl_coef > 0 and self.kl_reference == "init"
+
+    @property
     def is_baseline(self) -> bool:
         """No second view: each view, if it has labels at all, is labelled without a teacher or another view."""
         return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())

@@ -132,7 +132,7 @@ def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
 @torch.no_grad()
 def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
-    if not ranks.is_sharded(lm):
+    if ranks.mesh_of(lm) is None:
         return lm
     with torch.device("meta"):
         copy: PreTrainedModel = type(lm)(lm.config).eval()

@@ -16,6 +16,10 @@ from typing import Literal, TypeVar
 import torch
 from torch import nn
 
+import ranks
+from packing import PackedLM
+from policy import shard, unfilled
+
 M = TypeVar("M", bound=nn.Module)
 Schedule = Literal["cosine", "constant"]
 
@@ -29,9 +33,19 @@ def ema_weight(
     return end - (end - start) / 2 * (1 + math.cos(math.pi * step / total_steps))
 
 
-def frozen_copy(policy: M) -> M:
-    """A teacher that equals the policy, in float32, and is never trained."""
-    return copy.deepcopy(policy).float().requires_grad_(False).eval()
+@torch.no_grad()
+def frozen_copy(policy: M, offload: bool = False) -> M | PackedLM:
+    """A teacher that equals the policy, in float32, and is never trained; of a sharded policy shard by shard, on the
+    same device or with `offload` in the CPU's (pinned) memory."""
+    mesh = ranks.mesh_of(policy)
+    if mesh is None or not isinstance(policy, PackedLM):
+        return copy.deepcopy(policy).float().requires_grad_(False).eval()
+    twin = PackedLM(unfilled(policy.lm), policy.compute_dtype).requires_grad_(False)
+    shard(twin, mesh, offload)
+    for mine, theirs in zip(twin.parameters(), policy.parameters(), strict=True):
+        ranks.local(mine).copy_(ranks.local(theirs))
+    copy_buffers(twin, policy)
+    return twin
 
 
 @torch.no_grad()
@@ -39,9 +53,13 @@ def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
     """teacher <- weight * teacher + (1 - weight) * policy, in place and exact for weight 0 and 1.
 
     `parameters()` yields a tied weight once, so it is averaged once. Buffers are copied. Under FSDP every rank averages
-    its own shards, and nothing is communicated.
+    its own shards, wherever they are, and nothing is communicated.
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
-        mine.lerp_(theirs.to(mine), 1 - weight)
+        ranks.local(mine).lerp_(ranks.local(theirs).to(ranks.local(mine)), 1 - weight)
+    copy_buffers(teacher, policy)
+
+
+def copy_buffers(teacher: nn.Module, policy: nn.Module) -> None:
     for buffer, source in zip(teacher.buffers(), policy.buffers(), strict=True):
         buffer.copy_(source)

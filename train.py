@@ -16,77 +16,33 @@ What differs from the paper's equations and from the authors' code is said at th
 teacher.py. Shapes: Q questions a step, G rollouts a question and view, N rollouts of the policy in a step.
 """
 
-import fcntl
 import json
+import os
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
 import checkpoint
 import metrics
 import plot
 import ranks
-from benchmark_data import Benchmark, load_benchmark
 from config import Config, ConfigError, parse
-from contamination import without_overlap
-from data import (
-    DataError,
-    Pair,
-    PromptedPair,
-    Report,
-    load_pairs,
-    prompt_pairs,
-    questions_of_step,
-    read_chat_template,
-    steps_per_epoch,
-)
+from data import DataError, PromptedPair, questions_of_step
 from evaluate import Settings, accuracies, decode
 from grpo import group_advantages, learning_rate, step_denominator
 from packing import PackedLM, micro_batches
-from policy import (
-    ModelError,
-    Objective,
-    build_optimizer,
-    load,
-    mean_per_rollout,
-    optimizer_step,
-    score,
-    shard,
-    stop_token_ids,
-)
-from rewards import VARIANTS, VIEWS, Variant, View, Voter, build_groups, on_views, pseudo_labels, read_answers
-from rollout import Rollout, Sampler, request_seed
-from teacher import ema_weight, frozen_copy, update
-from vllm_sampler import SamplerError, build_sampler, choose_sampler
-
-
-@dataclass
-class Run:
-    """Everything that a training step reads and changes."""
-
-    config: Config
-    folder: Path
-    variant: Variant  # the row of the table, with what the command line changes in it
-    questions: list[PromptedPair]
-    eval_questions: list[PromptedPair]  # of the benchmark, those whose prompts are short enough
-    benchmark: Benchmark | None
-    total_steps: int
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    policy: PackedLM
-    teacher: PackedLM | None  # moves towards the policy
-    reference: PackedLM | None  # anchors the KL term: the teacher, or a frozen copy of the initial policy
-    optimizer: torch.optim.Optimizer
-    sampler: Sampler
+from policy import ModelError, Objective, mean_per_rollout, optimizer_step, score
+from preparation import Run, claimed, describe_plan, prepare, to_save
+from rewards import View, Voter, build_groups, pseudo_labels, read_answers
+from rollout import Rollout, request_seed
+from teacher import ema_weight, update
+from vllm_sampler import SamplerError
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
@@ -261,141 +217,6 @@ def loop(run: Run, first_step: int) -> Path:
     return run.folder
 
 
-def prepare(config: Config) -> tuple[Run, int]:
-    """Check and load everything, cheap checks first; returns the run and its first step."""
-    device, variant, sampler = ranks.start(), chosen_variant(config), choose_sampler(config.sampling.sampler)
-    resumed = ranks.on_first(partial(checkpoint.find, config.run.resume, config.run.out)) if config.run.resume else None
-    folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
-    pairs, report = load_questions(config)
-    benchmark = read_benchmark(config, config.data.eval_data) if config.data.eval_data else None
-
-    if config.model.name == "embedded":
-        torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
-    # A model that is going to be sharded must not meet a GPU before.
-    policy, tokenizer = load(config.model.name, torch.device("cpu") if ranks.launched() else device)
-    to_prompts = partial(
-        prompt_pairs,
-        tokenizer=tokenizer,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        chat_template=read_chat_template(config.model.chat_template) if config.model.chat_template else None,
-    )
-    views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
-    needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
-    questions = to_prompts(pairs, views=views, needs_gold=needs_gold, report=report)
-    print(report)
-    eval_questions = to_prompts(benchmark.pairs) if benchmark else []
-    if benchmark:
-        print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
-
-    has_teacher = bool(variant.teacher_views) or (variant.kl_reference == "ema" and variant.kl_coef > 0)
-    teacher = frozen_copy(policy) if has_teacher else None
-    anchor = None
-    if variant.kl_coef > 0:
-        anchor = teacher if variant.kl_reference == "ema" else frozen_copy(policy)
-    if ranks.launched():
-        for model in dict.fromkeys((policy, teacher, anchor)):
-            if model is not None:
-                shard(model, device)
-    run = Run(
-        config=config,
-        folder=folder,
-        variant=variant,
-        questions=questions,
-        eval_questions=eval_questions,
-        benchmark=benchmark,
-        total_steps=total_steps(config, len(questions)),
-        device=device,
-        tokenizer=tokenizer,
-        policy=policy,
-        teacher=teacher,
-        reference=anchor,
-        optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
-        sampler=build_sampler(
-            sampler,
-            policy.lm,
-            stop_token_ids(policy.lm, tokenizer),
-            policy.compute_dtype,
-            max_sequence_tokens=config.data.max_prompt_tokens + config.sampling.max_response_tokens,
-            rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
-            engine_memory=config.sampling.engine_memory,
-            tensor_parallel=config.sampling.tensor_parallel,
-        ),
-    )
-    return run, checkpoint.load(resumed, to_save(run)) if resumed else 0
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and keep other runs out of it for as long as this one lives, however it ends."""
-    with ExitStack() as held:
-
-        def claim() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / ".lock").open("w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{folder}: another run is writing to it; wait for it, or name another --out"
-                ) from None
-            except OSError as error:
-                raise ConfigError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
-
-        ranks.on_first(claim)
-        yield
-
-
-def chosen_variant(config: Config) -> Variant:
-    """The row of the table, with what the command line changes in it."""
-    method, variant = config.method, VARIANTS[config.method.variant]
-    if method.views is not None:
-        variant = on_views(variant, VIEWS[method.views])
-    if method.kl_coef is not None:
-        variant = replace(variant, kl_coef=method.kl_coef)
-    return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
-
-
-def load_questions(config: Config) -> tuple[list[Pair], Report]:
-    report = Report()
-    pairs = load_pairs(
-        str(config.data.source),
-        question=config.data.question_column,
-        rephrased=config.data.rephrased_column,
-        answer=config.data.answer_column,
-        keep_bad_rewrites=config.data.keep_bad_rewrites,
-        report=report,
-    )
-    if config.data.decontaminate:
-        pairs = without_overlap(pairs, [read_benchmark(config, name) for name in config.data.decontaminate], report)
-    return pairs, report
-
-
-def read_benchmark(config: Config, name: str) -> Benchmark:
-    columns = {"question_column": config.data.question_column, "answer_column": config.data.answer_column}
-    return load_benchmark(name, **columns)
-
-
-def new_folder(config: Config) -> Path:
-    """A folder that no other run has written to, or one to resume in from the very beginning."""
-    if config.run.out:
-        if config.run.resume != "auto" and (Path(config.run.out) / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
-            )
-        return Path(config.run.out)
-    name = f"{config.method.variant}-{Path(config.model.name).name}-seed{config.run.seed}"
-    candidates = (Path("runs") / (name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
-    return next(folder for folder in candidates if not folder.exists())
-
-
-def total_steps(config: Config, questions: int) -> int:
-    """K; --epochs goes before --steps, so that it also overrides the embedded task's default."""
-    steps, epochs = config.optimisation.steps, config.optimisation.epochs
-    if steps is not None and epochs is None:
-        return steps
-    return (epochs or 3) * steps_per_epoch(questions, config.data.questions_per_step)
-
-
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
@@ -406,7 +227,7 @@ def catch_signals() -> list[int]:
     requested: list[int] = []
 
     def request(number: int, _: object) -> None:
-        if requested and not ranks.launched():
+        if requested and "TORCHELASTIC_RUN_ID" not in os.environ:
             raise KeyboardInterrupt
         requested.append(number)
 
@@ -421,16 +242,12 @@ def save_checkpoint(run: Run, steps_taken: int) -> Path:
     return checkpoint.save(folder, steps_taken, to_save(run), settings.keep, settings.keep_every)
 
 
-def to_save(run: Run) -> checkpoint.Training:
-    questions = checkpoint.fingerprint(run.questions)
-    return checkpoint.Training(
-        run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), questions=questions
-    )
-
-
 def main() -> None:
     try:
-        folder = train(parse())
+        config = parse()
+        if config.memory.plan:
+            return print(describe_plan(config))
+        folder = train(config)
     except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
     if ranks.is_first():

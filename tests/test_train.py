@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import checkpoint
 import config
+import preparation
 import train
 from config import Config, ConfigError, parse
 from word_problems import word_problems
@@ -213,7 +214,7 @@ def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
         --max-prompt-tokens --max-response-tokens --temperature --lr --kl-coef --kl-ref --clip --loss-agg --ema-start
         --ema-end --ema-schedule --answer-match --tis-cap --sampler --seed --out --resume --save-every --eval-every"""
     assert all(f"{flag} " in help_text for flag in flags.split())
-    assert all(title in help_text for title in ("method", "data", "model", "sampling", "optimisation", "run"))
+    assert all(title in help_text for title in ("method", "data", "model", "sampling", "optimisation", "memory", "run"))
 
 
 def test_a_mistyped_flag_is_fatal():
@@ -226,7 +227,7 @@ def test_papers_settings_are_the_defaults_of_real_models():
     assert (paper.data.questions_per_step, paper.sampling.rollouts, paper.data.max_prompt_tokens) == (128, 8, 512)
     assert (paper.sampling.max_response_tokens, paper.optimisation.lr, paper.optimisation.warmup) == (3072, 3e-6, 0.1)
     assert (paper.method.ema_start, paper.method.ema_end, paper.sampling.temperature) == (0.99, 0.9999, 1.0)
-    assert train.total_steps(paper, questions=7500) == 3 * 59
+    assert preparation.total_steps(paper, questions=7500) == 3 * 59
     short = replace(paper, optimisation=replace(paper.optimisation, steps=5))
-    assert train.total_steps(short, questions=7500) == 5
+    assert preparation.total_steps(short, questions=7500) == 5
     assert config.EMBEDDED.method == Config().method, "the embedded task runs the paper's method unchanged"

@@ -1,0 +1,210 @@
+"""From settings to a run that is ready for its first step: folder, questions, models, optimizer, sampler."""
+
+import fcntl
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+import checkpoint
+import plan
+import ranks
+from benchmark_data import Benchmark, load_benchmark
+from config import Config, ConfigError
+from contamination import without_overlap
+from data import Pair, PromptedPair, Report, load_pairs, prompt_pairs, read_chat_template, steps_per_epoch
+from packing import PackedLM
+from policy import build_optimizer, checkpoint_activations, load, load_pretrained, stop_token_ids
+from rewards import VARIANTS, VIEWS, Variant, on_views
+from rollout import Sampler
+from teacher import frozen_copy
+from vllm_sampler import build_sampler, choose_sampler
+
+
+@dataclass
+class Run:
+    """Everything that a training step reads and changes."""
+
+    config: Config
+    folder: Path
+    variant: Variant  # the row of the table, with what the command line changes in it
+    questions: list[PromptedPair]
+    eval_questions: list[PromptedPair]  # of the benchmark, those whose prompts are short enough
+    benchmark: Benchmark | None
+    total_steps: int
+    device: torch.device
+    tokenizer: PreTrainedTokenizerBase
+    policy: PackedLM
+    teacher: PackedLM | None  # moves towards the policy
+    reference: PackedLM | None  # anchors the KL term: the teacher, or a frozen copy of the initial policy
+    optimizer: torch.optim.Optimizer
+    sampler: Sampler
+
+
+def prepare(config: Config) -> tuple[Run, int]:
+    """Check and load everything, cheap checks first; returns the run and its first step."""
+    device, variant, sampler = ranks.start(), chosen_variant(config), choose_sampler(config.sampling.sampler)
+    resumed = ranks.on_first(partial(checkpoint.find, config.run.resume, config.run.out)) if config.run.resume else None
+    folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
+    if config.model.name == "embedded":
+        torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
+    pairs, report, benchmark = read_data(config)
+    policy, tokenizer = load(config.model.name, device, config.memory.offload_optimizer)
+    questions = to_questions(config, variant, tokenizer, pairs, report)
+    eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
+    if benchmark:
+        print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
+
+    teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
+    initial = frozen_copy(policy, config.memory.offload_teacher) if variant.has_frozen_reference else None
+    if plan.wants_checkpointing(policy.lm, config, variant, device):
+        checkpoint_activations(policy)
+    run = Run(
+        config=config,
+        folder=folder,
+        variant=variant,
+        questions=questions,
+        eval_questions=eval_questions,
+        benchmark=benchmark,
+        total_steps=total_steps(config, len(questions)),
+        device=device,
+        tokenizer=tokenizer,
+        policy=policy,
+        teacher=teacher,
+        reference=initial or (teacher if variant.kl_coef > 0 else None),
+        optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
+        sampler=build_sampler(
+            sampler,
+            policy.lm,
+            ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
+            policy.compute_dtype,
+            max_sequence_tokens=config.data.max_prompt_tokens + config.sampling.max_response_tokens,
+            rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
+            engine_memory=config.sampling.engine_memory,
+            tensor_parallel=config.sampling.tensor_parallel,
+        ),
+    )
+    return run, checkpoint.load(resumed, to_save(run)) if resumed else 0
+
+
+def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
+    """Training questions, what was wrong with them, and the benchmark."""
+    report = Report()
+    pairs = load_pairs(
+        str(config.data.source),
+        question=config.data.question_column,
+        rephrased=config.data.rephrased_column,
+        answer=config.data.answer_column,
+        keep_bad_rewrites=config.data.keep_bad_rewrites,
+        report=report,
+    )
+
+    def benchmark(name: str) -> Benchmark:
+        return load_benchmark(
+            name, question_column=config.data.question_column, answer_column=config.data.answer_column
+        )
+
+    if config.data.decontaminate:
+        pairs = without_overlap(pairs, [benchmark(name) for name in config.data.decontaminate], report)
+    return pairs, report, benchmark(config.data.eval_data) if config.data.eval_data else None
+
+
+def to_questions(
+    config: Config,
+    variant: Variant,
+    tokenizer: PreTrainedTokenizerBase,
+    pairs: list[Pair],
+    report: Report | None = None,
+) -> list[PromptedPair]:
+    """Pairs whose prompts are short enough: for training, with a `report` that is printed, in all views of the variant;
+    for evaluation in the original wording."""
+    template = read_chat_template(config.model.chat_template) if config.model.chat_template else None
+    to_prompts = partial(
+        prompt_pairs,
+        pairs,
+        tokenizer=tokenizer,
+        max_prompt_tokens=config.data.max_prompt_tokens,
+        chat_template=template,
+    )
+    if report is None:
+        return to_prompts()
+    views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
+    needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
+    questions = to_prompts(views=views, needs_gold=needs_gold, report=report)
+    print(report)
+    return questions
+
+
+def describe_plan(config: Config) -> str:
+    """What the run would need, from the data, the tokenizer and the architecture alone."""
+    variant = chosen_variant(config)
+    pairs, report, _ = read_data(config)
+    lm, tokenizer = load_pretrained(config.model.name, torch.float32, weights=False)
+    questions = to_questions(config, variant, tokenizer, pairs, report)
+    prompt_tokens = fmean(len(prompt) for question in questions for prompt in question.prompts.values())
+    steps = total_steps(config, len(questions))
+    return plan.describe(plan.architecture(lm), config, variant, len(questions), prompt_tokens, steps)
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """Make the run's folder, and keep other runs out of it for as long as this one lives, however it ends."""
+    with ExitStack() as held:
+
+        def claim() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                file = held.enter_context((folder / ".lock").open("w"))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ConfigError(
+                    f"{folder}: another run is writing to it; wait for it, or name another --out"
+                ) from None
+            except OSError as error:
+                raise ConfigError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+
+        ranks.on_first(claim)
+        yield
+
+
+def chosen_variant(config: Config) -> Variant:
+    """The row of the table, with what the command line changes in it."""
+    method, variant = config.method, VARIANTS[config.method.variant]
+    if method.views is not None:
+        variant = on_views(variant, VIEWS[method.views])
+    if method.kl_coef is not None:
+        variant = replace(variant, kl_coef=method.kl_coef)
+    return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
+
+
+def new_folder(config: Config) -> Path:
+    """A folder that no other run has written to, or one to resume in from the very beginning."""
+    if config.run.out:
+        if config.run.resume != "auto" and (Path(config.run.out) / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
+            )
+        return Path(config.run.out)
+    name = f"{config.method.variant}-{Path(config.model.name).name}-seed{config.run.seed}"
+    candidates = (Path("runs") / (name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
+    return next(folder for folder in candidates if not folder.exists())
+
+
+def total_steps(config: Config, questions: int) -> int:
+    """K; --epochs goes before --steps, so that it also overrides the embedded task's default."""
+    steps, epochs = config.optimisation.steps, config.optimisation.epochs
+    if steps is not None and epochs is None:
+        return steps
+    return (epochs or 3) * steps_per_epoch(questions, config.data.questions_per_step)
+
+
+def to_save(run: Run) -> checkpoint.Training:
+    questions = checkpoint.fingerprint(run.questions)
+    return checkpoint.Training(
+        run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), questions=questions
+    )
