@@ -6,7 +6,8 @@ FSDP2 keeps where (policy.shard). P parameters in N shards:
 
     kept throughout    master weights 4P/N, AdamW's moments 8P/N, teacher or frozen reference 4P/N each
     while sampling     the engine: a share of the GPU (vLLM), or a whole bfloat16 copy and its cache (hf)
-    while training     gradients 4P/N; weights of the layers at work; the head; what autograd keeps of a micro-batch
+    while training     gradients 4P/N; weights outside of layers, whole; the gradient of the head, formed with the loss;
+                       what autograd keeps of a micro-batch; work space, of the head or of the layer at work
 
 A GPU needs what is kept and the larger of the other two. Not in it: the CUDA context and NCCL's buffers (about 2 GB),
 and the allocator's fragmentation; USABLE leaves room for them.
@@ -99,7 +100,8 @@ def kept_by_autograd(skeleton: PreTrainedModel, tokens: int = 64) -> float:
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        output = skeleton.base_model(input_ids=ids, position_ids=ids, use_cache=False)
+        embedded = skeleton.get_input_embeddings()(ids)
+        output = skeleton.base_model(inputs_embeds=embedded, position_ids=ids, use_cache=False)
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / tokens
 
@@ -115,8 +117,9 @@ class Footprint:
     engine: float
     gradients: float
     gathered_weights: float
-    head: float
+    head_gradient: float
     activations: float
+    work_space: float
 
     @property
     def while_sampling(self) -> float:
@@ -124,7 +127,8 @@ class Footprint:
 
     @property
     def while_training(self) -> float:
-        return self._kept + self.gradients + self.gathered_weights + self.head + self.activations
+        passing = self.gathered_weights + self.head_gradient + self.activations + self.work_space
+        return self._kept + self.gradients + passing
 
     @property
     def _kept(self) -> float:
@@ -150,7 +154,11 @@ def footprint(
     sequence = config.data.max_prompt_tokens + config.sampling.max_response_tokens
     at_once = min(ROWS_PER_CALL, rollouts_of_a_step(config, variant) / gpus)
     copy_and_cache = 2 * of.parameters + at_once * sequence * of.cached_of_a_token
-    recomputed = of.inputs_of_a_token + of.kept_of_a_token / of.layers
+    tokens = max(config.optimisation.tokens_per_micro_batch, sequence)
+    # Logits, probabilities and what they come from; a layer's activations, computed again, its weights and the next
+    # one's in bfloat16, its gradients in bfloat16 and for adding up in float32.
+    head_at_work = 12.0 * min(LOGITS_PER_CHUNK, tokens * of.vocabulary)
+    layer_at_work = 10.0 * layer + (tokens * of.kept_of_a_token / of.layers if checkpointing else 0.0)
     return Footprint(
         master_weights=4 * policy_shard,
         adamw=8 * policy_shard,
@@ -158,12 +166,10 @@ def footprint(
         reference=4 * frozen_shard * variant.has_frozen_reference,
         engine=copy_and_cache if config.sampling.sampler == "hf" else config.sampling.engine_memory * gpu_bytes,
         gradients=4 * policy_shard,
-        # bfloat16: what is outside of layers, a layer and the next one, the gradients of a layer; these in float32 too
-        gathered_weights=2 * of.outside + (2 + 2 + 2 + 4) * layer,
-        # the gradient of the head's weights in float32 and bfloat16; logits, probabilities and what they come from
-        head=6.0 * of.vocabulary * of.hidden + 12 * LOGITS_PER_CHUNK,
-        activations=max(config.optimisation.tokens_per_micro_batch, sequence)
-        * (recomputed if checkpointing else of.kept_of_a_token),
+        gathered_weights=2.0 * of.outside,
+        head_gradient=6.0 * of.vocabulary * of.hidden,  # float32 and bfloat16
+        activations=tokens * (of.inputs_of_a_token if checkpointing else of.kept_of_a_token),
+        work_space=max(head_at_work, layer_at_work),
     )
 
 
