@@ -133,13 +133,15 @@ def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
     (aside / "manifest.json").write_text(json.dumps(describe(aside), indent=2) + "\n")
     for path in [*aside.rglob("*"), aside]:
         sync(path)
+    replaced = final.with_suffix(".replaced.incomplete")
     if final.exists():
-        final.rename(final.with_suffix(".replaced.incomplete"))
+        final.rename(replaced)
     aside.rename(final)
     sync(final.parent)
     link = final.parent / "latest.incomplete"
     link.symlink_to(final.name)
     os.replace(link, final.parent / "latest")
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

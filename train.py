@@ -16,6 +16,7 @@ What differs from the paper's equations and from the authors' code is said at th
 teacher.py. Shapes: Q questions a step, G rollouts a question and view, N rollouts of the policy in a step.
 """
 
+import errno
 import json
 import os
 import signal
@@ -250,6 +251,10 @@ def main() -> None:
         folder = train(config)
     except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
         raise SystemExit(f"error: {error}") from None
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise SystemExit("error: the disk is full: make room, then go on with --resume auto") from None
     if ranks.is_first():
         plot.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))

@@ -3,6 +3,8 @@
 import json
 import resource
 import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -92,6 +94,43 @@ def test_a_full_disk_leaves_the_checkpoints_before_intact(tmp_path, monkeypatch)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (small_files, unlimited))
     assert checkpoint.find("auto", str(tmp_path / "run")).name == "step-000001"
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of 6 MB, mounted for this test."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=6M", "none", str(folder)], capture_output=True).returncode:
+        pytest.skip("may not mount a disk here")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_during_a_run_leaves_the_last_whole_checkpoint(small_disk):
+    with pytest.raises(CheckpointError, match="could not be written .*make room"):
+        train.train(small(small_disk / "run", "--steps", "9", "--save-every", "1", "--keep", "0"))
+    found = checkpoint.find("auto", str(small_disk / "run"))
+    assert found is not None and checkpoint.fault_of(found) is None
+    kept = sorted(path.name for path in found.parent.glob("step-*[0-9]"))
+    for left_over in found.parent.glob("*.incomplete"):
+        shutil.rmtree(left_over)
+    shutil.rmtree(found.parent / kept[0]) if len(kept) > 1 else None
+    flags = ["--steps", "9", "--save-every", "1", "--keep", "1", "--out", str(small_disk / "run"), "--resume", "auto"]
+    assert len(metrics_of(train.train(parse([*SMALL, *flags])))) == 9, "with room made, it goes on"
+
+
+def test_a_disk_that_is_full_from_the_start_is_one_sentence(small_disk, monkeypatch):
+    (small_disk / "others").write_bytes(b"0" * 6 * 2**20)
+    monkeypatch.setattr("sys.argv", ["train.py", *SMALL, "--steps", "1", "--out", str(small_disk / "run")])
+    with pytest.raises(SystemExit, match="error: .*(disk is full|No space left)"):
+        train.main()
+
+
+def test_a_run_on_a_read_only_disk_is_refused_in_one_sentence(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(ConfigError, match="cannot be written to .*name another --out"):
+        train.train(small(small_disk / "run", "--steps", "1"))
 
 
 def test_only_the_last_and_every_nth_checkpoint_stay(tmp_path):

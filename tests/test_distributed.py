@@ -1,8 +1,11 @@
 """Several gloo processes against one: the same rollouts, metrics, weights; checkpoints that move between them."""
 
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +14,7 @@ import torch
 from test_train import ROOT, SMALL, metrics_of, small, weights_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+import checkpoint
 import train
 
 FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-micro-batch", "150"]
@@ -19,11 +23,49 @@ FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-
 FRUGAL = ["--activation-checkpointing", "on", "--offload-optimizer", "--offload-teacher"]
 
 
-def run_with(processes: int, out: Path, *flags: str) -> Path:
+def torchrun(processes: int, out: Path, *flags: str) -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command += ["train.py", *SMALL, *FLAGS, "--out", str(out), *flags]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    return [*command, "train.py", *SMALL, *FLAGS, "--out", str(out), *flags]
+
+
+def run_with(processes: int, out: Path, *flags: str) -> Path:
+    subprocess.run(torchrun(processes, out, *flags), cwd=ROOT, check=True, capture_output=True, timeout=300)
     return out
+
+
+def started(out: Path, errors: Path) -> subprocess.Popen[bytes]:
+    """A long run on two processes that has taken its first step."""
+    command = torchrun(2, out, "--steps", "500", "--save-every", "0")
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=errors.open("w"))
+    deadline = time.monotonic() + 200
+    while not (out / "metrics.jsonl").exists() or not (out / "metrics.jsonl").read_text():
+        assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+        time.sleep(0.2)
+    return process
+
+
+def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
+    process = started(tmp_path / "run", tmp_path / "errors")
+    process.terminate()
+    process.wait(timeout=60)
+    assert process.returncode != 0, "a scheduler has to see that the run is not finished"
+    assert "go on with --resume" in (tmp_path / "errors").read_text()
+    steps_taken = len(metrics_of(tmp_path / "run"))
+    found = checkpoint.find("auto", str(tmp_path / "run"))
+    assert found is not None and checkpoint.step_of(found) == steps_taken
+
+
+def test_a_rank_that_dies_ends_the_job_within_a_minute_and_says_so(tmp_path):
+    """Without this the others would wait for it until the group's timeout, half an hour."""
+    process = started(tmp_path / "run", tmp_path / "errors")
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    workers = [pid for pid in workers if b"train.py" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(workers) == 2
+    os.kill(workers[1], signal.SIGKILL)
+    process.wait(timeout=60)
+    errors = (tmp_path / "errors").read_text()
+    assert process.returncode != 0 and "Signal 9 (SIGKILL)" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
 def moments_of(folder: Path) -> dict[str, torch.Tensor]:
