@@ -46,6 +46,10 @@ class Sampler(Protocol):
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         ...
 
+    def close(self) -> None:
+        """End what the sampler runs, if anything; after the last communication between ranks."""
+        ...
+
 
 def request_seed(*key: str | int) -> int:
     """A seed below 2^62 for one prompt's rollouts, from (run seed, step, question id, view, who); rollout g of the
@@ -156,6 +160,9 @@ class TransformersSampler:
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
         self.compute_dtype = compute_dtype
+
+    def close(self) -> None:
+        pass
 
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:

@@ -21,6 +21,7 @@ import json
 import os
 import signal
 import sys
+from contextlib import closing
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -180,7 +181,7 @@ def evaluate(run: Run) -> dict[str, float]:
 def train(config: Config) -> Path:
     """Prepare and loop; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
     run, first_step = prepare(config)
-    with claimed(run.folder):
+    with claimed(run.folder), closing(run.sampler):
         return loop(run, first_step)
 
 

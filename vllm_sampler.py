@@ -131,6 +131,10 @@ class VLLMSampler:
             with undisturbed_host(self.on_gpu):
                 self._sleep()
 
+    def close(self) -> None:
+        """End the engine; left to the interpreter's exit, it would destroy process groups that are gone by then."""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def _wake(self, tag: str) -> None:
         if self.on_gpu:
             torch.cuda.empty_cache()  # what the trainer has cached but does not use

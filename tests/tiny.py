@@ -120,6 +120,9 @@ class ScriptedSampler:
     def __init__(self, script: Callable[[PreTrainedModel, str, int], str]) -> None:
         self.script = script
 
+    def close(self) -> None:
+        pass
+
     @contextmanager
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
         tokenizer = byte_tokenizer()
