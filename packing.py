@@ -195,13 +195,15 @@ class ChunkedHead(torch.autograd.Function):
         d loss / d z = (d loss / d log p(y)) (onehot(y) - softmax(z)) / temperature,
 
     so the gradients of hidden and weight are formed in the forward pass: three matrix products in all, and no logits
-    computed twice. Sums over the vocabulary and over tokens are float32.
+    computed twice. Sums over the vocabulary and over tokens are float32; the weight may be more precise than `hidden`,
+    whose dtype the products have, and then gets its gradient unrounded.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, token_loss: TokenLoss | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         logp, entropy, certainty = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         if token_loss is not None:
@@ -228,7 +230,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
-        return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
 
 
 def value_and_slope(token_loss: TokenLoss, logp: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -258,7 +260,7 @@ class PackedLM(nn.Module):
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
             ).last_hidden_state[0]  # [S, H]
         hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
-        weight = self.lm.get_output_embeddings().weight.to(self.compute_dtype)
+        weight = self.lm.get_output_embeddings().weight
         loss, *stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
         zeros = torch.zeros_like(batch.sampler_logp)
         logp, entropy, certainty = (zeros.masked_scatter(batch.mask, stat) for stat in stats)
