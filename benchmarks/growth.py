@@ -123,7 +123,7 @@ def main(size: tyro.conf.OmitArgPrefixes[Size] = Size(), doublings: int = 3, rep
     print(f"{size}\n\n| | tokens | reference, us/token | training, us/token | added memory, kB/token |")
     print("| --- " * 5 + "|")
     for label, each in grown:
-        with multiprocessing.get_context("spawn").Pool(1) as process:
+        with multiprocessing.get_context("fork").Pool(1) as process:
             tokens, *figures = process.apply(measure, (each, repeats))
         print(f"| {label} | {tokens:,} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |", flush=True)
 

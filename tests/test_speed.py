@@ -37,8 +37,9 @@ def test_the_head_multiplies_three_times_not_four(monkeypatch):
     assert products == 3 * 3  # chunks of 8, 8 and 4 tokens
 
 
-def test_the_gradient_of_the_head_reaches_float32_weights_unrounded():
-    """Summed in float32 and then rounded to the dtype of computing, it would have lost what the sum was for."""
+def test_the_gradient_of_the_head_reaches_float32_weights_unrounded(monkeypatch):
+    """Summed over chunks in float32 and rounded afterwards, it would have lost what the sum was for."""
+    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", 30 * 8)
     torch.manual_seed(0)
     hidden, weight = torch.randn(20, 8, dtype=torch.bfloat16), torch.randn(30, 8).requires_grad_()
     ChunkedHead.apply(hidden, weight, torch.arange(20), 1.0, lambda logp, _: -logp)[0].backward()
