@@ -36,7 +36,7 @@ import metrics
 import packing
 from grpo import group_advantages
 from packing import ChunkedHead, PackedLM, micro_batches
-from policy import Objective, build_optimizer, optimizer_step, score
+from policy import Objective, build_optimizer, checkpoint_activations, optimizer_step, score
 from rollout import Rollout
 from teacher import frozen_copy
 from word_problems import word_problems
@@ -129,10 +129,14 @@ def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 # ---------------------------------------------------------------- the training phase
 
 
-def train_ours(name: str, rollouts: list[Rollout], tokens: int, repeats: int) -> tuple[float, float, float, float]:
+def train_ours(
+    name: str, rollouts: list[Rollout], tokens: int, repeats: int, checkpointing: bool
+) -> tuple[float, float, float, float]:
     """Seconds of the reference pass and of the training phase, peak memory in GB, operations of the latter."""
     policy = PackedLM(random_model(name), DTYPE)
     reference = frozen_copy(policy)
+    if checkpointing:
+        checkpoint_activations(policy)
     optimizer = build_optimizer(policy, (0.9, 0.999), 0.01)
     advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).to(DEVICE)
     response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
@@ -228,6 +232,7 @@ def training(
     tokens_per_micro_batch: int = 16_384,
     repeats: int = 3,
     peak_tflops: float | None = None,
+    activation_checkpointing: bool = False,
     trl: bool = True,
 ) -> None:
     """Reference pass and training phase of a step of about `tokens` tokens; peak_tflops: the device's, in bfloat16."""
@@ -239,7 +244,9 @@ def training(
         total = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
         row = [name, f"{response:,}", f"{total:,}"]
         try:
-            scoring, trained, memory, work = train_ours(name, rollouts, tokens_per_micro_batch, repeats)
+            scoring, trained, memory, work = train_ours(
+                name, rollouts, tokens_per_micro_batch, repeats, activation_checkpointing
+            )
             mfu = f"{work / trained / peak / 1e12:.1%}" if peak else "-"
             row += [f"{total / trained:,.0f}", mfu, f"{total / scoring:,.0f}", f"{memory:.1f}"]
             if trl and find_spec("trl"):

@@ -157,12 +157,13 @@ def our_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
 
     import metrics
+    import preparation
     import rollout
     import train
     from policy import stop_token_ids
 
     link.send(memory_gb("VmRSS"))
-    run, _ = train.prepare(our_config(settings, folder))
+    run, _ = preparation.prepare(our_config(settings, folder))
     torch.set_num_threads(settings.threads)
     lengths = torch.tensor(settings.lengths())
     eos_ids = stop_token_ids(run.policy.lm, run.tokenizer)
