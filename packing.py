@@ -11,6 +11,7 @@ H hidden, V vocabulary.
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from rollout import Rollout
 
 # In float32 256 MiB on a GPU; on a CPU 32 MiB, where larger ones leave the cache and smaller ones add up too often.
 LOGITS_PER_CHUNK = 2**26 if torch.cuda.is_available() else 2**23
+
+# Up to 2.11, PyTorch lets query heads share a key head without being told to.
+SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
 @dataclass(frozen=True)
@@ -145,7 +149,7 @@ def packed_attention(
         window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
         ends = packing.bounds
         output = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, enable_gqa=True
+            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, **SHARED_KEYS
         )
         return output[None], None  # type: ignore[call-overload]
 
@@ -172,6 +176,16 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 TokenLoss = Callable[[Tensor, slice], Tensor]
 
 
+def token_statistics(
+    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """log p(target), entropy, self-certainty [n] and probabilities [n, V] of hidden [n, H] and target [n, 1]."""
+    log_p = (hidden @ weight.T).float().div_(temperature).log_softmax(dim=-1)
+    probabilities = log_p.exp()
+    certainty = -log_p.mean(dim=-1)  # = logsumexp(z) - mean(z)
+    return log_p.gather(-1, target).squeeze(-1), -log_p.mul_(probabilities).sum(dim=-1), certainty, probabilities
+
+
 class ChunkedHead(torch.autograd.Function):
     """(hidden [R, H], weight [V, H], targets [R], temperature, token_loss) -> loss, and per token [R] log p(target),
     entropy, self-certainty. The loss is the sum of `token_loss` and carries the gradient; without one it is 0.
@@ -181,26 +195,24 @@ class ChunkedHead(torch.autograd.Function):
         d loss / d z = (d loss / d log p(y)) (onehot(y) - softmax(z)) / temperature,
 
     so the gradients of hidden and weight are formed in the forward pass: three matrix products in all, and no logits
-    computed twice. Sums over the vocabulary and over tokens are float32.
+    computed twice. Sums over the vocabulary and over tokens are float32; the weight may be more precise than `hidden`,
+    whose dtype the products have, and then gets its gradient unrounded.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, token_loss: TokenLoss | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
         logp, entropy, certainty = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
         if token_loss is not None:
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             ctx.gradients = grad_hidden, grad_weight
         for chunk in token_chunks(len(hidden), len(weight)):
-            logits = (hidden[chunk] @ weight.T).float() / temperature  # [chunk, V]
             target = targets[chunk, None]
-            log_z = logits.logsumexp(dim=-1, keepdim=True)
-            probabilities = torch.exp(logits - log_z)
-            logp[chunk] = (logits.gather(-1, target) - log_z).squeeze(-1)
-            certainty[chunk] = log_z.squeeze(-1) - logits.mean(dim=-1)
-            entropy[chunk] = log_z.squeeze(-1) - torch.linalg.vecdot(probabilities, logits)
+            *statistics, probabilities = token_statistics(hidden[chunk], weight, target, temperature)
+            logp[chunk], entropy[chunk], certainty[chunk] = statistics
             if token_loss is None:
                 continue
             value, slope = value_and_slope(token_loss, logp[chunk], chunk)  # [chunk]
@@ -218,7 +230,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
-        return grad_hidden, grad_weight.to(grad_hidden.dtype), None, None, None
+        return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
 
 
 def value_and_slope(token_loss: TokenLoss, logp: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
@@ -248,7 +260,7 @@ class PackedLM(nn.Module):
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
             ).last_hidden_state[0]  # [S, H]
         hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
-        weight = self.lm.get_output_embeddings().weight.to(self.compute_dtype)
+        weight = self.lm.get_output_embeddings().weight
         loss, *stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
         zeros = torch.zeros_like(batch.sampler_logp)
         logp, entropy, certainty = (zeros.masked_scatter(batch.mask, stat) for stat in stats)

@@ -2,16 +2,14 @@
 
     pip install -r requirements-bench.txt
     python benchmarks/step_vs_trl.py                                          # the embedded model
-    python benchmarks/step_vs_trl.py --model FOLDER --questions 2 --rollouts 4 --response-tokens 32
+    python benchmarks/step_vs_trl.py --model FOLDER --questions 2 --rollouts 4 --response-tokens 64
 
 Same model, questions, group size, forced response lengths, majority reward, KL reference, clip, optimizer, precision
-and number of threads. Each side lives in a process of its own, so that its peak memory is its own; the parent lets them
-take one step in turn, and prints medians of the steps after the warm-up. Lengths are forced by a logits processor:
-row i of a step stops after a number of tokens spread evenly between `shortest` x response-tokens and response-tokens.
+and number of threads. Each side lives in a process of its own, so that its peak memory is its own; they take their
+steps in turn, and medians of the steps after the warm-up are printed. Row i of a step stops after a number of tokens
+that both sides are forced to, spread evenly between `shortest` x response-tokens and response-tokens.
 
-"floor": the matrix products with the weights alone (no attention, no normalisation, no softmax, no optimizer), measured
-between the steps: three for each weight and trained token, one for each reference token, and for generation one for
-each prompt once and each sampled token, all rows of a step at a time.
+The third side is the floor: the matrix products with the weights alone, see floor.py.
 """
 
 import json
@@ -23,7 +21,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from itertools import islice
+from math import nan
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -33,10 +33,14 @@ from typing import Any, Literal
 
 import tyro
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-PHASES = ("generation", "reward", "reference", "training", "whole")
+# Everything heavy is imported within its side: what the libraries hold is measured too.
+
+KL_COEF = 0.005
+PHASES = ("generation", "reference", "training", "whole")
+HEAD = ("phase", "ours, s", "TRL, s", "TRL / ours", "ours, tokens/s", "TRL, tokens/s", "floor, s", "ours / floor")
+MEMORY_HEAD = ("resident memory, GB", "ours", "TRL", "ours / TRL")
 
 
 @dataclass(frozen=True)
@@ -59,14 +63,14 @@ class Settings:
     """of PyTorch, on each side"""
     tokens_per_micro_batch: int | None = None
     """ours (None: train.py's default)"""
-    trl_micro_batch: int | None = None
-    """sequences of one forward-backward pass of TRL (None: TRL's default, 8)"""
+    trl_micro_batch: int = 8
+    """sequences of one forward-backward pass of TRL (8: its default)"""
     trl_checkpointing: bool = False
-    """gradient checkpointing in TRL, its default: less memory, a forward pass more; ours never does it"""
+    """gradient checkpointing in TRL, its default: less memory, a forward pass more; ours does without"""
     clock: Literal["wall", "cpu"] = "wall"
     """cpu: the work of one thread, which busy neighbours stretch less than the time on the wall"""
-    kl_coef: float = 0.005
-    """0 leaves out the reference pass on both sides"""
+    alone: bool = False
+    """leave TRL out"""
 
     def lengths(self) -> list[int]:
         """Of the responses of a step, [N]: the same at every step, in an order that no question can profit from."""
@@ -77,22 +81,18 @@ class Settings:
         return [max(length, 1) for length in lengths]
 
 
-def memory_gb(field: str) -> float:
-    """VmRSS (now) or VmHWM (peak) of this process; Linux."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field):
-            return int(line.split()[1]) * 1024 / 1e9
-    raise RuntimeError(f"no {field} in /proc/self/status")
+def memory_gb(field: Literal["VmRSS", "VmHWM"]) -> float:
+    """What this process holds now, or its peak; Linux."""
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(status[field].split()[0]) * 1024 / 1e9
 
 
-def forget_peak() -> float:
-    """Start measuring the peak afresh; returns the memory held now, in GB."""
+def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
-    return memory_gb("VmRSS")
 
 
 def clock() -> float:
-    """Seconds: of the wall, or with STEP_VS_TRL_CLOCK=cpu of this process's work, which neighbours do not stretch."""
+    """Seconds of the wall, or with STEP_VS_TRL_CLOCK=cpu of this process's work, which neighbours stretch less."""
     return time.process_time() if os.environ.get("STEP_VS_TRL_CLOCK") == "cpu" else time.perf_counter()
 
 
@@ -103,14 +103,10 @@ def timed(seconds: dict[str, float], phase: str) -> Iterator[None]:
     seconds[phase] = seconds.get(phase, 0.0) + clock() - begin
 
 
-def timed_method(owner: Any, name: str, seconds: dict[str, float], phase: str) -> None:
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Call around(method, ...) in place of method(...)."""
     method = getattr(owner, name)
-
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        with timed(seconds, phase):
-            return method(*args, **kwargs)
-
-    setattr(owner, name, wrapper)
+    setattr(owner, name, lambda *args, **kwargs: around(method, *args, **kwargs))
 
 
 def force_length(scores: Any, eos_ids: Sequence[int], lengths: Any, position: int) -> Any:
@@ -122,123 +118,76 @@ def force_length(scores: Any, eos_ids: Sequence[int], lengths: Any, position: in
     return forced
 
 
-# ---------------------------------------------------------------- ours
+def model_folder(settings: Settings) -> str:
+    import embedded
+
+    return embedded.model_folder() if settings.model == "embedded" else settings.model
 
 
 def write_questions(settings: Settings, folder: Path) -> None:
-    """As many as all steps ask, so that every step of ours has the same number."""
+    """As many as all steps ask, so that every step has the same number."""
     from word_problems import word_problems
 
-    rows = list(islice(word_problems("train"), settings.questions * (settings.warmup + settings.steps)))
+    rows = islice(word_problems("train"), settings.questions * (settings.warmup + settings.steps))
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
+
+
+# ---------------------------------------------------------------- ours
 
 
 def our_config(settings: Settings, folder: Path) -> Any:
     from config import EMBEDDED, Config, Data, Model
 
-    config = EMBEDDED if settings.model == "embedded" else Config(model=Model(settings.model))
-    optimisation = replace(config.optimisation, steps=10_000, epochs=None)
-    if settings.tokens_per_micro_batch:
-        optimisation = replace(optimisation, tokens_per_micro_batch=settings.tokens_per_micro_batch)
+    config = EMBEDDED if settings.model == "embedded" else Config()
+    tokens = settings.tokens_per_micro_batch or config.optimisation.tokens_per_micro_batch
     return replace(
         config,
-        method=replace(config.method, variant="majority", kl_coef=settings.kl_coef),
+        model=Model(model_folder(settings)),
+        method=replace(config.method, variant="majority", kl_coef=KL_COEF),
         data=Data(source=str(folder / "questions.jsonl"), questions_per_step=settings.questions),
-        sampling=replace(config.sampling, rollouts=settings.rollouts, max_response_tokens=settings.response_tokens),
-        optimisation=optimisation,
+        sampling=replace(
+            config.sampling, sampler="hf", rollouts=settings.rollouts, max_response_tokens=settings.response_tokens
+        ),
+        optimisation=replace(config.optimisation, steps=10_000, epochs=None, tokens_per_micro_batch=tokens),
         run=replace(config.run, out=str(folder / "ours")),
     )
-
-
-def force_our_lengths(settings: Settings, eos_ids: Sequence[int]) -> Any:
-    """Forbid and force stop tokens where rows are drawn; returns the lengths [N]."""
-    import torch
-
-    import rollout
-
-    lengths, draw, position, active = torch.tensor(settings.lengths()), rollout.draw, 0, torch.empty(0)
-
-    def forced(logits: Any, uniforms: Any, *how: float) -> Any:
-        nonlocal position, active
-        if position == 0 or not len(active):  # a new step begins
-            position, active = 0, lengths
-        token, logp = draw(force_length(logits, eos_ids, active, position), uniforms, *how)
-        position += 1
-        active = active[active > position]  # rows that have stopped leave the batch
-        return token, logp
-
-    rollout.draw = forced
-    return lengths
 
 
 def our_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
 
+    import metrics
+    import preparation
+    import rollout
     import train
+    from policy import stop_token_ids
 
+    link.send(memory_gb("VmRSS"))
+    run, _ = preparation.prepare(our_config(settings, folder))
     torch.set_num_threads(settings.threads)
-    run, _ = train.prepare(our_config(settings, folder))
-    torch.set_num_threads(settings.threads)
-    lengths = force_our_lengths(settings, run.sampler.eos_ids)
-    train.metrics.time = SimpleNamespace(perf_counter=clock)  # type: ignore[attr-defined]
-    names = {"rollout": "generation", "reward": "reward", "reference": "reference", "update": "training"}
-    link.send({"loaded_gb": forget_peak()})
+    lengths = torch.tensor(settings.lengths())
+    eos_ids = stop_token_ids(run.policy.lm, run.tokenizer)
+    position, active = 0, lengths
+
+    def forced(draw: Callable[..., Any], logits: Any, *how: Any) -> Any:
+        nonlocal position, active
+        drawn = draw(force_length(logits, eos_ids, active, position), *how)
+        position += 1
+        active = active[active > position]  # rows that have stopped leave the batch
+        return drawn
+
+    wrap(rollout, "draw", forced)
+    setattr(metrics, "time", SimpleNamespace(perf_counter=clock))  # noqa: B010, mypy takes a module for a constant
+    names = {"rollout": "generation", "reference": "reference", "update": "training"}
+    forget_peak()
     for step in range(settings.warmup + settings.steps):
         link.recv()
-        seconds: dict[str, float] = {}
+        position, active, seconds = 0, lengths, dict[str, float]()
         with timed(seconds, "whole"):
             seen, _ = train.train_step(run, step)
         seconds |= {phase: seen.get(f"seconds_{name}", 0.0) for name, phase in names.items()}
         sampled = round(seen["response_tokens"] * len(lengths))
-        link.send({"seconds": seconds, "sampled": sampled, "peak_gb": memory_gb("VmHWM"), "loss": seen["grad_norm"]})
-        link.recv()
-        chosen = train.questions_of_step(len(run.questions), settings.questions, 0, step)
-        prompts = [len(run.questions[i].prompts["x"]) for i in chosen]
-        link.send({"seconds": floor(run.policy.lm, settings, prompts)})
-
-
-def floor(lm: Any, settings: Settings, prompts: list[int]) -> dict[str, float]:
-    """Seconds of the matrix products of one step with the weights, by phase."""
-    import torch
-
-    head = lm.get_output_embeddings()
-    body = [m.weight for m in lm.base_model.modules() if isinstance(m, torch.nn.Linear)]
-    lengths = settings.lengths()
-    tokens = sum(prompt * settings.rollouts for prompt in prompts) + sum(lengths)
-
-    def products(weights: Sequence[Any], tokens: int, backward: bool) -> float:
-        total = 0.0
-        shapes = [tuple(weight.shape) for weight in weights]
-        for shape in set(shapes):
-            out, into = shape
-            weight = next(weight for weight in weights if tuple(weight.shape) == shape).detach()
-            x = torch.ones(tokens, into)
-            grad = torch.ones(tokens, out) if backward else None
-            begin = clock()
-            x @ weight.T
-            if grad is not None:
-                grad @ weight
-                grad.T @ x
-            total += (clock() - begin) * shapes.count(shape)
-        return total
-
-    def many(weights: Sequence[Any], tokens: int, backward: bool, at_once: int = 2048) -> float:
-        """`tokens` in equal parts that a cache and a memory can hold: one part measured, times their number."""
-        parts = max(1, round(tokens / at_once))
-        return products(weights, tokens // parts, backward) * parts
-
-    steps = range(max(lengths))
-    active = [sum(length > step for length in lengths) for step in steps]
-    with torch.no_grad():
-        seconds = {
-            "training": many(body, tokens, True) + many([head.weight], sum(lengths), True, 512),
-            "reference": many(body, tokens, False) + many([head.weight], sum(lengths), False, 512),
-        }
-        decode = [products([*body, head.weight], rows, False) for rows in active[:: max(1, len(active) // 4)]]
-        seconds["generation"] = many(body, sum(prompts), False) + sum(decode) / len(decode) * len(active)
-    if not settings.kl_coef:
-        seconds["reference"] = 0.0
-    return seconds | {"whole": sum(seconds.values())}
+        link.send({"seconds": seconds, "sampled": sampled, "peak_gb": memory_gb("VmHWM")})
 
 
 # ---------------------------------------------------------------- TRL
@@ -253,16 +202,14 @@ def trl_dataset(settings: Settings, folder: Path) -> Any:
     pairs = load_pairs(str(folder / "questions.jsonl"))
     steps = range(settings.warmup + settings.steps)
     order = [i for step in steps for i in questions_of_step(len(pairs), settings.questions, 0, step)]
-    messages = [
-        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": pairs[i].question}] for i in order
-    ]
-    return Dataset.from_dict({"prompt": messages})
+    system = {"role": "system", "content": SYSTEM_PROMPT}
+    return Dataset.from_dict({"prompt": [[system, {"role": "user", "content": pairs[i].question}] for i in order]})
 
 
-def trl_reward(settings: Settings) -> Callable[..., list[float]]:
+def trl_reward(settings: Settings) -> Callable[..., list[float | None]]:
     from rewards import extract_boxed, majority_vote
 
-    def agreement(completions: list[Any], **_: Any) -> list[float]:
+    def agreement(completions: list[Any], **_: Any) -> list[float | None]:
         boxed = [extract_boxed(completion[0]["content"]) for completion in completions]
         groups = [boxed[i : i + settings.rollouts] for i in range(0, len(boxed), settings.rollouts)]
         labels = [majority_vote(group).label for group in groups for _ in group]
@@ -273,29 +220,23 @@ def trl_reward(settings: Settings) -> Callable[..., list[float]]:
 
 def trl_trainer(settings: Settings, folder: Path) -> Any:
     from transformers import AutoTokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl.trainer.grpo_config import GRPOConfig
+    from trl.trainer.grpo_trainer import GRPOTrainer
 
-    import embedded
-
-    path = embedded.model_folder() if settings.model == "embedded" else settings.model
-    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
-    rows = settings.questions * settings.rollouts
-    micro_batch = settings.trl_micro_batch or 8
-    if rows % micro_batch:
-        raise SystemExit(f"--trl-micro-batch {micro_batch} does not divide the {rows} rollouts of a step")
-    ours = our_config(settings, folder)
+    path = model_folder(settings)
+    optimisation = our_config(settings, folder).optimisation
     arguments = GRPOConfig(
         output_dir=str(folder / "trl"),
-        per_device_train_batch_size=micro_batch,
-        gradient_accumulation_steps=rows // micro_batch,
+        per_device_train_batch_size=settings.trl_micro_batch,
+        gradient_accumulation_steps=settings.questions * settings.rollouts // settings.trl_micro_batch,
         num_generations=settings.rollouts,
         max_completion_length=settings.response_tokens,
-        beta=settings.kl_coef,
+        beta=KL_COEF,
         temperature=1.0,
-        learning_rate=ours.optimisation.lr,
+        learning_rate=optimisation.lr,
         lr_scheduler_type="constant",
-        weight_decay=ours.optimisation.weight_decay,
-        max_grad_norm=ours.optimisation.max_grad_norm,
+        weight_decay=optimisation.weight_decay,
+        max_grad_norm=optimisation.max_grad_norm,
         max_steps=settings.warmup + settings.steps,
         gradient_checkpointing=settings.trl_checkpointing,
         bf16=False,
@@ -312,144 +253,146 @@ def trl_trainer(settings: Settings, folder: Path) -> Any:
         reward_funcs=trl_reward(settings),
         args=arguments,
         train_dataset=trl_dataset(settings, folder),
-        processing_class=tokenizer,
+        processing_class=AutoTokenizer.from_pretrained(path, padding_side="left"),
     )
 
 
 def trl_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
-    from transformers import LogitsProcessor, LogitsProcessorList, TrainerCallback
+    from transformers import LogitsProcessorList, TrainerCallback
+    from trl.trainer import grpo_trainer  # noqa: F401, for its memory
 
-    torch.set_num_threads(settings.threads)
+    link.send(memory_gb("VmRSS"))
     trainer = trl_trainer(settings, folder)
     torch.set_num_threads(settings.threads)
-    lengths, seconds, sampled = torch.tensor(settings.lengths()), dict[str, float](), 0
+    lengths, seconds, begin = torch.tensor(settings.lengths()), dict[str, float](), 0.0
 
-    class ForcedLengths(LogitsProcessor):
-        position = 0
+    def generate(method: Callable[..., Any], **given: Any) -> Any:
+        prompt = given["input_ids"].shape[1]
 
-        def __call__(self, input_ids: Any, scores: Any) -> Any:
-            self.position += 1
-            return force_length(scores, trainer.eos_token_ids, lengths, self.position - 1)
+        def force(input_ids: Any, scores: Any) -> Any:
+            return force_length(scores, trainer.eos_token_ids, lengths, input_ids.shape[1] - prompt)
 
-    generate = trainer.model.generate
-    trainer.model.generate = lambda **given: generate(**given, logits_processor=LogitsProcessorList([ForcedLengths()]))
-    answered = trainer._generate_single_turn
+        return method(**given, logits_processor=LogitsProcessorList([force]))
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        nonlocal sampled
-        output = answered(*args, **kwargs)
-        sampled = sum(len(ids) for ids in output[0])
-        return output
+    def phase(name: str, with_gradient: str | None = None) -> Callable[..., Any]:
+        def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            with timed(seconds, with_gradient if with_gradient and torch.is_grad_enabled() else name):
+                return method(*args, **kwargs)
 
-    trainer._generate_single_turn = counted
-    timed_method(trainer, "_generate", seconds, "generation")
-    timed_method(trainer, "_calculate_rewards", seconds, "reward")
-    timed_method(trainer, "_prepare_inputs", seconds, "prepare")  # all but training
-    score = trainer._get_per_token_logps_and_entropies
+        return around
 
-    def score_reference(model: Any, *args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled():
-            return score(model, *args, **kwargs)
-        with timed(seconds, "reference"):
-            return score(model, *args, **kwargs)
-
-    trainer._get_per_token_logps_and_entropies = score_reference
+    wrap(trainer.model, "generate", generate)
+    wrap(trainer, "_generate", phase("generation"))
+    wrap(trainer, "_get_per_token_logps_and_entropies", phase("reference", with_gradient="forward pass"))
+    wrap(trainer, "_prepare_inputs", phase("all but training"))
 
     class InTurn(TrainerCallback):
-        begin = 0.0
-
         def on_step_begin(self, *_: Any, **__: Any) -> None:
+            nonlocal begin
             link.recv()
             seconds.clear()
-            self.begin = clock()
+            begin = clock()
 
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            seconds["whole"] = clock() - self.begin
-            seconds["training"] = seconds["whole"] - seconds["prepare"]
+            seconds["whole"] = clock() - begin
+            seconds["training"] = seconds["whole"] - seconds["all but training"]
+            sampled = round(trainer._metrics["train"]["completions/mean_length"][-1] * len(lengths))
             link.send({"seconds": dict(seconds), "sampled": sampled, "peak_gb": memory_gb("VmHWM")})
 
     trainer.add_callback(InTurn())
-    link.send({"loaded_gb": forget_peak()})
+    forget_peak()
     trainer.train()
 
 
-# ---------------------------------------------------------------- both
+# ---------------------------------------------------------------- the floor and all
 
 
-Side = Callable[[Settings, Path, Connection], None]
+def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
+    import torch
+    from floor import floor
+
+    from data import load_pairs, prompt_ids
+    from policy import load
+
+    link.send(memory_gb("VmRSS"))
+    policy, tokenizer = load(model_folder(settings), torch.device("cpu"))
+    torch.set_num_threads(settings.threads)
+    pairs = load_pairs(str(folder / "questions.jsonl"))[: settings.questions]
+    prompts = [len(prompt_ids(tokenizer, pair.question)) for pair in pairs]
+    for _ in range(settings.warmup + settings.steps):
+        link.recv()
+        link.send({"seconds": floor(policy.lm, prompts, settings.rollouts, settings.lengths(), clock)})
 
 
-def start(side: Side, settings: Settings, folder: Path) -> tuple[Any, Connection, float]:
-    here, there = multiprocessing.get_context("spawn").Pipe()
-    process = multiprocessing.get_context("spawn").Process(target=side, args=(settings, folder, there), daemon=True)
-    process.start()
-    there.close()
-    return process, here, here.recv()["loaded_gb"]
+SIDES: dict[str, Callable[[Settings, Path, Connection], None]] = {
+    "ours": our_side,
+    "TRL": trl_side,
+    "floor": floor_side,
+}
 
 
-def ask(link: Connection) -> dict[str, Any]:
-    link.send("step")
-    answer: dict[str, Any] = link.recv()
-    return answer
+def take_turns(settings: Settings, folder: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
+    """GB that the libraries of each side hold, and what it answered after each step."""
+    links, context = {}, multiprocessing.get_context("spawn")
+    for name, side in SIDES.items():
+        if name == "TRL" and settings.alone:
+            continue
+        links[name], there = context.Pipe()
+        context.Process(target=side, args=(settings, folder, there), daemon=True).start()
+        there.close()  # so that a side which dies is noticed
+    libraries = {name: link.recv() for name, link in links.items()}
+    answers: dict[str, list[Any]] = {name: [] for name in links}
+    for _ in range(settings.warmup + settings.steps):
+        for name, link in links.items():
+            link.send("step")
+            answers[name].append(link.recv())
+    return libraries, answers
 
 
-def table(seconds: dict[str, dict[str, float]], tokens: int, peak: dict[str, float], loaded: dict[str, float]) -> str:
-    """Markdown; seconds[side][phase] are medians."""
-    lines = ["| phase | ours, s | TRL, s | TRL / ours | ours, tokens/s | TRL, tokens/s | floor, s | ours / floor |"]
-    lines.append("|---" * 8 + "|")
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def time_table(settings: Settings, answers: dict[str, list[Any]]) -> str:
+    """Medians; tokens are sampled ones."""
+    tokens, rows = sum(settings.lengths()), []
     for phase in PHASES:
-        ours, trl = seconds["ours"][phase], seconds.get("trl", {}).get(phase)
-        base = seconds["floor"].get(phase)
-        cells = [phase, f"{ours:.3f}", "-" if trl is None else f"{trl:.3f}", f"{trl / ours:.2f}" if trl else "-"]
-        cells += [f"{tokens / ours:.0f}" if ours else "-", f"{tokens / trl:.0f}" if trl else "-"]
-        cells += [f"{base:.3f}" if base else "-", f"{ours / base:.2f}" if base else "-"]
-        lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| peak memory (resident) | ours, GB | TRL, GB | ours / TRL |", "|---|---|---|---|"]
-    steps_add = {side: peak[side] - loaded[side] for side in peak}
-    for name, value in (("of the process", peak), ("once loaded", loaded), ("added by the steps", steps_add)):
-        trl_gb = value.get("trl")
-        lines.append(
-            f"| {name} | {value['ours']:.3f} | {trl_gb or 0:.3f} | {value['ours'] / trl_gb if trl_gb else 0:.2f} |"
+        ours, trl, base = (
+            median([answer["seconds"].get(phase, 0.0) for answer in answers.get(name, [])[settings.warmup :]] or [0.0])
+            for name in SIDES
         )
-    return "\n".join(lines)
+        cells = [(ours, 1, ".3f"), (trl, 1, ".3f"), (trl, ours, ".2f"), (tokens, ours, ",.0f"), (tokens, trl, ",.0f")]
+        cells += [(base, 1, ".3f"), (ours, base, ".2f")]
+        rows.append([phase, *(f"{a / b:{shown}}" if a and b else "-" for a, b, shown in cells)])
+    return markdown(HEAD, rows)
 
 
-def main(settings: tyro.conf.OmitArgPrefixes[Settings], alone: bool = False) -> None:
-    """`alone`: ours and the floor, without TRL."""
-    os.environ |= {"OMP_NUM_THREADS": str(settings.threads), "STEP_VS_TRL_CLOCK": settings.clock}
-    sides: dict[str, Side] = {"ours": our_side}
-    if not alone:
-        from importlib.util import find_spec
-
-        if not find_spec("trl"):
-            raise SystemExit("error: TRL is not installed: pip install -r requirements-bench.txt, or give --alone")
-        sides["trl"] = trl_side
-    with TemporaryDirectory() as folder:
-        write_questions(settings, Path(folder))
-        measure(settings, sides, Path(folder))
-
-
-def measure(settings: Settings, sides: dict[str, Side], folder: Path) -> None:
-    """Let the sides take their steps in turn; print medians."""
-    started = {name: start(side, settings, folder) for name, side in sides.items()}
-    measured: dict[str, list[dict[str, float]]] = {name: [] for name in [*sides, "floor"]}
-    peak: dict[str, float] = {}
-    for step in range(settings.warmup + settings.steps):
-        answers = {name: ask(link) for name, (_, link, _) in started.items()}
-        answers["floor"] = ask(started["ours"][1])
-        for name, answer in answers.items():
-            peak |= {name: answer["peak_gb"]} if "peak_gb" in answer and name not in measured["floor"] else {}
-            if step >= settings.warmup:
-                measured[name].append(answer["seconds"])
-        if len({answer["sampled"] for answer in answers.values() if "sampled" in answer}) > 1:
-            raise SystemExit(f"error: the sides sampled different numbers of tokens: {answers}")
-    medians = {
-        name: {phase: median(step.get(phase, 0.0) for step in steps) for phase in PHASES}
-        for name, steps in measured.items()
+def memory_table(libraries: dict[str, float], answers: dict[str, list[Any]]) -> str:
+    peak = {name: each[-1]["peak_gb"] for name, each in answers.items() if name != "floor"}
+    parts = {
+        "peak of the process": peak,
+        "of it, the libraries": libraries,
+        "of it, model and steps": {name: gb - libraries[name] for name, gb in peak.items()},
     }
-    print(f"settings: {asdict(settings)}")
-    print(table(medians, sum(settings.lengths()), peak, {name: gb for name, (_, _, gb) in started.items()}))
+    shares = [(part, gb["ours"], gb.get("TRL", nan)) for part, gb in parts.items()]
+    return markdown(MEMORY_HEAD, [[part, f"{a:.3f}", f"{b:.3f}", f"{a / b:.2f}"] for part, a, b in shares])
+
+
+def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
+    if not settings.alone and not find_spec("trl"):
+        raise SystemExit("error: TRL is not installed: pip install -r requirements-bench.txt, or give --alone")
+    if settings.questions * settings.rollouts % settings.trl_micro_batch and not settings.alone:
+        raise SystemExit(f"error: --trl-micro-batch {settings.trl_micro_batch} does not divide a step's rollouts")
+    os.environ |= {"OMP_NUM_THREADS": str(settings.threads), "STEP_VS_TRL_CLOCK": settings.clock}
+    with TemporaryDirectory() as folder:
+        model_folder(settings)  # made here, where it does not exist, and not by all sides at once
+        write_questions(settings, Path(folder))
+        libraries, answers = take_turns(settings, Path(folder))
+    sampled = {answer["sampled"] for name in ("ours", "TRL") for answer in answers.get(name, [])}
+    if sampled != {sum(settings.lengths())}:
+        raise SystemExit(f"error: {sampled} tokens were sampled in a step, not {sum(settings.lengths())}")
+    print(f"{asdict(settings)}\n\n{time_table(settings, answers)}\n\n{memory_table(libraries, answers)}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
 """Each optimisation against its naive twin: what is saved must not change what is computed."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +16,12 @@ import packing
 import train
 from data import Pair
 from grpo import aggregate, token_weights
-from packing import PackedLM, micro_batches, pack
+from packing import ChunkedHead, PackedLM, micro_batches, pack
 from policy import Objective, build_optimizer, optimizer_step
 from rewards import VARIANTS
 from rollout import TransformersSampler
+
+ROOT = Path(__file__).resolve().parents[1]
 
 # ---------------------------------------------------------------- the head
 
@@ -27,9 +32,19 @@ def test_the_head_multiplies_three_times_not_four(monkeypatch):
     hidden, targets = torch.randn(20, 32, requires_grad=True), torch.arange(20)
     weight = tiny_lm().get_output_embeddings().weight
     with torch.profiler.profile() as profiler:
-        packing.ChunkedHead.apply(hidden, weight, targets, 1.0, lambda logp, _: -logp)[0].backward()
+        ChunkedHead.apply(hidden, weight, targets, 1.0, lambda logp, _: -logp)[0].backward()
     products = sum(event.count for event in profiler.key_averages() if event.key in ("aten::mm", "aten::addmm_"))
     assert products == 3 * 3  # chunks of 8, 8 and 4 tokens
+
+
+def test_the_gradient_of_the_head_reaches_float32_weights_unrounded(monkeypatch):
+    """Summed over chunks in float32 and rounded afterwards, it would have lost what the sum was for."""
+    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", 30 * 8)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(20, 8, dtype=torch.bfloat16), torch.randn(30, 8).requires_grad_()
+    ChunkedHead.apply(hidden, weight, torch.arange(20), 1.0, lambda logp, _: -logp)[0].backward()
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.bfloat16().float())
 
 
 def test_scoring_forms_no_gradients():
@@ -151,3 +166,26 @@ def test_a_trace_is_written_when_wanted_and_only_then(tmp_path):
             torch.ones(3) @ torch.ones(3)
         assert (tmp_path / "trace.json").exists() == wanted
     assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+# ---------------------------------------------------------------- the benchmarks
+
+BENCHMARKS = {
+    "growth.py": ["--doublings", "1", "--questions", "2", "--repeats", "1", "--hidden", "32"],
+    "gpu.py head": ["--tokens", "40", "--hidden", "8", "--vocabulary", "50", "--repeats", "1", "--no-compiled"],
+    "gpu.py loop": ["--model", "tiny", "--steps", "2", "--questions", "2", "--response-tokens", "6"],
+    "gpu.py training": ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1"],
+    "step_vs_trl.py": ["--questions", "4", "--rollouts", "2", "--response-tokens", "6", "--steps", "1"],
+}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_a_benchmark_runs_on_a_cpu(name):
+    """A change of the trainer must not be found out on a rented GPU."""
+    if name == "step_vs_trl.py":
+        pytest.importorskip("trl")
+    file, *subcommand = name.split()
+    command = [sys.executable, str(ROOT / "benchmarks" / file), *subcommand, *BENCHMARKS[name]]
+    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert output.returncode == 0, output.stderr
+    assert "| --- |" in output.stdout
