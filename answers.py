@@ -69,7 +69,7 @@ SYMBOL_TO_LATEX = str.maketrans(
     {symbol: f"{latex} " for symbol, latex in zip(SYMBOLS.split()[::2], SYMBOLS.split()[1::2], strict=True)}
 )
 TEXT = r"\\(?:text|textrm|textnormal|textbf|textit|mbox|mathrm|mathbf|rm)"
-ZEROS = {"thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
 
 
 def repeating_decimal(digits: re.Match[str]) -> str:
@@ -77,6 +77,10 @@ def repeating_decimal(digits: re.Match[str]) -> str:
     whole, once, again = digits.groups()
     top, bottom = int(whole + once + again) - int("0" + whole + once), 10 ** len(once) * (10 ** len(again) - 1)
     return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def twelve_hour_clock(half: re.Match[str]) -> str:
+    return rf"\text{{ {(half[1] or half[2]).lower()}m}}"
 
 
 REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
@@ -97,12 +101,9 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating_decimal),
     # 1 1/2 is a mixed number, not 1 * 1/2.
     (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),
-    # Degrees, and a percent sign after anything but a decimal number, are units; so is the th of 5th.
+    # Degrees, and a percent sign after anything but a decimal number, are units.
     (r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF](?![A-Za-z]))?|\\degree(?![A-Za-z])|(?<=[})])\s*\\?%", ""),
-    (rf"(?<=\d)\s*\^?\s*\{{?\s*(?:{TEXT}\s*\{{\s*)?(?:st|nd|rd|th)(?![A-Za-z])[\s}}]*", ""),
     (r"\s*(?:\\?%|\bper ?cent(?:age)?\b|\bpct\b)", "%"),
-    (rf"(?:{TEXT}\s*\{{\s*)?\b({'|'.join(ZEROS)})\b\s*\}}?", lambda word: rf"\cdot 10^{{{ZEROS[word[1]]}}} "),
-    (rf"(?i)(?<=\d)\s*(?:{TEXT}\s*\{{\s*)?([ap])\.?m\b[.\s]*\}}?", lambda time: rf"\text{{ {time[1].lower()}m}}"),
     # A system of equations is a list of equations.
     (r"\\\\(?=[^&]*\\end\{cases\})", ", "),
     (r"\\(?:begin|end)\{cases\}", ""),
@@ -111,6 +112,10 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"(?<=\d)i(?![A-Za-z])", " i"),
     (rf"_\s*\{{?\s*{TEXT}\s*\{{([^{{}}]*)\}}\s*\}}?", r"_{\1}"),
     (rf"^\s*{TEXT}\s*\{{([^{{}}\\]*)\}}\s*$|{TEXT}\s*\{{\s*([\d.,]+)\s*\}}", r"\1\2"),
+    (rf"{TEXT}\s*\{{\s*((?:{'|'.join(ZEROS)})\b[^{{}}]*)\}}", r" \1"),
+    (rf"\b({'|'.join(ZEROS)})\b", lambda word: rf"\cdot 10^{{{ZEROS[word[1]]}}} "),
+    (rf"(?<=\d)\s*\^?[\s{{]*(?:{TEXT}\s*\{{)?(?:st|nd|rd|th)[\s}}]*$", ""),
+    (rf"(?i)(?<=\d)\s*(?:{TEXT}\s*\{{\s*([ap])\.?m\.?\s*\}}|([ap])\.?m)[.\s]*$", twelve_hour_clock),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
     (rf"^\s*(?:\\(?:approx|sim|simeq)(?![A-Za-z])|(?:{TEXT}\s*\{{\s*)?(?:approximately|about)\b\s*\}}?)", ""),
     # A congruence is read as an equation; the question has named the modulus.
@@ -128,8 +133,8 @@ ABBREVIATED_UNIT = r"mm|cm|km|in|ft|yd|mi|mg|kg|lbs?|oz|m[lL]|hrs?|mph"
 UNIT_AFTER_BLANK = r"[A-Za-z]{3,}|[mshgL]"  # 5 m is a length, 5m may be five times m
 # Words after a number that change its value or belong to a formula; am and pm tell two times of day apart.
 NOT_A_UNIT = (
-    r"(?i)\b(?:and|or|mod|base|to|if|for|hundred|thousand|million|billion|trillion|dozen|am|pm"
-    r"|e|i|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b"
+    r"(?i)\b(?:and|or|mod|base|to|if|for|dozen|am|pm|e|i"
+    r"|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b"
 )
 
 
