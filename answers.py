@@ -27,7 +27,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from fractions import Fraction
@@ -63,28 +63,29 @@ def extract_boxed(text: str) -> str | None:
 # ----------------------------------------------------------------------------------------------------------
 # Normalisation: what Math-Verify misreads or reads slowly. Each rule holds for any answer of any data set.
 
-SYMBOLS = "−–÷×·π√∞≤≥≠∈∪²³½°"
-LATEX = [
-    "-",
-    "-",
-    "/",
-    r"\times",
-    r"\cdot",
-    r"\pi",
-    r"\sqrt",
-    r"\infty",
-    r"\le",
-    r"\ge",
-    r"\ne",
-    r"\in",
-    r"\cup",
-]
-LATEX += ["^2", "^3", r"\frac{1}{2}", r"^\circ"]
-SYMBOL_TO_LATEX = str.maketrans({symbol: f"{latex} " for symbol, latex in zip(SYMBOLS, LATEX, strict=True)})
+SYMBOLS = r"− - – - ÷ / × \times · \cdot π \pi √ \sqrt ∞ \infty ≤ \le ≥ \ge ≠ \ne ∈ \in ∪ \cup ∩ \cap ∅ \emptyset ± \pm"
+SYMBOLS += r" ² ^2 ³ ^3 ½ \frac{1}{2} ° ^\circ"
+SYMBOL_TO_LATEX = str.maketrans(
+    {symbol: f"{latex} " for symbol, latex in zip(SYMBOLS.split()[::2], SYMBOLS.split()[1::2], strict=True)}
+)
 TEXT = r"\\(?:text|textrm|textnormal|textbf|textit|mbox|mathrm|mathbf|rm)"
-REWRITES = [
-    # Math delimiters and dollars: an answer is all mathematics, and in one currency.
-    (r"\\?\$|(?<!\\)\\[()\[\]]|^\s*[€£](?=\s*[\d.])", ""),
+ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
+
+
+def repeating_decimal(digits: re.Match[str]) -> str:
+    r"""`0.1\overline{6}` -> `\frac{15}{90}`."""
+    whole, once, again = digits.groups()
+    top, bottom = int(whole + once + again) - int("0" + whole + once), 10 ** len(once) * (10 ** len(again) - 1)
+    return rf"\frac{{{top}}}{{{bottom}}}"
+
+
+def twelve_hour_clock(half: re.Match[str]) -> str:
+    return rf"\text{{ {(half[1] or half[2]).lower()}m}}"
+
+
+REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    # Math delimiters and currencies: an answer is all mathematics, and in one currency.
+    (r"\\?\$|(?<!\\)\\[()\[\]]|[€£¢]", ""),
     # Thousands: 1,\!657 and 1{,}657; Math-Verify reads 10\,000 and 10 000 as 10 * 000 = 0.
     (r"\\!\s*", ""),
     (r"\{,\}", ","),
@@ -94,6 +95,10 @@ REWRITES = [
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
+    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
+    (r"\\langle(?![A-Za-z])", "("),
+    (r"\\rangle(?![A-Za-z])", ")"),
+    (r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}", repeating_decimal),
     # 1 1/2 is a mixed number, not 1 * 1/2.
     (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),
     # Degrees, and a percent sign after anything but a decimal number, are units.
@@ -106,13 +111,20 @@ REWRITES = [
     # Math-Verify takes i for the imaginary unit only where it stands alone.
     (r"(?<=\d)i(?![A-Za-z])", " i"),
     (rf"_\s*\{{?\s*{TEXT}\s*\{{([^{{}}]*)\}}\s*\}}?", r"_{\1}"),
-    (rf"^\s*{TEXT}\s*\{{([^{{}}\\]*)\}}\s*$", r"\1"),
+    (rf"^\s*{TEXT}\s*\{{([^{{}}\\]*)\}}\s*$|{TEXT}\s*\{{\s*([\d.,]+)\s*\}}", r"\1\2"),
+    (rf"{TEXT}\s*\{{\s*((?:{'|'.join(ZEROS)})\b[^{{}}]*)\}}", r" \1"),
+    (rf"\b({'|'.join(ZEROS)})\b", lambda word: rf"\cdot 10^{{{ZEROS[word[1]]}}} "),
+    (rf"(?<=\d)\s*\^?[\s{{]*(?:{TEXT}\s*\{{)?(?:st|nd|rd|th)[\s}}]*$", ""),
+    (rf"(?i)(?<=\d)\s*(?:{TEXT}\s*\{{\s*([ap])\.?m\.?\s*\}}|([ap])\.?m)[.\s]*$", twelve_hour_clock),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"^\s*\\(?:approx|sim|simeq)(?![A-Za-z])", ""),
+    (rf"^\s*(?:\\(?:approx|sim|simeq)(?![A-Za-z])|(?:{TEXT}\s*\{{\s*)?(?:approximately|about)\b\s*\}}?)", ""),
+    # A congruence is read as an equation; the question has named the modulus.
+    (r"\\equiv(?![A-Za-z])", "="),
+    (r"\\p?mod\s*(?:\{[^{}]*\}|\d+)\s*$", ""),
     (r"(?:[\s.,;]|\\+$)+$", ""),
 ]
 POWER = r"(?:\^\{?-?\d\}?)?"
-TEXT_UNIT = rf"(?<=[\d}})i])(?:[\s/]|\\cdot)*{TEXT}\s*\{{([^{{}}]*)\}}{POWER}"
+TEXT_UNIT = rf"(?<=[\d}})i%])(?:[\s/]|\\cdot)*{TEXT}\s*\{{([^{{}}]*)\}}{POWER}(?!\s*\d)"  # not 3 feet 6 inches
 PLAIN_UNIT = (
     r"(?P<value>[^A-Za-z\\]*(?:\\(?:frac|sqrt|pi|times|cdot)(?![A-Za-z])[^A-Za-z\\]*)*(?<=[\d})i ]))"
     rf"(?P<unit>[A-Za-z]+\.?{POWER}(?:[\s/*-]+[A-Za-z]+\.?{POWER})*)"
@@ -121,8 +133,8 @@ ABBREVIATED_UNIT = r"mm|cm|km|in|ft|yd|mi|mg|kg|lbs?|oz|m[lL]|hrs?|mph"
 UNIT_AFTER_BLANK = r"[A-Za-z]{3,}|[mshgL]"  # 5 m is a length, 5m may be five times m
 # Words after a number that change its value or belong to a formula; am and pm tell two times of day apart.
 NOT_A_UNIT = (
-    r"(?i)\b(?:and|or|mod|base|to|if|for|hundred|thousand|million|billion|trillion|dozen|am|pm"
-    r"|e|i|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b"
+    r"(?i)\b(?:and|or|mod|base|to|if|for|dozen|am|pm|e|i"
+    r"|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b"
 )
 
 
@@ -155,7 +167,10 @@ def normalise(answer: str) -> str:
 # Verdicts that take no computer algebra
 
 NUMBER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-RATIONAL = re.compile(rf"([+-]?)\s*(?:({NUMBER})|(\d+)\s*/\s*(\d+)|\\frac\{{(\d+)\}}\{{(\d+)\}})", re.ASCII)
+RATIONAL = re.compile(
+    rf"([+-]?)\s*(?:((?:{NUMBER})(?:[eE][+-]?\d{{1,2}})?)|(\d+)\s*/\s*(\d+)|\\frac\{{(\d+)\}}\{{(\d+)\}})", re.ASCII
+)
+BLANKS = r"(?<!\d) | (?!\d)"  # but not the one of `3 20`
 WORDS = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+(?: [A-Za-z]+)+")
 
 
@@ -179,7 +194,7 @@ def decide_here(first: str, second: str) -> bool | None:
     """The verdict on two normalised answers, or None where only algebra can tell."""
     if not first or not second:
         return False
-    if first.replace(" ", "") == second.replace(" ", ""):
+    if re.sub(BLANKS, "", first) == re.sub(BLANKS, "", second):
         return True
     one, two = plain_number(first.removesuffix("%")), plain_number(second.removesuffix("%"))
     if one is not None and two is not None:

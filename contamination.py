@@ -1,6 +1,6 @@
 """Which questions of a benchmark are in a training set, word for word or nearly so?
 
-    python contamination.py --train dapo --eval math500 math amc
+    python data.py check --train dapo --eval math500 math amc
     python train.py --data dapo --decontaminate math500 math amc       # trains without them
 
 Word for word: equal but for white space. Nearly: half of the benchmark question's runs of 8 words, or more, stand in
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import tyro
+from tyro.conf import OmitArgPrefixes
 
 from benchmark_data import Benchmark, load_benchmark
 from data import DataError, Pair, Report, load_pairs
@@ -100,8 +100,8 @@ def side_by_side(overlap: Overlap, name: str, asked: Pair, trained: Pair) -> str
     return "\n".join(lines)
 
 
-def check(settings: Settings) -> None:
-    """Print, for each benchmark, how many of its questions are in the training set, and examples."""
+def check(settings: OmitArgPrefixes[Settings]) -> None:
+    """Show how many questions of each benchmark are in the training set, and examples."""
     training = load_pairs(settings.train, question=settings.question_column)
     benchmarks = [load_benchmark(name, settings.data_dir) for name in settings.eval]
     asked = [(benchmark, pair) for benchmark in benchmarks for pair in benchmark.pairs]
@@ -117,14 +117,3 @@ def check(settings: Settings) -> None:
             print(side_by_side(each, benchmark.name, asked[each.asked][1], training[each.trained]))
     dropped = len({each.trained for each in found})
     print(f"train.py --decontaminate {' '.join(settings.eval)} drops {dropped:,} of the training questions")
-
-
-def main() -> None:
-    try:
-        check(tyro.cli(Settings, description=__doc__))
-    except DataError as problem:
-        raise SystemExit(f"error: {problem}") from None
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,7 @@ one. Gold never decides which pairs are kept: a set trains the same with and wit
 
     python data.py show math                                        # what is in a set, and what was wrong with it
     python data.py show mine.jsonl --question-column problem --tokenizer Qwen/Qwen3-8B-Base
+    python data.py check --train dapo --eval math500 math                                   # see contamination.py
     python data.py rephrase --data mine.jsonl --model Qwen3-32B --out pairs.jsonl           # see rephrase.py
 
 A source is a folder as the authors of Co-rewarding publish theirs (train_original.parquet, train_rewrite_*.parquet),
@@ -511,10 +512,11 @@ def show(
 
 
 def main() -> None:
-    from rephrase import rephrase  # which imports this file
+    from contamination import check  # both import this file
+    from rephrase import rephrase
 
     try:
-        tyro.extras.subcommand_cli_from_dict({"show": show, "rephrase": rephrase}, description=__doc__)
+        tyro.extras.subcommand_cli_from_dict({"show": show, "check": check, "rephrase": rephrase}, description=__doc__)
     except DataError as problem:
         print(f"data.py: {problem}", file=sys.stderr)
         sys.exit(2)

@@ -85,14 +85,8 @@ class Settings:
     """instead of an evaluation: two result.json, before and after"""
 
 
-WITHOUT_EFFECT = (
-    "benchmarks",
-    "limit",
-    "engine_memory",
-    "data_dir",
-    "out",
-    "compare",
-)  # on the answer to any one question
+# Settings that change no answer to any one question.
+WITHOUT_EFFECT = {"benchmarks", "limit", "engine_memory", "data_dir", "out", "compare"}
 
 
 @dataclass(frozen=True)
@@ -143,12 +137,9 @@ def ask(
         pairs = [benchmark.pairs[i] for i in which for _ in range(n)]
         correct = are_equal([pair.gold for pair in pairs], read, benchmark.match)
         for j, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True)):
-            tokens, truncated = len(rollout.response_ids), not rollout.finished
-            answered[j // n].append(
-                Answered(
-                    pair.id, pair.question, str(pair.gold), greedy, read[j], correct[j], tokens, truncated, texts[j]
-                )
-            )
+            length, truncated = len(rollout.response_ids), not rollout.finished
+            verdict = read[j], correct[j], length, truncated, texts[j]
+            answered[j // n].append(Answered(pair.id, pair.question, str(pair.gold), greedy, *verdict))
     return [each for group in answered for each in group]
 
 
@@ -324,10 +315,8 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def run(settings: Settings) -> Path:
     """Ask, score, show; returns the path of result.json."""
-    benchmarks = [
-        load_benchmark(name, settings.data_dir, settings.question_column, settings.answer_column)
-        for name in settings.benchmarks
-    ]
+    where = settings.data_dir, settings.question_column, settings.answer_column
+    benchmarks = [load_benchmark(name, *where) for name in settings.benchmarks]
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise DataError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in benchmarks]
@@ -344,11 +333,11 @@ def run(settings: Settings) -> Path:
             results[benchmark.name] = result_of(benchmark, answered)
     path = folder / "result.json"
     earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
-    write_json(
-        path,
-        {"settings": read_settings(folder), "benchmarks": earlier | results, "grading": answers.counts()},
-    )
+    write_json(path, {"settings": read_settings(folder), "benchmarks": earlier | results})
     print(table(results))
+    for what, count in answers.counts().items():  # not in the file, as a killed run has forgotten its own
+        if count:
+            print(f"{what.replace('_', ' ')}: {count:,} comparisons of this run, taken as unequal")
     print(f"kept in {path}")
     return path
 

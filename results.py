@@ -1,6 +1,6 @@
 """How the result of an evaluation is kept, shown and compared with another one.
 
-A result.json holds {"settings": ..., "benchmarks": {name: what evaluate.result_of says}, "grading": ...}.
+A result.json holds {"settings": ..., "benchmarks": {name: what evaluate.result_of says}}.
 """
 
 import json

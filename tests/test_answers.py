@@ -132,6 +132,34 @@ x \in [0.5, \infty) ~ [1/2, \infty)
 2i+1 ~ 1+2\,\mathrm{i}
 x^2-1 ~ (x-1)(x+1)
 0.333333333 ~ 1/3
+0.1\overline{6} ~ 1/6
+33.\overline{3}\% ~ 33\frac13
+1.5e3 ~ 1500
+1.5 \times 10^{-3} ~ 0.0015
+2.5\text{ million dollars} ~ 2,500,000
+5€ ~ €5
+\emptyset ~ \varnothing
+\langle 1, 2 \rangle ~ (1, 2)
+100^{\text{th}} ~ 100
+5th ~ 5
+x \equiv 7 \pmod{10} ~ 7
+6:30 \text{ p.m.} ~ 6:30 PM
+24\% \text{ of the students} ~ 24\%
+\text{36} \pi ~ 36\pi
+\text{approximately } 3.14 ~ 3.14
+1011_2 ~ 1011_{\text{two}}
+52_8 ~ 52
+(-\infty, 2) \cup (3, \infty) ~ (-∞,2)∪(3,+∞)
+-1 \le x \le 3 ~ [-1,3]
+x^2+y^2=1 ~ x^2+y^2-1=0
+\begin{pmatrix} 1 \\ -2 \end{pmatrix} ~ \left(\begin{array}{c} 1 \\ -2 \end{array}\right)
+\frac{\ln 2}{\ln 3} ~ \log_3 2
+1-\frac{1}{e} ~ \frac{e-1}{e}
+(1,2),(3,4) ~ (3,4),(1,2)
+36\pi \text{ cubic inches} ~ 36\pi
+9.8 m/s^2 ~ 9.8
+\mathbb{R} ~ (-\infty,\infty)
+\text{No solution.} ~ no solution
 """
 DIFFERENT = r"""
 10\,000 ~ 0
@@ -154,6 +182,27 @@ listen ~ silent
 1/3 ~ 0.33
 50\% ~ 0.5\%
 \text{(A)} ~ \text{(B)}
+3\text{ hours }20\text{ minutes} ~ 320
+3\text{ ft }6\text{ in} ~ 36
+12 ~ 1 2
+2, 3 ~ 23
+7:30 ~ 730
+1e-9 ~ 0
+12345678901234567890 ~ 12345678901234567891
+\infty ~ -\infty
+\frac{1}{0} ~ \infty
+5 ~ 5, 6
+x>3 ~ x\ge3
+(1,2)\cup(3,4) ~ (1,4)
+3! ~ 3
+\sin^2 x ~ \sin x
+2/3 ~ 0.6667
+11\frac12 ~ 11/2
+15\sqrt{2} ~ 15
+1+2i ~ 2+i
+3-4i ~ 3+4i
+\begin{pmatrix}1\\2\end{pmatrix} ~ \begin{pmatrix}2\\1\end{pmatrix}
+x=2, y=3 ~ x=3, y=2
 """
 
 
@@ -402,8 +451,13 @@ def test_labelled_pairs_are_judged_no_worse_than_by_bare_math_verify() -> None:
     assert agreed >= 0.92 * len(rows)
 
 
-def test_recorded_correctness_of_boxed_solutions_is_reproduced() -> None:
-    rows = [row for row in rows_of("labelled_solutions.jsonl") if "boxed" in str(row["answer_format"])]
-    pairs = [(str(row["gold_answer"]), extract_boxed(str(row["solution"]))) for row in rows]
-    agreed = sum(v == row["is_correct"] for v, row in zip(equivalent_many(pairs), rows, strict=True))
-    assert agreed >= 0.97 * len(rows)
+def test_recorded_correctness_of_solutions_is_reproduced() -> None:
+    """Real outputs of models for GSM8K, MATH and MMLU-Pro. Six labels call a missing answer correct."""
+    rows = rows_of("labelled_solutions.jsonl")
+    read = [
+        extract_boxed(str(row["solution"])) if "boxed" in str(row["answer_format"]) else row["prediction"]
+        for row in rows
+    ]
+    verdicts = equivalent_many([(str(row["gold_answer"]), said) for row, said in zip(rows, read, strict=True)])  # type: ignore[misc]
+    agreed = sum(verdict == row["is_correct"] for verdict, row in zip(verdicts, rows, strict=True))
+    assert agreed >= 0.99 * len(rows)

@@ -1,11 +1,13 @@
 """contamination.py: each test is named after the bug it prevents."""
 
+import json
 import random
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
+import data
 from benchmark_data import Benchmark, load_benchmark
 from contamination import NEARLY, RUN, flat, numbers, overlaps, runs_of_words, without_overlap
 from data import DataError, Pair, Report, load_pairs
@@ -67,6 +69,20 @@ def test_decontaminated_set_keeps_a_copy_or_loses_the_rest() -> None:
     assert report.dropped["in a benchmark"] == 1
     with pytest.raises(DataError, match="--decontaminate own leaves no training question"):
         without_overlap(pairs[:1], [benchmark], report)
+
+
+def test_command_line_finds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, questions in {"train": [LONG, LONG + " And when?"], "asked": [LONG, "What is 1+1?"]}.items():
+        rows = [json.dumps({"question": question, "answer": "1"}) for question in questions]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
+    train, asked = (str(tmp_path / f"{name}.jsonl") for name in ("train", "asked"))
+    monkeypatch.setattr("sys.argv", ["data.py", "check", "--train", train, "--eval", asked])
+    data.main()
+    printed = capsys.readouterr().out
+    assert "asked: of 2 questions 1 word for word, 0 nearly" in printed
+    assert "drops 2 of the training questions" in printed
 
 
 @pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")

@@ -161,6 +161,7 @@ def test_killed_evaluation_repeats_or_loses_questions(tmp_path: Path, guesser: G
     result = run(settings)
     lines, whole = tmp_path / "out" / "own.jsonl", (tmp_path / "out" / "own.jsonl").read_bytes()
     undisturbed = json.loads(result.read_text())
+    assert set(undisturbed) == {"settings", "benchmarks"}, "what only a whole run knows would differ after a kill"
     batch = len(b"".join(whole.splitlines(keepends=True)[:8]))
     for size in [*range(0, len(whole), 137), batch - 1, batch, batch + 1, len(whole)]:
         lines.write_bytes(whole[:size])
