@@ -22,10 +22,10 @@ NUMBER_WORDS = """
 2 two twice double doubled doubles doubling second half halves halved both pair pairs couple square squared;
 3 three third thirds thrice triple tripled triples cube cubed;
 4 four fourth fourths quarter quarters quadruple quadrupled; 5 five fifth fifths; 6 six sixth sixths;
-7 seven seventh sevenths; 8 eight eighth eighths; 9 nine ninth ninths; 10 ten tenth tenths; 11 eleven eleventh;
-12 twelve twelfth dozen dozens; 13 thirteen; 14 fourteen; 15 fifteen; 16 sixteen sixteenth; 17 seventeen;
-18 eighteen; 19 nineteen; 20 twenty twentieth; 30 thirty; 40 forty; 50 fifty half; 60 sixty; 70 seventy; 80 eighty;
-90 ninety; 100 hundred percent century; 1000 thousand; 1000000 million
+7 seven seventh sevenths; 8 eight eighth eighths; 9 nine ninth ninths; 10 ten tenth tenths decade decades;
+11 eleven eleventh; 12 twelve twelfth dozen dozens; 13 thirteen; 14 fourteen; 15 fifteen; 16 sixteen sixteenth;
+17 seventeen; 18 eighteen; 19 nineteen; 20 twenty twentieth; 30 thirty; 40 forty; 50 fifty half; 60 sixty; 70 seventy;
+80 eighty; 90 ninety; 100 hundred percent century; 1000 thousand; 1000000 million
 """
 NUMBERS_OF_WORD: dict[str, set[str]] = {}
 for number, *words in map(str.split, NUMBER_WORDS.split(";")):
