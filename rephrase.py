@@ -268,8 +268,10 @@ def verify_batch(rows: Sequence[Row], model: Speaker, settings: Settings) -> lis
         )
         boxed = [extract_boxed(reply.text) for reply in replies]
         votes = [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
-        agree = are_equal(votes[::2], votes[1::2])
-        faults |= {name: "other answer" for (name, _), same in zip(asked, agree, strict=True) if not same}
+        x, rephrased = votes[::2], votes[1::2]
+        for (name, _), *labels, same in zip(asked, x, rephrased, are_equal(x, rephrased), strict=True):
+            if not same:
+                faults[name] = "not answered" if None in labels else "other answer"
     return [
         row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
         for row in rows

@@ -272,7 +272,7 @@ def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
     rephrase.rephrase(Settings(str(questions(tmp_path)), "m", out, verify="v", verify_samples=3, batch_size=2))
     kept = {row["id"]: bool(row["rephrased"]) for row in rows_of(out)}
     assert kept == {"q0": True, "q1": False, "q2": False, "q3": True, "q4": False}
-    assert [row["faults"] for row in rows_of(out)][:4] == [{}, {"other answer": 1}, {"other answer": 1}, {}]
+    assert [row["faults"] for row in rows_of(out)][:4] == [{}, {"other answer": 1}, {"not answered": 1}, {}]
 
 
 def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch):
