@@ -18,6 +18,7 @@ import csv
 import io
 import json
 import math
+import os
 import re
 import shutil
 import statistics
@@ -104,8 +105,7 @@ class Report:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # view -> lengths, too long prompts included
 
     def __str__(self) -> str:
-        head = f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"
-        lines = [head]
+        lines = [f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"]
         for reason, consequence in CONSEQUENCES.items():
             if self.dropped[reason]:
                 lines.append(f"{self.dropped[reason]:>8,}  {reason:<17} {consequence}")
@@ -142,6 +142,8 @@ def _csv_rows(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 131,072 characters
     text = path.read_text(encoding="utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
+        raise ValueError(f"two columns are called {twice[0]!r}")
     return [(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
@@ -158,7 +160,7 @@ def _read_rows(path: Path) -> list[Row]:
         raise DataError(f"{path} is of no known kind: give one of {', '.join(READERS)}")
     try:
         rows = READERS[path.suffix](path)
-    except (OSError, ValueError, RecursionError, csv.Error, pa.ArrowException) as problem:
+    except (OSError, ValueError, OverflowError, RecursionError, csv.Error, pa.ArrowException) as problem:
         reason = str(problem).partition("\n")[0]
         raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from problem
     if not rows:
@@ -182,14 +184,10 @@ def _unless_blank(text: str) -> str | None:
     return text if text.strip() else None
 
 
-def _missing(value: Any) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))  # NaN: a missing cell in pandas
-
-
 def _text(value: Any, column: str, place: str) -> str:
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
-    if _missing(value):
+    if value is None or value != value:  # NaN: a missing cell in pandas
         return ""
     if not isinstance(value, str):
         raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
@@ -203,7 +201,7 @@ def _gold(value: Any, column: str, place: str) -> str | None:
         value = value[0]
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    if isinstance(value, int | float) and not _missing(value):
+    if isinstance(value, int | float) and value == value:
         value = str(value)
     text = _text(value, column, place)
     if "####" in text:  # GSM8K: a worked solution, then "#### 1,234"
@@ -276,7 +274,10 @@ def _from_folder(folder: Path, columns: Columns) -> list[Pair]:
         if original.exists() and rewrites:
             return _joined(read(original), read(*rewrites), folder)
         for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
-            if files := [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]:
+            files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
+            if len({file.suffix for file in files}) > 1:
+                raise DataError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
+            if files:
                 return read(*files)
     raise DataError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
@@ -284,7 +285,7 @@ def _from_folder(folder: Path, columns: Columns) -> list[Pair]:
 def _find(source: str) -> Path:
     folder, hub_name = PUBLISHED.get(source, (source, None))
     for path in (Path(source), Path("data", source), Path("data", folder)):
-        if path.exists():
+        if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
             return path
     if source not in PUBLISHED:
         raise DataError(f"{source} is no file, no folder and none of embedded, {', '.join(PUBLISHED)}")
@@ -495,7 +496,8 @@ def show(
         try:
             real_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
         except (OSError, ValueError) as problem:
-            raise DataError(f"{tokenizer} has no tokenizer: {str(problem).splitlines()[0]}") from problem
+            cure = "give a folder, or OWNER/NAME on the Hugging Face hub"
+            raise DataError(f"no tokenizer at {tokenizer} ({str(problem).splitlines()[0]}): {cure}") from problem
         template = read_chat_template(chat_template) if chat_template else None
         views = ("x", "x'") if report.paired else ("x",)
         prompt_pairs(loaded, real_tokenizer, max_prompt_tokens, views=views, chat_template=template, report=report)

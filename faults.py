@@ -18,41 +18,19 @@ NEEDS_FIGURE = re.compile(
 )
 # Not subscripts: a list x_1, ..., x_5 may become a, b, c, d, e.
 NUMBER = re.compile(r"(?<![_\d])(?<!_\{)(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?![\d,])(?:\.\d+)?|\d*\.\d+|\d+)")
-NUMBER_WORDS = {
-    "2": "two twice double doubled doubles doubling second half halves halved both pair pairs couple square squared",
-    "3": "three third thirds thrice triple tripled triples cube cubed",
-    "4": "four fourth fourths quarter quarters quadruple quadrupled",
-    "5": "five fifth fifths",
-    "6": "six sixth sixths",
-    "7": "seven seventh sevenths",
-    "8": "eight eighth eighths",
-    "9": "nine ninth ninths",
-    "10": "ten tenth tenths",
-    "11": "eleven eleventh",
-    "12": "twelve twelfth dozen dozens",
-    "13": "thirteen",
-    "14": "fourteen",
-    "15": "fifteen",
-    "16": "sixteen sixteenth",
-    "17": "seventeen",
-    "18": "eighteen",
-    "19": "nineteen",
-    "20": "twenty twentieth",
-    "30": "thirty",
-    "40": "forty",
-    "50": "fifty half",
-    "60": "sixty",
-    "70": "seventy",
-    "80": "eighty",
-    "90": "ninety",
-    "100": "hundred percent century",
-    "1000": "thousand",
-    "1000000": "million",
-}
-NUMBERS_OF_WORD = {
-    word: {number for number, words in NUMBER_WORDS.items() if word in words.split()}
-    for word in " ".join(NUMBER_WORDS.values()).split()
-}
+NUMBER_WORDS = """
+2 two twice double doubled doubles doubling second half halves halved both pair pairs couple square squared;
+3 three third thirds thrice triple tripled triples cube cubed;
+4 four fourth fourths quarter quarters quadruple quadrupled; 5 five fifth fifths; 6 six sixth sixths;
+7 seven seventh sevenths; 8 eight eighth eighths; 9 nine ninth ninths; 10 ten tenth tenths decade decades;
+11 eleven eleventh; 12 twelve twelfth dozen dozens; 13 thirteen; 14 fourteen; 15 fifteen; 16 sixteen sixteenth;
+17 seventeen; 18 eighteen; 19 nineteen; 20 twenty twentieth; 30 thirty; 40 forty; 50 fifty half; 60 sixty; 70 seventy;
+80 eighty; 90 ninety; 100 hundred percent century; 1000 thousand; 1000000 million
+"""
+NUMBERS_OF_WORD: dict[str, set[str]] = {}
+for number, *words in map(str.split, NUMBER_WORDS.split(";")):
+    for word in words:
+        NUMBERS_OF_WORD.setdefault(word, set()).add(number)
 
 MATHEMATICS = re.compile(r"\$\$.*?\$\$|\$.*?\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{.*?\\end\{\w+\*?\}", re.DOTALL)
 ASKS = re.compile(
@@ -106,8 +84,8 @@ def lacks_figure(question: str, rewrite: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """The text with only the labels of its [asy] figures, not their coordinates."""
-    return FIGURE.sub(lambda figure: " ".join(re.findall(r'"([^"]*)"', figure[1])), text)
+    """The text with only the labels of its [asy] figures, not their coordinates or the pattern of a dashed line."""
+    return FIGURE.sub(lambda figure: " ".join(re.findall(r'linetype\("[^"]*"|"([^"]*)"', figure[1])), text)
 
 
 def numbers(text: str) -> set[str]:

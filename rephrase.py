@@ -268,8 +268,10 @@ def verify_batch(rows: Sequence[Row], model: Speaker, settings: Settings) -> lis
         )
         boxed = [extract_boxed(reply.text) for reply in replies]
         votes = [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
-        agree = are_equal(votes[::2], votes[1::2])
-        faults |= {name: "other answer" for (name, _), same in zip(asked, agree, strict=True) if not same}
+        x, rephrased = votes[::2], votes[1::2]
+        for (name, _), *labels, same in zip(asked, x, rephrased, are_equal(x, rephrased), strict=True):
+            if not same:
+                faults[name] = "not answered" if None in labels else "other answer"
     return [
         row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
         for row in rows
@@ -319,12 +321,12 @@ def stand_alone() -> tuple[int, int]:
     return rank, processes
 
 
-def make_parts(stage: str, parts: Sequence[Path], rank: int, processes: int, work: Work, open_model: Opener) -> None:
+def make_parts(stage: str, parts: Sequence[Path], share: range, work: Work, open_model: Opener) -> None:
     """This process's share of the parts, as far as they are missing."""
-    share, tally = range(rank, len(parts), processes), Counter[str]()
+    tally = Counter[str]()
     if all(parts[i].exists() for i in share):
         return
-    with open_model() as model, tqdm(share, desc=stage, unit="batch", position=rank) as bar:
+    with open_model() as model, tqdm(share, desc=stage, unit="batch", position=share.start) as bar:
         for i in bar:
             if not parts[i].exists():
                 rows = work(i, model)
@@ -355,23 +357,14 @@ def rephrase(settings: OmitArgPrefixes[Settings]) -> None:
     batches = [pairs[start : start + settings.batch_size] for start in range(0, len(pairs), settings.batch_size)]
     rewritten = [folder / f"rewritten-{i:06d}.jsonl" for i in range(len(batches))]
     verified = [folder / f"verified-{i:06d}.jsonl" for i in range(len(batches))] if settings.verify else rewritten
+    share = range(rank, len(batches), processes)
+    votes = settings.batch_size * 2 * settings.verify_samples
+    rewriter = partial(speaker, settings.model, settings.max_tokens, settings.batch_size, settings)
+    verifier = partial(speaker, settings.verify or "", settings.verify_tokens, votes, settings)
     try:
+        make_parts("rephrasing", rewritten, share, lambda i, m: rewrite_batch(batches[i], m, settings), rewriter)
         make_parts(
-            "rephrasing",
-            rewritten,
-            rank,
-            processes,
-            lambda i, model: rewrite_batch(batches[i], model, settings),
-            partial(speaker, settings.model, settings.max_tokens, settings.batch_size, settings),
-        )
-        votes = 2 * settings.batch_size * settings.verify_samples
-        make_parts(
-            "verifying",
-            verified,
-            rank,
-            processes,
-            lambda i, model: verify_batch(read_part(rewritten[i]), model, settings),
-            partial(speaker, settings.verify or "", settings.verify_tokens, votes, settings),
+            "verifying", verified, share, lambda i, m: verify_batch(read_part(rewritten[i]), m, settings), verifier
         )
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {folder}", file=sys.stderr)
