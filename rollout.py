@@ -140,7 +140,7 @@ def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
         return lm
     with torch.device("meta"):
         copy: PreTrainedModel = type(lm)(lm.config).eval()
-    copy.load_state_dict({name: ranks.full(t).to(dtype) for name, t in lm.state_dict().items()}, assign=True)
+    copy.load_state_dict({name: ranks.full(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True)
     for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
         owner, _, attribute = name.rpartition(".")
         setattr(copy.get_submodule(owner), attribute, buffer)

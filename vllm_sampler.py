@@ -154,8 +154,8 @@ class VLLMSampler:
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal name
             for name, tensor in weights.items():
-                tensor = ranks.full(tensor.detach())  # one at a time: whole, the model would not fit
-                yield name, tensor.to(self.dtype) if tensor.is_floating_point() else tensor
+                tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
+                yield name, ranks.full(tensor)  # one at a time: whole, the model would not fit
 
         tensors = stream()
         try:

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from test_distributed import FLAGS, assert_same_run, run_with
+from test_train import ROOT, SMALL
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import embedded
@@ -372,3 +374,11 @@ def test_a_sampler_is_chosen_in_silence_or_cannot_be_had(
             "transformers (vLLM installed, no GPU)",
         )
     ]
+
+
+@needs_vllm
+def test_two_sharded_processes_with_an_engine_each_do_what_one_does(tmp_path):
+    """Weights put together from shards, one tensor at a time, and an engine that ends before the process group does."""
+    alone = [sys.executable, "train.py", *SMALL, *FLAGS, "--out", str(tmp_path / "alone"), "--sampler", "vllm"]
+    subprocess.run(alone, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    assert_same_run(run_with(2, tmp_path / "two", "--sampler", "vllm"), tmp_path / "alone")
