@@ -186,6 +186,6 @@ def test_a_benchmark_runs_on_a_cpu(name):
         pytest.importorskip("trl")
     file, *subcommand = name.split()
     command = [sys.executable, str(ROOT / "benchmarks" / file), *subcommand, *BENCHMARKS[name]]
-    output = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    output = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert output.returncode == 0, output.stderr
     assert "| --- |" in output.stdout
