@@ -229,8 +229,7 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        # Taken off the graph, which lives until the next micro-batch's replaces it.
-        (grad_hidden, grad_weight), ctx.gradients = (gradient.mul_(grad_loss) for gradient in ctx.gradients), None
+        grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
         return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
 
 
