@@ -246,6 +246,7 @@ def optimizer_step(
         seen = {"entropy": stats.entropy, "mismatch": (stats.logp - batch.sampler_logp).abs()}
         seen |= {} if reference_logp is None else {"kl": grpo.k3(stats.logp, reference_logp)}
         per_token.append({name: value[batch.mask] for name, value in seen.items()})
+        del stats  # its graph holds the head's gradient, which need not outlive this micro-batch
     grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), objective.max_grad_norm)).item()
     if finite := math.isfinite(grad_norm):
         for group in optimizer.param_groups:
