@@ -22,6 +22,7 @@ from test_train import ROOT, SMALL
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import embedded
+import preparation
 import train
 import vllm_sampler
 from config import parse
@@ -295,7 +296,7 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
         ENGINES.append(build_sampler(*arguments, **options))
         return ENGINES[-1]
 
-    monkeypatch.setattr(train, "build_sampler", keep)
+    monkeypatch.setattr(preparation, "build_sampler", keep)
     seen = {}
     for sampler in ("vllm", "hf"):
         flags = f"--variant III --sampler {sampler} --steps 2 --questions-per-step 2 --rollouts 2 --eval-every 0"
