@@ -388,6 +388,14 @@ def test_a_program_read_from_stdin_or_without_main_guard_can_ask() -> None:
     assert (done.returncode, done.stdout) == (0, b"once\n"), done.stderr
 
 
+def test_a_child_whose_parent_ends_first_prints_no_traceback() -> None:
+    reader, writer = os.pipe()
+    child = subprocess.Popen([sys.executable, "-P", answers.__file__], stdout=writer, stderr=subprocess.PIPE)
+    os.close(reader)
+    os.close(writer)
+    assert child.communicate()[1] == b""
+
+
 def test_no_child_outlives_its_parent() -> None:
     script = (
         "import answers; answers.equivalent('x+1', '1+x'); "
