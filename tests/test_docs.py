@@ -1,0 +1,164 @@
+"""Documents go stale in silence: here every name, flag and link in them, and the worked example, is checked."""
+
+import ast
+import re
+from contextlib import redirect_stdout
+from functools import cache
+from io import StringIO
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import ScriptedSampler, tiny_run
+
+import train
+from config import parse
+from data import Pair
+from rewards import VARIANTS
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+# Of torchrun, sbatch, pip, pytest, lm_eval and LiveCodeBench: flags of other programs that the documents show.
+FOREIGN = {
+    "--nproc-per-node",
+    "--nnodes",
+    "--rdzv-backend",
+    "--rdzv-endpoint",
+    "--rdzv-id",
+    "--shutdown-timeout",
+    "--nodes",
+    "--ntasks-per-node",
+    "--gpus-per-node",
+    "--time",
+    "--requeue",
+    "--signal",
+    "--model_args",
+    "--apply_chat_template",
+    "--batch_size",
+    "--tasks",
+    "--output_path",
+    "--log_samples",
+    "--fewshot_as_multiturn",
+    "--confirm_run_unsafe_code",
+    "--local_model_path",
+    "--scenario",
+    "--release_version",
+    "--evaluate",
+}
+
+
+@cache
+def names_in(file: Path) -> set[str]:
+    """Functions, classes, constants and, as Class.member, what classes hold; read, not imported."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        found = _defined(node)
+        names |= found
+        if isinstance(node, ast.ClassDef):
+            names |= {f"{node.name}.{member}" for inner in node.body for member in _defined(inner)}
+    return names
+
+
+def _defined(node: ast.stmt) -> set[str]:
+    if isinstance(node, ast.FunctionDef | ast.ClassDef):
+        return {node.name}
+    targets = node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+    return {target.id for target in targets if isinstance(target, ast.Name)}
+
+
+def missing_names(text: str) -> list[str]:
+    """Of `file.py: name`, `file.py: Class.member` and `tests/file.py::test`, those that do not exist."""
+    named = re.findall(r"`([\w/]+\.py)(?:::|: )([\w.]+)`", text)
+    # A flag of a command follows its script without a colon, so whatever looks like a name is meant as one.
+    return [f"{file}: {n}" for file, n in named if not (ROOT / file).is_file() or n not in names_in(ROOT / file)]
+
+
+def test_a_name_in_the_documents_was_renamed_or_removed():
+    assert missing_names("`grpo.py: k3` `rollout.py: Rollout.logp` `tests/test_docs.py::names_in`") == []
+    assert missing_names("`grpo.py: k4` `gone.py: k3` `tests/test_grpo.py::test_k4`") == [
+        "grpo.py: k4",
+        "gone.py: k3",
+        "tests/test_grpo.py: test_k4",
+    ]
+    for document in DOCUMENTS:
+        assert missing_names(document.read_text()) == [], document.name
+
+
+def test_the_tables_of_the_paper_name_code_and_tests():
+    text = (ROOT / "docs" / "PAPER.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "::" in line]
+    assert len(rows) >= 30
+    assert all(re.search(r"`\w+\.py: ", row) for row in rows), "a test without the code that it pins"
+
+
+def flags_of(file: Path) -> set[str]:
+    """Every field of a dataclass, every parameter of a function, and every name that argparse or tyro is given."""
+    flags = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            flags.add(node.target.id)
+        if isinstance(node, ast.arguments):
+            flags |= {a.arg for a in [*node.args, *node.kwonlyargs]}
+        if isinstance(node, ast.keyword) and node.arg == "name" and isinstance(node.value, ast.Constant):
+            flags.add(str(node.value.value))
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("--"):
+            flags.add(node.value.removeprefix("--"))
+    return {"--" + flag.replace("_", "-") for flag in flags}
+
+
+@cache
+def training_flags() -> frozenset[str]:
+    with redirect_stdout(StringIO()) as output, pytest.raises(SystemExit):
+        parse(["--help"])
+    return frozenset(re.findall(r"--[a-z][\w-]*", output.getvalue())) | {"--help"}
+
+
+@by_name
+def test_a_document_names_a_flag_that_no_program_has(document):
+    others = ["evaluate.py", "data.py", "rephrase.py", "contamination.py", "plot.py"]
+    files = [ROOT / file for file in others] + sorted((ROOT / "benchmarks").glob("*.py"))
+    known = training_flags() | FOREIGN | set().union(*map(flags_of, files))
+    used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))
+    assert used - known == set()
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/PAPER.md", "docs/FORK.md", "docs/TTT.md", "docs/SCALE.md"])
+def test_a_training_command_in_a_document_has_a_flag_that_train_refuses(document):
+    text = (ROOT / document).read_text().replace("\\\n", " ")
+    commands = re.findall(r"train\.py ((?:[^`\n|#])*--[^`\n|#]*)", text)
+    assert commands
+    for command in commands:
+        used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", command))
+        assert used - training_flags() == set(), command
+
+
+@by_name
+def test_a_link_leads_nowhere(document):
+    targets = re.findall(r"\]\(([^)#\s]+)[^)]*\)", document.read_text())
+    relative = [target for target in targets if "://" not in target]
+    assert [target for target in relative if not (document.parent / target).exists()] == []
+
+
+def test_the_worked_reward_of_the_fork_guide_runs_as_a_step(monkeypatch):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "FORK.md").read_text(), re.DOTALL)
+    before = dict(VARIANTS)
+    try:
+        exec(compile(code, "docs/FORK.md", "exec"), {})
+        (name,) = VARIANTS.keys() - before.keys()
+        variant = VARIANTS[name]
+    finally:
+        VARIANTS.clear()
+        VARIANTS.update(before)
+
+    def script(_: object, __: str, g: int) -> str:
+        return ["so \\boxed{4}", "\\boxed{4}", "surely it must be \\boxed{4}", "\\boxed{5}"][g]
+
+    # rollouts 0 to 2 agree with the vote, and rollout 2, the longest, gets half
+    run = tiny_run(variant, [Pair("a", "what", gold="4")], ScriptedSampler(script))
+    before_step = [parameter.clone() for parameter in run.policy.parameters()]
+    seen, (sample,) = train.train_step(run, 0)
+    assert sample["label"] == "4" and sample["label_from"] == "teacher on x"
+    assert sample["rewards"] == [1.0, 1.0, 0.5, 0.0]
+    assert seen["reward"] == 0.625 and seen["label_accuracy"] == 1.0
+    assert any(not torch.equal(p, q) for p, q in zip(before_step, run.policy.parameters(), strict=True))
