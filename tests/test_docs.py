@@ -6,15 +6,17 @@ from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import ScriptedSampler, tiny_run
 
+import rewards
 import train
 from config import parse
 from data import Pair
-from rewards import VARIANTS
+from rewards import VARIANTS, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -140,25 +142,38 @@ def test_a_link_leads_nowhere(document):
     assert [target for target in relative if not (document.parent / target).exists()] == []
 
 
-def test_the_worked_reward_of_the_fork_guide_runs_as_a_step(monkeypatch):
-    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "FORK.md").read_text(), re.DOTALL)
+def rows_added_by(document: str, namespace: dict[str, Any]) -> dict[str, Variant]:
+    """What the one block of Python in a document adds to the table of variants, which stays as it was."""
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
     before = dict(VARIANTS)
     try:
-        exec(compile(code, "docs/FORK.md", "exec"), {})
-        (name,) = VARIANTS.keys() - before.keys()
-        variant = VARIANTS[name]
+        exec(compile(code, document, "exec"), namespace)
+        return {name: row for name, row in VARIANTS.items() if name not in before}
     finally:
         VARIANTS.clear()
         VARIANTS.update(before)
 
-    def script(_: object, __: str, g: int) -> str:
-        return ["so \\boxed{4}", "\\boxed{4}", "surely it must be \\boxed{4}", "\\boxed{5}"][g]
 
-    # rollouts 0 to 2 agree with the vote, and rollout 2, the longest, gets half
-    run = tiny_run(variant, [Pair("a", "what", gold="4")], ScriptedSampler(script))
-    before_step = [parameter.clone() for parameter in run.policy.parameters()]
+def one_step(variant: Variant, answers: list[str]) -> tuple[dict[str, float], dict[str, Any], bool]:
+    """Metrics, the sample to read, and whether the policy moved; policy and teacher both give these answers."""
+    run = tiny_run(variant, [Pair("a", "what", gold="4")], ScriptedSampler(lambda _, __, g: answers[g]))
+    before = [parameter.clone() for parameter in run.policy.parameters()]
     seen, (sample,) = train.train_step(run, 0)
+    return seen, sample, any(not torch.equal(p, q) for p, q in zip(before, run.policy.parameters(), strict=True))
+
+
+def test_the_worked_reward_of_the_fork_guide_does_not_run():
+    (variant,) = rows_added_by("docs/FORK.md", {}).values()
+    answers = ["so \\boxed{4}", "\\boxed{4}", "surely it must be \\boxed{4}", "\\boxed{5}"]
+    seen, sample, moved = one_step(variant, answers)
     assert sample["label"] == "4" and sample["label_from"] == "teacher on x"
-    assert sample["rewards"] == [1.0, 1.0, 0.5, 0.0]
-    assert seen["reward"] == 0.625 and seen["label_accuracy"] == 1.0
-    assert any(not torch.equal(p, q) for p, q in zip(before_step, run.policy.parameters(), strict=True))
+    assert sample["rewards"] == [1.0, 1.0, 0.5, 0.0]  # the third agrees and is the longest
+    assert seen["reward"] == 0.625 and seen["label_accuracy"] == 1.0 and moved
+
+
+def test_the_reward_of_the_readme_does_not_run_inside_rewards_py():
+    (variant,) = rows_added_by("README.md", dict(vars(rewards))).values()
+    _, sure, moved = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 4, 5, 6)])
+    assert sure["rewards"] == [1.0, 1.0, 0.0, 0.0] and moved
+    _, unsure, _ = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 5, 6, 7)])
+    assert unsure["rewards"] == [0.0] * 4
