@@ -37,6 +37,8 @@ FOREIGN = {
     "--signal",
     "--model_args",
     "--apply_chat_template",
+    "--include_path",
+    "--system_instruction",
     "--batch_size",
     "--tasks",
     "--output_path",
