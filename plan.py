@@ -223,6 +223,8 @@ def describe(
     of: Architecture, config: Config, variant: Variant, questions: int, prompt_tokens: float, total_steps: int
 ) -> str:
     """The whole plan as text; `prompt_tokens` is the mean of a prompt."""
+    at_once = min(config.data.questions_per_step, questions)
+    config = replace(config, data=replace(config.data, questions_per_step=at_once))
     rollouts, longest = rollouts_of_a_step(config, variant), config.sampling.max_response_tokens
     of_teacher = len(variant.teacher_views) * config.data.questions_per_step * config.sampling.rollouts
     trained = rollouts * (prompt_tokens + longest)
