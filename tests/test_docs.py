@@ -42,8 +42,6 @@ FOREIGN = {
     "--batch_size",
     "--tasks",
     "--output_path",
-    "--include_path",
-    "--system_instruction",
     "--log_samples",
     "--fewshot_as_multiturn",
     "--confirm_run_unsafe_code",
