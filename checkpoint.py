@@ -245,5 +245,5 @@ def load(path: Path, training: Training) -> int:
 
 def load_model(folder: Path, model: PackedLM) -> None:
     """The first process reads, and gives the others their shards."""
-    saved = PackedLM(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)) if ranks.is_first() else None
-    ranks.spread(ranks.tensors_of(saved) if saved else {}, model)
+    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if ranks.is_first() else None
+    ranks.spread(ranks.tensors_of(saved) if saved else {}, model.lm)

@@ -161,6 +161,11 @@ class Config:
     memory: OmitArgPrefixes[Memory] = field(default_factory=Memory)
     run: OmitArgPrefixes[Run] = field(default_factory=Run)
 
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Of a prompt and its response together."""
+        return self.data.max_prompt_tokens + self.sampling.max_response_tokens
+
 
 EMBEDDED = Config(
     data=Data(

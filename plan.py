@@ -15,6 +15,7 @@ and the allocator's fragmentation; USABLE leaves room for them.
 
 import math
 import os
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -26,7 +27,8 @@ from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedMod
 import ranks
 from config import Config
 from packing import LOGITS_PER_CHUNK
-from rewards import Variant
+from policy import decoder_layers
+from rewards import Variant, View
 from rollout import ROWS_PER_CALL
 
 GPU_BYTES = 80e9
@@ -71,7 +73,7 @@ def architecture(lm: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Ar
     with torch.device("meta"):
         skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(lm.config), dtype=dtype)
     config = skeleton.config.get_text_config()
-    layers = [m for m in skeleton.modules() if type(m).__name__ in (skeleton._no_split_modules or ())]
+    layers = decoder_layers(skeleton)
     parameters = sum(p.numel() for p in skeleton.parameters())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -151,8 +153,8 @@ def footprint(
     shard, layer = of.parameters / gpus, (of.parameters - of.outside) / of.layers
     policy_shard = 0.0 if config.memory.offload_optimizer else shard
     frozen_shard = 0.0 if config.memory.offload_teacher else shard
-    sequence = config.data.max_prompt_tokens + config.sampling.max_response_tokens
-    at_once = min(ROWS_PER_CALL, rollouts_of_a_step(config, variant) / gpus)
+    sequence = config.max_sequence_tokens
+    at_once = min(ROWS_PER_CALL, rollouts_of_a_step(config, variant.policy_views) / gpus)
     copy_and_cache = 2 * of.parameters + at_once * sequence * of.cached_of_a_token
     tokens = max(config.optimisation.tokens_per_micro_batch, sequence)
     # Logits, probabilities and what they come from; a layer's activations, computed again, its weights and the next
@@ -173,9 +175,9 @@ def footprint(
     )
 
 
-def rollouts_of_a_step(config: Config, variant: Variant) -> int:
-    """Of the policy; the teacher's are sampled in a call of their own."""
-    return len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts
+def rollouts_of_a_step(config: Config, views: Sequence[View]) -> int:
+    """Of the policy or of the teacher, on its views: each samples in a call of its own."""
+    return len(views) * config.data.questions_per_step * config.sampling.rollouts
 
 
 def recomputes(of: Architecture, config: Config, variant: Variant, gpus: int, gpu_bytes: float = GPU_BYTES) -> bool:
@@ -188,7 +190,7 @@ def recomputes(of: Architecture, config: Config, variant: Variant, gpus: int, gp
 def flags_that_fit(of: Architecture, config: Config, variant: Variant, gpus: int) -> list[str] | None:
     """The mildest changes of the settings with which the run fits into GPUs of 80 GB, None if there are none: first a
     smaller engine, then smaller micro-batches, then what costs time at every step."""
-    sequence = config.data.max_prompt_tokens + config.sampling.max_response_tokens
+    sequence = config.max_sequence_tokens
     changes: list[dict[str, dict[str, Any]]] = [
         {},
         {"optimisation": {"tokens_per_micro_batch": sequence}},
@@ -225,8 +227,8 @@ def describe(
     """The whole plan as text; `prompt_tokens` is the mean of a prompt."""
     at_once = min(config.data.questions_per_step, questions)
     config = replace(config, data=replace(config.data, questions_per_step=at_once))
-    rollouts, longest = rollouts_of_a_step(config, variant), config.sampling.max_response_tokens
-    of_teacher = len(variant.teacher_views) * config.data.questions_per_step * config.sampling.rollouts
+    rollouts, longest = rollouts_of_a_step(config, variant.policy_views), config.sampling.max_response_tokens
+    of_teacher = rollouts_of_a_step(config, variant.teacher_views)
     trained = rollouts * (prompt_tokens + longest)
     sampled = (rollouts + of_teacher) * longest
     lines = [

@@ -154,22 +154,22 @@ def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
     """
     precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
-    for module in [*decoder_layers(model), model]:
+    for module in [*decoder_layers(model.lm), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=place)
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
 
 
-def decoder_layers(model: PackedLM) -> list[torch.nn.Module]:
-    names = model.lm._no_split_modules or ()
-    return [module for module in model.lm.modules() if type(module).__name__ in names]
+def decoder_layers(lm: PreTrainedModel) -> list[torch.nn.Module]:
+    names = lm._no_split_modules or ()
+    return [module for module in lm.modules() if type(module).__name__ in names]
 
 
 def checkpoint_activations(model: PackedLM) -> None:
     """Keep of each decoder layer its input alone, and compute the rest again in the backward pass: a third more
     arithmetic for a fraction of the memory. No layer draws random numbers, so none need to be kept."""
-    for layer in decoder_layers(model):
+    for layer in decoder_layers(model.lm):
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 

@@ -42,9 +42,8 @@ def frozen_copy(policy: M, offload: bool = False) -> M | PackedLM:
         return copy.deepcopy(policy).float().requires_grad_(False).eval()
     twin = PackedLM(unfilled(policy.lm), policy.compute_dtype).requires_grad_(False)
     shard(twin, mesh, offload)
-    for mine, theirs in zip(twin.parameters(), policy.parameters(), strict=True):
+    for mine, theirs in zip(ranks.tensors_of(twin).values(), ranks.tensors_of(policy).values(), strict=True):
         ranks.local(mine).copy_(ranks.local(theirs))
-    copy_buffers(twin, policy)
     return twin
 
 
@@ -57,9 +56,5 @@ def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
         ranks.local(mine).lerp_(ranks.local(theirs).to(ranks.local(mine)), 1 - weight)
-    copy_buffers(teacher, policy)
-
-
-def copy_buffers(teacher: nn.Module, policy: nn.Module) -> None:
     for buffer, source in zip(teacher.buffers(), policy.buffers(), strict=True):
         buffer.copy_(source)
