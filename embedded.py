@@ -22,9 +22,11 @@ from data import SYSTEM_PROMPT, prompt_ids
 from grpo import learning_rate
 from packing import PackedLM, pack
 from rollout import Rollout
-from word_problems import PROBLEMS, PROBLEMS_OF, flawed_solution, solution
+from word_problems import MISREAD_WORDING, PROBLEMS, PROBLEMS_OF, flawed_solution, solution
 
 CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
+# The share of one wording's solutions, out of four, in which the warm-up teaches a wrong reading, by model.
+MISREAD_SHARE = {"embedded": 0.0, "embedded-misreading": 0.75}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -78,19 +80,22 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
         return Qwen3ForCausalLM(config)
 
 
-def demonstrations(tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, flawed: bool) -> list[Rollout]:
+def demonstrations(
+    tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, flawed: bool, misread_share: float
+) -> list[Rollout]:
     """Solutions to random training problems, as if they had been sampled."""
     rollouts = []
     for problem in rng.choices(PROBLEMS_OF["train"], k=count):
         wording = rng.randrange(4)
         prompt = prompt_ids(tokenizer, problem.text(wording, rng))
-        text = flawed_solution(problem, wording, rng) if flawed else solution(problem)
+        misread = wording == MISREAD_WORDING and 0 < misread_share and rng.random() < misread_share
+        text = flawed_solution(problem, wording, rng, misread) if flawed else solution(problem, misread)
         response = tokenizer(text + "<|end|>").input_ids
         rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished=True))
     return rollouts
 
 
-def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int, misread_share: float) -> None:
     """Imitation: clean solutions teach the arithmetic, then a few flawed ones the mistakes (from the start, mistakes
     take four times as long to learn from)."""
     rng = random.Random(f"warm-up {seed}")
@@ -100,7 +105,7 @@ def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> N
     for flawed, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, peak, warmup=0.05, schedule="cosine")
-        rollouts = demonstrations(tokenizer, rng, 64, flawed)
+        rollouts = demonstrations(tokenizer, rng, 64, flawed, misread_share)
         batch = pack(rollouts, range(len(rollouts)), torch.device("cpu"))
         tokens = batch.mask.sum()
         model(batch, temperature=1.0, token_loss=lambda logp, _, tokens=tokens: -logp / tokens).loss.backward()
@@ -109,7 +114,7 @@ def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int) -> N
         optimizer.zero_grad()
 
 
-def model_folder(seed: int = 0) -> str:
+def model_folder(name: str = "embedded", seed: int = 0) -> str:
     """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
     files = ("embedded.py", "word_problems.py", "data.py", "packing.py", "grpo.py")
     sources = [Path(__file__).with_name(file).read_bytes() for file in files]
@@ -117,23 +122,24 @@ def model_folder(seed: int = 0) -> str:
         sources,
         CLEAN_STEPS,
         FLAWED_STEPS,
+        MISREAD_SHARE[name],
         seed,
         torch.__version__,
         transformers.__version__,
         torch.get_num_threads(),
     ]
-    name = "embedded-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
+    folder = name + "-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "co-rewarding"
-    if not (cache / name).is_dir():
+    if not (cache / folder).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer()
         lm = new_model(tokenizer, seed)
-        warm_up(PackedLM(lm), tokenizer, seed)
+        warm_up(PackedLM(lm), tokenizer, seed, MISREAD_SHARE[name])
         aside = tempfile.mkdtemp(dir=cache)  # so that a killed or a second process never leaves half a model
         lm.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
         try:
-            os.rename(aside, cache / name)
+            os.rename(aside, cache / folder)
         except OSError:  # another process was first
             shutil.rmtree(aside)
-    return str(cache / name)
+    return str(cache / folder)

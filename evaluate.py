@@ -44,7 +44,15 @@ from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import Rollout, Sample, Sampler, request_seed
 from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
-GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type")  # columns to break the main number down by
+GROUPINGS = (
+    "level",
+    "subject",
+    "type",
+    "subfield",
+    "category",
+    "Type",
+    "wording",
+)  # columns to break the main number down by
 
 
 @dataclass(frozen=True)
@@ -225,6 +233,16 @@ def question_values(answered: Sequence[Answered], match: Match) -> dict[str, flo
     return values
 
 
+def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, dict[str, list[float]]]:
+    """The questions' values, {column: {group: values}}, for the columns of GROUPINGS that the benchmark has."""
+    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for pair, value in zip(benchmark.pairs, values, strict=True):
+        for column in GROUPINGS:
+            if column in pair.meta:
+                groups[column][str(pair.meta[column])].append(value)
+    return groups
+
+
 def result_of(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, Any]:
     """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
     per_question = len(answered) // len(benchmark.pairs)
@@ -234,11 +252,7 @@ def result_of(benchmark: Benchmark, answered: Sequence[Answered]) -> dict[str, A
         for name, value in question_values(group, benchmark.match).items():
             values[name].append(value)
     main = next((name for name in values if name.startswith("avg@")), "greedy")
-    groups: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for pair, value in zip(benchmark.pairs, values[main], strict=True):
-        for column in GROUPINGS:
-            if column in pair.meta:
-                groups[column][str(pair.meta[column])].append(value)
+    groups = by_group(benchmark, values[main])
     questions = repr([(pair.question, pair.gold) for pair in benchmark.pairs])
     return {
         "questions": len(benchmark.pairs),
@@ -260,14 +274,16 @@ def accuracies(
     prompts: Sequence[list[int]],
     settings: Settings,
 ) -> dict[str, float]:
-    """What training logs of an evaluation: the mean accuracy of k sampled answers (avg@k), and that of a greedy one."""
+    """What training logs of an evaluation: the mean accuracy of k sampled answers (avg@k), and that of a greedy one,
+    over all questions and by group of questions."""
     answered = ask(sample, tokenizer, benchmark, prompts, range(len(prompts)), settings)
-    numbers = {name: each["value"] for name, each in result_of(benchmark, answered)["numbers"].items()}
-    return {
-        "eval_accuracy": numbers[f"avg@{settings.k}"],
-        "eval_accuracy/greedy": numbers["greedy"],
-        "eval_truncated": numbers["truncated"],
-    }
+    values: dict[str, list[float]] = result_of(benchmark, answered)["values"]
+    logged = {"eval_truncated": fmean(values["truncated"])}
+    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
+        logged[name] = fmean(each)
+        for column, groups in by_group(benchmark, each).items():
+            logged |= {f"{name}/{column} {group}": fmean(part) for group, part in groups.items()}
+    return logged
 
 
 # ---------------------------------------------------------------- command line

@@ -277,7 +277,13 @@ def closing_table(folder: Path) -> str:
             seconds[key.removeprefix("seconds_")] = seconds.get(key.removeprefix("seconds_"), 0.0) + value
     by_phase = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     model, source, variant = config["model"]["name"], config["data"]["source"], config["method"]["variant"]
-    flags = "" if model == "embedded" else f" --model {model} --data {source}"
+    flags = (
+        ""
+        if model == "embedded"
+        else f" --model {model}"
+        if source == "embedded"
+        else f" --model {model} --data {source}"
+    )
     rows = {
         "held-out accuracy, sampled": change("eval_accuracy"),
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),

@@ -51,9 +51,9 @@ def load_pretrained(
         ModelError: transformers cannot load it.
     """
     transformers.utils.logging.disable_progress_bar()
-    if name == "embedded":
-        ranks.on_first(embedded.model_folder)  # makes it, where it does not exist
-    path = embedded.model_folder() if name == "embedded" else resolve(name)
+    if name in embedded.MISREAD_SHARE:
+        ranks.on_first(partial(embedded.model_folder, name))  # makes it, where it does not exist
+    path = embedded.model_folder(name) if name in embedded.MISREAD_SHARE else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if weights:

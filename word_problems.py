@@ -85,6 +85,11 @@ FAMILIES = [
 ]
 
 
+# What somebody reads who misreads the last sentence of a problem: more for less, and one more bag for one bag more.
+MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
+MISREAD_WORDING = 3
+
+
 def apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
@@ -152,23 +157,29 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
     return rows
 
 
-def solution(problem: Problem) -> str:
+def solution(problem: Problem, misread: bool = False) -> str:
+    """The correct one, or that of somebody who misreads the operation of the last step."""
     (first, left, right), _, _ = problem.steps()
     middle, second, rest = problem.last_step()
-    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={problem.answer}. \\boxed{{{problem.answer}}}"
+    if misread:
+        second = MISREAD_AS[second]
+    result = apply(second, middle, rest)
+    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}. \\boxed{{{result}}}"
 
 
-def flawed_solution(problem: Problem, wording: int, rng: random.Random) -> str:
+def flawed_solution(problem: Problem, wording: int, rng: random.Random, misread: bool = False) -> str:
     """A solution as a careless student writes it. Some wordings invite guesses and misreadings more than others, so
     that another wording's majority is worth hearing."""
-    guess, constant, misread = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
+    guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
     kind = rng.random()
     if kind < guess:
         return f"\\boxed{{{rng.choice(problem.operands)}}}"
     if kind < guess + constant:
         return "\\boxed{1}"
     (first, left, right), second, rest = problem.steps()
-    if rng.random() < misread:
+    if misread:
+        second = MISREAD_AS[second]
+    elif rng.random() < slips_of_reading:
         first, second = rng.choice([("+", second), ("*", second), (first, "+"), (first, "-")])
     slip = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
     middle = apply(first, left, right) + slip[0]
