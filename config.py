@@ -10,10 +10,10 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from embedded import MISREAD_SHARE
 from grpo import Aggregation
 from rewards import VARIANTS, Match
 from teacher import Schedule
+from word_problems import STUDENTS
 
 
 class ConfigError(ValueError):
@@ -194,7 +194,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         )
 
     config = read(EMBEDDED)
-    if config.model.name not in MISREAD_SHARE:
+    if config.model.name not in STUDENTS:
         config = read(Config())
     validate(config)
     return config

@@ -22,11 +22,9 @@ from data import SYSTEM_PROMPT, prompt_ids
 from grpo import learning_rate
 from packing import PackedLM, pack
 from rollout import Rollout
-from word_problems import MISREAD_WORDING, PROBLEMS, PROBLEMS_OF, flawed_solution, solution
+from word_problems import PROBLEMS, PROBLEMS_OF, STUDENTS, Student, demonstration, solution
 
 CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
-# The share of one wording's solutions, out of four, in which the warm-up teaches a wrong reading, by model.
-MISREAD_SHARE = {"embedded": 0.0, "embedded-misreading": 0.75}
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -37,7 +35,10 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE on the task's own sentences: any text encodes, and the task's words and numbers are one token."""
     rng = random.Random("tokenizer")
     problems = [rng.choice(PROBLEMS) for _ in range(4000)]
-    lines = [problem.text(rng.randrange(4), rng) + " " + solution(problem) for problem in problems]
+    lines = [
+        problem.text(rng.randrange(4), rng) + " " + solution(problem, misread=False, spelling="{}")
+        for problem in problems
+    ]
     lines += [" ".join(f"{number} ={number}; -{number}" for number in range(100))] * 20
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -81,31 +82,30 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
 
 
 def demonstrations(
-    tokenizer: PreTrainedTokenizerFast, rng: random.Random, count: int, flawed: bool, misread_share: float
+    tokenizer: PreTrainedTokenizerFast, student: Student, rng: random.Random, count: int, careful: bool
 ) -> list[Rollout]:
     """Solutions to random training problems, as if they had been sampled."""
     rollouts = []
     for problem in rng.choices(PROBLEMS_OF["train"], k=count):
         wording = rng.randrange(4)
         prompt = prompt_ids(tokenizer, problem.text(wording, rng))
-        misread = wording == MISREAD_WORDING and 0 < misread_share and rng.random() < misread_share
-        text = flawed_solution(problem, wording, rng, misread) if flawed else solution(problem, misread)
+        text = demonstration(student, problem, wording, careful, rng)
         response = tokenizer(text + "<|end|>").input_ids
         rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished=True))
     return rollouts
 
 
-def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, seed: int, misread_share: float) -> None:
+def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, student: Student, seed: int) -> None:
     """Imitation: clean solutions teach the arithmetic, then a few flawed ones the mistakes (from the start, mistakes
     take four times as long to learn from)."""
     rng = random.Random(f"warm-up {seed}")
-    steps = [(False, i, CLEAN_STEPS, 4e-3) for i in range(CLEAN_STEPS)]
-    steps += [(True, i, FLAWED_STEPS, 2e-3) for i in range(FLAWED_STEPS)]
+    steps = [(True, i, CLEAN_STEPS, 4e-3) for i in range(CLEAN_STEPS)]
+    steps += [(False, i, FLAWED_STEPS, 2e-3) for i in range(FLAWED_STEPS)]
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    for flawed, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
+    for careful, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, total, peak, warmup=0.05, schedule="cosine")
-        rollouts = demonstrations(tokenizer, rng, 64, flawed, misread_share)
+        rollouts = demonstrations(tokenizer, student, rng, 64, careful)
         batch = pack(rollouts, range(len(rollouts)), torch.device("cpu"))
         tokens = batch.mask.sum()
         model(batch, temperature=1.0, token_loss=lambda logp, _, tokens=tokens: -logp / tokens).loss.backward()
@@ -122,7 +122,7 @@ def model_folder(name: str = "embedded", seed: int = 0) -> str:
         sources,
         CLEAN_STEPS,
         FLAWED_STEPS,
-        MISREAD_SHARE[name],
+        STUDENTS[name],
         seed,
         torch.__version__,
         transformers.__version__,
@@ -134,7 +134,7 @@ def model_folder(name: str = "embedded", seed: int = 0) -> str:
         cache.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer()
         lm = new_model(tokenizer, seed)
-        warm_up(PackedLM(lm), tokenizer, seed, MISREAD_SHARE[name])
+        warm_up(PackedLM(lm), tokenizer, STUDENTS[name], seed)
         aside = tempfile.mkdtemp(dir=cache)  # so that a killed or a second process never leaves half a model
         lm.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

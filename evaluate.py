@@ -44,15 +44,8 @@ from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import Rollout, Sample, Sampler, request_seed
 from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
-GROUPINGS = (
-    "level",
-    "subject",
-    "type",
-    "subfield",
-    "category",
-    "Type",
-    "wording",
-)  # columns to break the main number down by
+# Columns to break numbers down by.
+GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")
 
 
 @dataclass(frozen=True)

@@ -277,13 +277,8 @@ def closing_table(folder: Path) -> str:
             seconds[key.removeprefix("seconds_")] = seconds.get(key.removeprefix("seconds_"), 0.0) + value
     by_phase = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     model, source, variant = config["model"]["name"], config["data"]["source"], config["method"]["variant"]
-    flags = (
-        ""
-        if model == "embedded"
-        else f" --model {model}"
-        if source == "embedded"
-        else f" --model {model} --data {source}"
-    )
+    flags = f" --model {model}" if model != "embedded" else ""
+    flags += f" --data {source}" if source != "embedded" else ""
     rows = {
         "held-out accuracy, sampled": change("eval_accuracy"),
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),

@@ -20,6 +20,7 @@ import grpo
 import ranks
 from packing import MicroBatch, PackedLM, TokenLoss, TokenStats, pack
 from rollout import Rollout
+from word_problems import STUDENTS
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 
@@ -51,9 +52,9 @@ def load_pretrained(
         ModelError: transformers cannot load it.
     """
     transformers.utils.logging.disable_progress_bar()
-    if name in embedded.MISREAD_SHARE:
+    if name in STUDENTS:
         ranks.on_first(partial(embedded.model_folder, name))  # makes it, where it does not exist
-    path = embedded.model_folder(name) if name in embedded.MISREAD_SHARE else resolve(name)
+    path = embedded.model_folder(name) if name in STUDENTS else resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path)
         if weights:

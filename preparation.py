@@ -18,13 +18,13 @@ from benchmark_data import Benchmark, load_benchmark
 from config import Config, ConfigError
 from contamination import without_overlap
 from data import Pair, PromptedPair, Report, load_pairs, prompt_pairs, read_chat_template, steps_per_epoch
-from embedded import MISREAD_SHARE
 from packing import PackedLM
 from policy import build_optimizer, checkpoint_activations, load, load_pretrained, stop_token_ids
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from rollout import Sampler
 from teacher import frozen_copy
 from vllm_sampler import build_sampler, choose_sampler
+from word_problems import STUDENTS
 
 
 @dataclass
@@ -52,7 +52,7 @@ def prepare(config: Config) -> tuple[Run, int]:
     device, variant, sampler = ranks.start(), chosen_variant(config), choose_sampler(config.sampling.sampler)
     resumed = ranks.on_first(partial(checkpoint.find, config.run.resume, config.run.out)) if config.run.resume else None
     folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
-    if config.model.name in MISREAD_SHARE:
+    if config.model.name in STUDENTS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
     policy, tokenizer = load(config.model.name, device, config.memory.offload_optimizer)

@@ -85,11 +85,6 @@ FAMILIES = [
 ]
 
 
-# What somebody reads who misreads the last sentence of a problem: more for less, and one more bag for one bag more.
-MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
-MISREAD_WORDING = 3
-
-
 def apply(operator: str, left: int, right: int) -> int:
     return {"+": left + right, "-": left - right, "*": left * right}[operator]
 
@@ -157,17 +152,44 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
     return rows
 
 
-def solution(problem: Problem, misread: bool = False) -> str:
-    """The correct one, or that of somebody who misreads the operation of the last step."""
+@dataclass(frozen=True)
+class Student:
+    """Whose solutions a start model imitates; everybody also makes the mistakes of `flawed_solution`."""
+
+    misreads: float = 0.0  # share of the solutions to wording MISREAD_WORDING with another operation in the last step
+    spellings: tuple[str, ...] = ("{}",)  # of the answer in its box, each as often
+
+
+STUDENTS = {
+    "embedded": Student(),
+    "embedded-misreading": Student(misreads=0.75),
+    "embedded-spellings": Student(spellings=("{}", "{}.0", "+{}")),
+}
+MISREAD_WORDING = 3
+MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
+
+
+def demonstration(student: Student, problem: Problem, wording: int, careful: bool, rng: random.Random) -> str:
+    """One solution of the student's: without mistakes, apart from the misreadings, if he is careful."""
+    misread = student.misreads > 0 and wording == MISREAD_WORDING and rng.random() < student.misreads
+    spelling = rng.choice(student.spellings) if len(student.spellings) > 1 else student.spellings[0]
+    if careful:
+        return solution(problem, misread, spelling)
+    return flawed_solution(problem, wording, rng, misread, spelling)
+
+
+def solution(problem: Problem, misread: bool = False, spelling: str = "{}") -> str:
     (first, left, right), _, _ = problem.steps()
     middle, second, rest = problem.last_step()
     if misread:
         second = MISREAD_AS[second]
     result = apply(second, middle, rest)
-    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}. \\boxed{{{result}}}"
+    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}. \\boxed{{{spelling.format(result)}}}"
 
 
-def flawed_solution(problem: Problem, wording: int, rng: random.Random, misread: bool = False) -> str:
+def flawed_solution(
+    problem: Problem, wording: int, rng: random.Random, misread: bool = False, spelling: str = "{}"
+) -> str:
     """A solution as a careless student writes it. Some wordings invite guesses and misreadings more than others, so
     that another wording's majority is worth hearing."""
     guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
@@ -188,4 +210,4 @@ def flawed_solution(problem: Problem, wording: int, rng: random.Random, misread:
     ending = rng.random()
     if ending < 0.05:
         steps += f" {middle}{second}{rest}={result}." * rng.randrange(1, 3)
-    return steps if ending > 0.95 else f"{steps} \\boxed{{{result}}}"
+    return steps if ending > 0.95 else f"{steps} \\boxed{{{spelling.format(result)}}}"
