@@ -1,86 +1,283 @@
-"""The miniature study: every variant on the embedded task, with the settings of `python train.py`, none tuned.
+"""The miniature study: what every method does on the embedded task, and what it survives.
 
-    python benchmarks/study.py                       # 7 variants x 2 seeds, about 25 minutes on one core
-    python benchmarks/study.py --seeds 0 1 2 3 --jobs 2
+    python benchmarks/study.py                        # everything, under an hour on two idle cores
+    python benchmarks/study.py --only misreading      # one section
+    python benchmarks/study.py --seeds 0 --jobs 1     # a first look
 
-Writes docs/study.png and docs/STUDY.md; runs that are already there are not repeated.
+Fills the tables of docs/STUDY.md, draws its figures, and leaves the text around them alone. A run that is already there
+is not repeated; one that two sections need is made once.
 """
 
-import subprocess
+import json
+import random
+import re
+import shutil
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import redirect_stderr, redirect_stdout
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
+import matplotlib.pyplot as plt
 import tyro
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import plot
+import train
+from config import parse
+from embedded import model_folder
 from rewards import VARIANTS
-from word_problems import word_problems
+from word_problems import MISREAD_WORDING, STUDENTS, word_problems
 
-HEAD = """# The embedded study
+History = list[dict[str, Any]]
 
-Every variant on the embedded task (`python train.py --variant NAME --seed SEED`), same settings for all, none tuned.
-Made by `python benchmarks/study.py`; mean of {seeds} seeds, in brackets lowest and highest. Sampled: temperature 1.
-Held-out: {questions} questions on problems that occur in training in none of their wordings; the standard error of an
-accuracy is about 0.02. "Commonest answer": share of the most frequent answer among all answers to the *different*
-questions of a step. The last three columns: mean of the last five steps.
-
-What it shows: the intrinsic rewards rise to their maximum while accuracy falls to nothing, and the share of the
-commonest answer gives it away. What it does not show: new arithmetic being learnt. Greedy decoding is right from the
-start, so what rises in the others is sharpening; and differences of a few points between them are within the noise of
-so few seeds.
-
-![curves](study.png)
-
-| variant | sampled before | sampled after | greedy before | greedy after | label accuracy | reward | commonest answer |
-|---|---|---|---|---|---|---|---|
-"""
+STEPS = 50
+ALWAYS = f"--steps {STEPS} --eval-every 10 --eval-samples 2"
+RATES = ("2.5e-4", "5e-4", "1e-3")  # half, once and twice the default
+NOISE = (0.25, 0.5)
+MISREADING = "--model embedded-misreading"
+ON_MISREAD = f"eval_accuracy/greedy/wording {MISREAD_WORDING}"
+ON_OTHERS = "greedy on the other wordings"
+REPHRASED = ("I", "III")  # what reads the rephrased questions
+VOTING = ("majority", "I", "II")
 
 
-def run(variant: str, seed: int, runs: Path) -> Path:
-    folder = runs / f"{variant}-seed{seed}"
-    if not (folder / "curves.png").exists():
-        command = [sys.executable, "train.py", "--variant", variant, "--seed", str(seed), "--out", str(folder)]
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        print(f"done: {folder.name}", flush=True)
-    return folder
+def at_rates(flags: str) -> dict[str, str]:
+    return {f"{name}, {rate}": f"--variant {name} --lr {rate} {flags}" for name in VARIANTS for rate in RATES}
 
 
-def spread(values: list[float | None]) -> str:
+# Section of docs/STUDY.md -> row of its table -> flags of train.py. {noise} becomes a file of noisy rephrasings.
+SECTIONS: dict[str, dict[str, str]] = {
+    "usual": at_rates(""),
+    "misreading": at_rates(MISREADING),
+    "crossing": {
+        "I: labels from the other wording": "--variant I --lr 5e-4",
+        "majority on both, labels from the same": "--variant majority --lr 5e-4 --views both",
+        "I, misreading": f"--variant I --lr 5e-4 {MISREADING}",
+        "majority on both, misreading": f"--variant majority --lr 5e-4 {MISREADING} --views both",
+    },
+    "teacher": {
+        "0.99 to 0.9999": "--variant II --lr 1e-3",
+        "always 0.99": "--variant II --lr 1e-3 --ema-schedule constant",
+        "always 0.9": "--variant II --lr 1e-3 --ema-schedule constant --ema-start 0.9",
+        "frozen": "--variant II --lr 1e-3 --ema-start 1 --ema-end 1",
+    },
+    "group": {
+        f"{name}, G = {size}": f"--variant {name} --lr 5e-4" + (f" --rollouts {size}" if size != 8 else "")
+        for name in ("majority", "II")
+        for size in (4, 8, 16)
+    },
+    "votes": {
+        f"{name}, {match} votes": f"--variant {name} --lr 5e-4 --model embedded-spellings --answer-match {match}"
+        for name in VOTING
+        for match in ("exact", "math")
+    },
+    "noise": {
+        f"{name}, {share:.0%} of the pairs": f"--variant {name} --lr 5e-4"
+        + (f" --data {{noise}}-{share}.jsonl --keep-bad-rewrites" if share else "")
+        for name in REPHRASED
+        for share in (0.0, *NOISE)
+    },
+}
+
+
+# ---------------------------------------------------------------- runs
+
+
+def write_noisy_pairs(file: Path, share: float) -> None:
+    """The training questions, some of which have a rephrasing that asks for another problem's answer."""
+    rows, rng = word_problems("train"), random.Random(f"noise {share}")
+    for row in rows:
+        if rng.random() < share:
+            row["rephrased"] = rng.choice([other for other in rows if other["answer"] != row["answer"]])["question"]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def folder_of(runs: Path, flags: str, seed: int) -> Path:
+    return runs / (re.sub(r"[^\w.]+", "-", flags).strip("-") + f"-seed{seed}")
+
+
+def is_finished(folder: Path) -> bool:
+    return (folder / "metrics.jsonl").exists() and plot.read_run(folder)[-1]["step"] == STEPS
+
+
+def run(flags: str, seed: int, folder: Path) -> str:
+    """One training run, in this process; what it prints goes to a file beside its metrics."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
+        train.train(parse(f"{flags} {ALWAYS} --seed {seed} --out {folder}".split()))
+    shutil.rmtree(folder / "checkpoints")
+    return folder.name
+
+
+def run_all(wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
+    missing = {folder: what for folder, what in wanted.items() if not is_finished(folder)}
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        futures = [pool.submit(run, flags, seed, folder) for folder, (flags, seed) in missing.items()]
+        for i, future in enumerate(as_completed(futures), 1):
+            print(f"{i} of {len(futures)}: {future.result()}", flush=True)
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def read(folder: Path) -> History:
+    """Metrics of a run, with one more: greedy accuracy on the wordings that no student misreads."""
+    history = plot.read_run(folder)
+    others = [f"eval_accuracy/greedy/wording {i}" for i in range(4) if i != MISREAD_WORDING]
+    for record in history:
+        if "eval_accuracy" in record:
+            record[ON_OTHERS] = fmean(record[key] for key in others)
+    return history
+
+
+def first(key: str, history: History) -> float | None:
+    return next((record[key] for record in history if key in record), None)
+
+
+def last(key: str, history: History) -> float | None:
+    """The last value of an evaluation; of a training step's numbers the mean of the last five."""
+    values = [record[key] for record in history if key in record]
+    return fmean(values[-5:] if not key.startswith(("eval", "greedy")) else values[-1:]) if values else None
+
+
+def spread(values: Sequence[float | None]) -> str:
+    """Mean, and in brackets the lowest and the highest seed."""
     known = [value for value in values if value is not None]
-    if not known:
-        return "-"
-    return f"{fmean(known):.2f} ({min(known):.2f}-{max(known):.2f})"
+    return f"{fmean(known):.2f} ({min(known):.2f}-{max(known):.2f})" if known else "-"
 
 
-def row(variant: str, folders: list[Path]) -> str:
-    histories = [plot.read_run(folder) for folder in folders]
-
-    def at(key: str, last: int | None) -> list[float | None]:
-        """The first value, or the mean of the `last` ones."""
-        series = [[record[key] for record in history if key in record] for history in histories]
-        return [None if not values else values[0] if last is None else fmean(values[-last:]) for values in series]
-
-    cells = [at("eval_accuracy", None), at("eval_accuracy", 1), at("eval_accuracy/greedy", None)]
-    cells += [at("eval_accuracy/greedy", 1), at("label_accuracy", 5), at("reward", 5), at("commonest_answer", 5)]
-    return f"| {variant} | " + " | ".join(spread(cell) for cell in cells) + " |"
-
-
-def main(seeds: tuple[int, ...] = (0, 1), runs: Path = ROOT / "runs" / "study", jobs: int = 1) -> None:
-    with ThreadPoolExecutor(jobs) as pool:
-        folders = {variant: [pool.submit(run, variant, seed, runs) for seed in seeds] for variant in VARIANTS}
-        finished = {variant: [future.result() for future in futures] for variant, futures in folders.items()}
-    plot.draw([folder for group in finished.values() for folder in group], ROOT / "docs" / "study.png")
-    questions = len(word_problems("held-out"))
-    table = [row(variant, group) for variant, group in finished.items()]
-    (ROOT / "docs" / "STUDY.md").write_text(
-        HEAD.format(seeds=len(seeds), questions=questions) + "\n".join(table) + "\n"
+def survives(history: History) -> bool:
+    """Better when sampled, and not more than five points worse when greedy, than before training."""
+    return (
+        last("eval_accuracy", history) > first("eval_accuracy", history)  # type: ignore[operator]
+        and last("eval_accuracy/greedy", history) > first("eval_accuracy/greedy", history) - 0.05  # type: ignore[operator]
     )
-    print("\n".join(table))
+
+
+def learns(history: History) -> bool:
+    """Greedy decoding gets most of the misread wording right at the end, and has not lost the others for it."""
+    return last(ON_MISREAD, history) > 0.5 and last(ON_OTHERS, history) > first(ON_OTHERS, history) - 0.05  # type: ignore[operator]
+
+
+SAMPLED, GREEDY = "eval_accuracy", "eval_accuracy/greedy"
+COLUMNS = {
+    "sampled": SAMPLED,
+    "greedy": GREEDY,
+    "label accuracy": "label_accuracy",
+    "reward": "reward",
+    "vote share": "vote_share",
+    "entropy": "entropy",
+    "tokens": "response_tokens",
+    "commonest answer": "commonest_answer",
+}
+COLUMNS_OF = {
+    "misreading": {
+        "greedy, misread wording": ON_MISREAD,
+        "greedy, other wordings": ON_OTHERS,
+        "sampled, all": SAMPLED,
+        "label accuracy": "label_accuracy",
+        "reward": "reward",
+    },
+    "crossing": {
+        "sampled": SAMPLED,
+        "greedy, misread wording": ON_MISREAD,
+        "greedy, other wordings": ON_OTHERS,
+        "label accuracy": "label_accuracy",
+    },
+}
+SHORT = {name: COLUMNS[name] for name in ("sampled", "greedy", "label accuracy", "reward", "vote share")}
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
+
+
+def section_table(name: str, histories: dict[str, list[History]]) -> str:
+    columns = COLUMNS if name == "usual" else COLUMNS_OF.get(name, SHORT)
+    rows = [
+        [row, *(spread([last(key, history) for history in group]) for key in columns.values())]
+        for row, group in histories.items()
+    ]
+    any_run = next(iter(histories.values()))
+    before = [
+        spread([first(key, history) for history in any_run]) if "greedy" in key or "eval" in key else ""
+        for key in columns.values()
+    ]
+    return table(["", *columns], [["before", *before], *rows])
+
+
+def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
+    """Of each method and learning rate, how many seeds survive, and how many learn."""
+    header = [
+        "seeds that",
+        *(f"{what} at {rate}" for what in ("survive", "learn the misread wording") for rate in RATES),
+    ]
+    rows = []
+    for name in VARIANTS:
+        cells = []
+        for section, holds in (("usual", survives), ("misreading", learns)):
+            for rate in RATES:
+                group = results[section][f"{name}, {rate}"]
+                cells.append(f"{sum(map(holds, group))} of {len(group)}")
+        rows.append([name, *cells])
+    return table(header, rows)
+
+
+def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
+    for axis, key, title in zip(axes, (ON_MISREAD, ON_OTHERS), ("the misread wording", "the other three"), strict=True):
+        for i, name in enumerate(VARIANTS):
+            style = {"color": plot.COLOURS[i], "linestyle": plot.DASHES[i % len(plot.DASHES)], "label": name}
+            plot.draw_metric(axis, key, histories[f"{name}, 5e-4"], **style)
+        axis.set(title=title, xlabel="training step", ylim=(-0.02, 1.02))
+        axis.grid(alpha=0.25)
+    axes[0].set_ylabel("greedy accuracy, held-out")
+    lines = axes[0].get_lines()
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(file, dpi=160)
+
+
+def fill_in(document: Path, name: str, content: str) -> None:
+    """Replace the table that follows the document's line `<!-- name -->`."""
+    text = document.read_text()
+    document.write_text(re.sub(rf"(<!-- {name} -->\n)(?:\|.*\n)*", lambda found: found[1] + content + "\n", text))
+
+
+def main(
+    seeds: tuple[int, ...] = (0, 1, 2, 3),
+    jobs: int = 2,
+    only: tuple[str, ...] = tuple(SECTIONS),
+    runs: Path = ROOT / "runs" / "study",
+    document: Path = ROOT / "docs" / "STUDY.md",
+) -> None:
+    runs.mkdir(parents=True, exist_ok=True)
+    for name in STUDENTS:
+        model_folder(name)
+    for share in NOISE:
+        write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
+    flags = {name: {row: each.format(noise=runs / "noise") for row, each in SECTIONS[name].items()} for name in only}
+    each = [(one, seed) for rows in flags.values() for one in rows.values() for seed in seeds]
+    run_all({folder_of(runs, *what): what for what in each}, jobs)
+    results = {
+        name: {row: [read(folder_of(runs, one, seed)) for seed in seeds] for row, one in rows.items()}
+        for name, rows in flags.items()
+    }
+    for name, histories in results.items():
+        fill_in(document, name, section_table(name, histories))
+    if "usual" in results:
+        named = [folder_of(runs, flags["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
+        plot.draw(named, document.with_name("study.png"))
+    if "misreading" in results:
+        draw_misreading(results["misreading"], document.with_name("misreading.png"))
+    if {"usual", "misreading"} <= set(results):
+        fill_in(document, "survival", survival_table(results))
 
 
 if __name__ == "__main__":
