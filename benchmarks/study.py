@@ -38,7 +38,7 @@ History = list[dict[str, Any]]
 
 STEPS = 50
 ALWAYS = f"--steps {STEPS} --eval-every 10 --eval-samples 2"
-RATES = ("2.5e-4", "5e-4", "1e-3")  # half, once and twice the default
+RATES = {"2.5e-4": "--lr 2.5e-4", "5e-4": "", "1e-3": "--lr 1e-3"}  # half, once and twice the default
 NOISE = (0.25, 0.5)
 MISREADING = "--model embedded-misreading"
 ON_MISREAD = f"eval_accuracy/greedy/wording {MISREAD_WORDING}"
@@ -48,19 +48,19 @@ VOTING = ("majority", "I", "II")
 
 
 def at_rates(flags: str) -> dict[str, str]:
-    return {f"{name}, {rate}": f"--variant {name} --lr {rate} {flags}" for name in VARIANTS for rate in RATES}
+    return {f"{name}, {rate}": f"--variant {name} {lr} {flags}" for name in VARIANTS for rate, lr in RATES.items()}
 
 
-# Section of docs/STUDY.md -> row of its table -> flags of train.py. {noise} becomes a file of noisy rephrasings.
+CROSSING = {
+    "I: labels from the other wording": "--variant I",
+    "majority on both, labels from the same": "--variant majority --views both",
+}
+# Section of docs/STUDY.md -> row of its table -> flags of train.py. {runs} becomes the folder of the runs.
 SECTIONS: dict[str, dict[str, str]] = {
     "usual": at_rates(""),
     "misreading": at_rates(MISREADING),
-    "crossing": {
-        "I: labels from the other wording": "--variant I --lr 5e-4",
-        "majority on both, labels from the same": "--variant majority --lr 5e-4 --views both",
-        "I, misreading": f"--variant I --lr 5e-4 {MISREADING}",
-        "majority on both, misreading": f"--variant majority --lr 5e-4 {MISREADING} --views both",
-    },
+    "crossing": CROSSING,
+    "crossing, misreading": {row: f"{flags} {MISREADING}" for row, flags in CROSSING.items()},
     "teacher": {
         "0.99 to 0.9999": "--variant II --lr 1e-3",
         "always 0.99": "--variant II --lr 1e-3 --ema-schedule constant",
@@ -68,18 +68,18 @@ SECTIONS: dict[str, dict[str, str]] = {
         "frozen": "--variant II --lr 1e-3 --ema-start 1 --ema-end 1",
     },
     "group": {
-        f"{name}, G = {size}": f"--variant {name} --lr 5e-4" + (f" --rollouts {size}" if size != 8 else "")
+        f"{name}, G = {size}": f"--variant {name}" + (f" --rollouts {size}" if size != 8 else "")
         for name in ("majority", "II")
         for size in (4, 8, 16)
     },
     "votes": {
-        f"{name}, {match} votes": f"--variant {name} --lr 5e-4 --model embedded-spellings --answer-match {match}"
+        f"{name}, {match} votes": f"--variant {name} --model embedded-spellings --answer-match {match}"
         for name in VOTING
         for match in ("exact", "math")
     },
     "noise": {
-        f"{name}, {share:.0%} of the pairs": f"--variant {name} --lr 5e-4"
-        + (f" --data {{noise}}-{share}.jsonl --keep-bad-rewrites" if share else "")
+        f"{name}, {share:.0%} of the pairs": f"--variant {name}"
+        + (f" --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")
         for name in REPHRASED
         for share in (0.0, *NOISE)
     },
@@ -99,7 +99,7 @@ def write_noisy_pairs(file: Path, share: float) -> None:
 
 
 def folder_of(runs: Path, flags: str, seed: int) -> Path:
-    return runs / (re.sub(r"[^\w.]+", "-", flags).strip("-") + f"-seed{seed}")
+    return runs / ("-".join(re.findall(r"[\w.]+", flags)) + f"-seed{seed}")
 
 
 def is_finished(folder: Path) -> bool:
@@ -111,7 +111,7 @@ def run(flags: str, seed: int, folder: Path) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     with (folder / "log.txt").open("w") as log, redirect_stdout(log), redirect_stderr(log):
-        train.train(parse(f"{flags} {ALWAYS} --seed {seed} --out {folder}".split()))
+        train.train(parse(f"{flags.format(runs=folder.parent)} {ALWAYS} --seed {seed} --out {folder}".split()))
     shutil.rmtree(folder / "checkpoints")
     return folder.name
 
@@ -185,8 +185,8 @@ COLUMNS_OF = {
         "label accuracy": "label_accuracy",
         "reward": "reward",
     },
-    "crossing": {
-        "sampled": SAMPLED,
+    "crossing, misreading": {
+        "sampled, all": SAMPLED,
         "greedy, misread wording": ON_MISREAD,
         "greedy, other wordings": ON_OTHERS,
         "label accuracy": "label_accuracy",
@@ -205,20 +205,17 @@ def section_table(name: str, histories: dict[str, list[History]]) -> str:
         [row, *(spread([last(key, history) for history in group]) for key in columns.values())]
         for row, group in histories.items()
     ]
-    any_run = next(iter(histories.values()))
+    start = next(iter(histories.values()))
     before = [
-        spread([first(key, history) for history in any_run]) if "greedy" in key or "eval" in key else ""
-        for key in columns.values()
+        "before, or first step",
+        *(spread([first(key, history) for history in start]) for key in columns.values()),
     ]
-    return table(["", *columns], [["before", *before], *rows])
+    return table(["", *columns], [before, *rows])
 
 
 def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
     """Of each method and learning rate, how many seeds survive, and how many learn."""
-    header = [
-        "seeds that",
-        *(f"{what} at {rate}" for what in ("survive", "learn the misread wording") for rate in RATES),
-    ]
+    header = ["", *(f"{verb}, {rate}" for verb in ("survives", "learns") for rate in RATES)]
     rows = []
     for name in VARIANTS:
         cells = []
@@ -262,17 +259,17 @@ def main(
         model_folder(name)
     for share in NOISE:
         write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
-    flags = {name: {row: each.format(noise=runs / "noise") for row, each in SECTIONS[name].items()} for name in only}
-    each = [(one, seed) for rows in flags.values() for one in rows.values() for seed in seeds]
+    sections = {name: SECTIONS[name] for name in only}
+    each = [(flags, seed) for rows in sections.values() for flags in rows.values() for seed in seeds]
     run_all({folder_of(runs, *what): what for what in each}, jobs)
     results = {
-        name: {row: [read(folder_of(runs, one, seed)) for seed in seeds] for row, one in rows.items()}
-        for name, rows in flags.items()
+        name: {row: [read(folder_of(runs, flags, seed)) for seed in seeds] for row, flags in rows.items()}
+        for name, rows in sections.items()
     }
     for name, histories in results.items():
         fill_in(document, name, section_table(name, histories))
     if "usual" in results:
-        named = [folder_of(runs, flags["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
+        named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         plot.draw(named, document.with_name("study.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
