@@ -36,7 +36,7 @@ from word_problems import MISREAD_WORDING, STUDENTS, word_problems
 
 History = list[dict[str, Any]]
 
-STEPS = 50
+STEPS = 40
 ALWAYS = f"--steps {STEPS} --eval-every 10 --eval-samples 2"
 RATES = {"2.5e-4": "--lr 2.5e-4", "5e-4": "", "1e-3": "--lr 1e-3"}  # half, once and twice the default
 NOISE = (0.25, 0.5)
@@ -260,7 +260,7 @@ def main(
     for share in NOISE:
         write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
     sections = {name: SECTIONS[name] for name in only}
-    each = [(flags, seed) for rows in sections.values() for flags in rows.values() for seed in seeds]
+    each = [(flags, seed) for seed in seeds for rows in sections.values() for flags in rows.values()]
     run_all({folder_of(runs, *what): what for what in each}, jobs)
     results = {
         name: {row: [read(folder_of(runs, flags, seed)) for seed in seeds] for row, flags in rows.items()}
