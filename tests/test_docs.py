@@ -2,6 +2,7 @@
 
 import ast
 import re
+import sys
 from contextlib import redirect_stdout
 from functools import cache
 from io import StringIO
@@ -179,3 +180,26 @@ def test_the_reward_of_the_readme_does_not_run_inside_rewards_py():
     assert sure["rewards"] == [1.0, 1.0, 0.0, 0.0] and moved
     _, unsure, _ = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 5, 6, 7)])
     assert unsure["rewards"] == [0.0] * 4
+
+
+def test_the_study_replaces_another_table_or_the_text_beside_it(tmp_path):
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import study
+
+    document = tmp_path / "STUDY.md"
+    document.write_text("# Title\n<!-- usual -->\n| old |\n| --- |\n\ntext\n\n<!-- noise -->\nend\n")
+    for _ in range(2):
+        study.fill_in(document, "usual", "| new |")
+        study.fill_in(document, "noise", "| noisy |")
+    assert document.read_text() == "# Title\n<!-- usual -->\n| new |\n\ntext\n\n<!-- noise -->\n| noisy |\nend\n"
+
+
+def test_a_section_of_the_study_names_flags_that_do_not_exist_or_has_no_place_in_its_document():
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import study
+
+    document = (ROOT / "docs" / "STUDY.md").read_text()
+    for name, rows in study.SECTIONS.items():
+        assert f"<!-- {name} -->" in document
+        for flags in rows.values():
+            parse(f"{flags} {study.ALWAYS}".split())

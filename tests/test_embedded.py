@@ -5,7 +5,19 @@ import re
 
 import embedded
 from data import SYSTEM_PROMPT, prompt_ids
-from word_problems import FAMILIES, PROBLEMS, PROBLEMS_OF, flawed_solution, solution, word_problems
+from rewards import equivalent
+from word_problems import (
+    FAMILIES,
+    MISREAD_WORDING,
+    PROBLEMS,
+    PROBLEMS_OF,
+    STUDENTS,
+    Student,
+    demonstration,
+    flawed_solution,
+    solution,
+    word_problems,
+)
 
 
 def test_held_out_problems_occur_in_no_wording_of_training():
@@ -80,3 +92,28 @@ def test_the_warm_up_runs_once_and_again_when_its_recipe_changes(tmp_path, monke
     monkeypatch.setattr(embedded, "CLEAN_STEPS", 2)
     assert embedded.model_folder() not in (first, None) and warmed_up == [0, 1, 0]
     assert not [folder for folder in (tmp_path / "co-rewarding").iterdir() if folder.name.startswith("tmp")]
+
+
+def answers_in_the_box(student: Student, wording: int) -> list[tuple[int, str]]:
+    """(true answer, what the careful student boxes), for every problem."""
+    rng = random.Random(wording)
+    texts = [(problem, demonstration(student, problem, wording, careful=True, rng=rng)) for problem in PROBLEMS]
+    return [(problem.answer, text.split("\\boxed{")[1].removesuffix("}")) for problem, text in texts]
+
+
+def test_one_wording_alone_is_misread_and_always_in_the_same_way():
+    student = STUDENTS["embedded-misreading"]
+    shares = []
+    for wording in range(4):
+        pairs = answers_in_the_box(student, wording)
+        shares.append(sum(str(answer) != boxed for answer, boxed in pairs) / len(pairs))
+    assert shares[:3] == [0, 0, 0] and abs(shares[MISREAD_WORDING] - student.misreads) < 0.06
+    by_chance = [problem for problem in PROBLEMS if solution(problem, misread=True).endswith(f"{{{problem.answer}}}")]
+    assert all(problem.last_step() == (2, "*", 2) for problem in by_chance)  # 2 * 2 = 2 + 2
+
+
+def test_spellings_of_an_answer_are_equal_as_mathematics_and_not_as_strings():
+    pairs = answers_in_the_box(STUDENTS["embedded-spellings"], wording=0)
+    assert all(equivalent(str(answer), boxed) for answer, boxed in pairs)
+    as_written = sum(str(answer) == boxed for answer, boxed in pairs) / len(pairs)
+    assert abs(as_written - 1 / 3) < 0.06

@@ -253,6 +253,12 @@ def two_results(tmp_path: Path) -> tuple[str, str]:
     return str(paths[0]), str(paths[1])
 
 
+def test_training_logs_another_groups_accuracy() -> None:
+    pairs = [Pair(str(i), f"q{i}", "1", meta={"level": level}) for i, level in enumerate(("easy", "hard", "easy"))]
+    groups = evaluate.by_group(Benchmark("own", pairs), [1.0, 0.0, 0.5])
+    assert groups == {"level": {"easy": [1.0, 0.5], "hard": [0.0]}}
+
+
 def test_difference_has_the_error_of_unpaired_means(tmp_path: Path) -> None:
     """Differences 1, 0, 0, 1, -1: mean 0.2, variance 0.7, standard error sqrt(0.7 / 5) = 0.3742 (unpaired: 0.3464)."""
     row = next(line.split() for line in compare(*two_results(tmp_path)).splitlines() if " greedy " in line)
