@@ -237,6 +237,34 @@ def parse_answer(answer: str) -> list[object]:
     return list(parse(f"${answer}$", [config], extraction_mode="first_match", parsing_timeout=None))
 
 
+def parse_in_two_stages() -> None:
+    """Make Math-Verify's grammar three times as fast, as ANTLR advises: predict without context first, and only where
+    that finds no reading with it. What the first stage accepts, it reads as the second would."""
+    from antlr4.atn.PredictionMode import PredictionMode
+    from latex2sympy2_extended import latex2sympy2 as grammar
+
+    class TwoStageParser(grammar.PSParser):  # type: ignore[misc]
+        def math(self) -> object:
+            self._interp.predictionMode = PredictionMode.SLL
+            with suppress(Exception):
+                return super().math()
+            self.reset()
+            self._interp.predictionMode = PredictionMode.LL
+            return super().math()
+
+    grammar.PSParser = TwoStageParser
+
+
+def are_far_apart(first: object, second: object) -> bool:
+    """Two constants that differ by a percent: no rounding, and no algebra, makes them one."""
+    from sympy import Expr
+
+    if not (isinstance(first, Expr) and isinstance(second, Expr) and first.is_comparable and second.is_comparable):
+        return False
+    one, two = float(first), float(second)
+    return abs(one - two) > 0.01 * max(abs(one), abs(two))
+
+
 def verdict(first: str, second: str) -> bytes:
     """b"=" equal, b"!" not equal, b"?" at least one is unreadable.
 
@@ -251,8 +279,10 @@ def verdict(first: str, second: str) -> bytes:
         first, second = right_hand_side(first), right_hand_side(second)
     if len(parse_answer(first)) < 2 or len(parse_answer(second)) < 2:
         return b"?"
-    agree = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
     one, two = parse_answer(first), parse_answer(second)
+    if are_far_apart(one[0], two[0]):
+        return b"!"
+    agree = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
     return b"=" if agree(one, two) and agree(two, one) else b"!"
 
 
@@ -269,6 +299,7 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
     signal.alarm(WALL_SECONDS)
+    parse_in_two_stages()
     ready = verdict("x", "y")  # imports everything
     signal.alarm(0)
     os.dup2(devnull, 2)
