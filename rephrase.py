@@ -31,8 +31,9 @@ from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from answers import extract_boxed
-from data import DataError, Pair, Report, load_pairs, prompt_ids, read_chat_template
+from data import DataError, Pair, Report, load_pairs
 from faults import TEMPLATE_ECHO, strict_fault
+from prompts import prompt_ids, read_chat_template
 from rewards import are_equal, majority_vote
 
 if TYPE_CHECKING:
