@@ -33,8 +33,8 @@ from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 import ranks
-from data import PromptedPair
 from packing import PackedLM
+from prompts import PromptedPair
 
 HARMLESS = {
     f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb", "profile")

@@ -1,4 +1,4 @@
-"""Questions in two wordings: read, check, pair, turn into prompts, put in order.
+"""Questions in two wordings: read, check, pair.
 
 A Pair is a question x, its rephrasing x' if there is one (other words, same answer) and its gold answer if there is
 one. Gold never decides which pairs are kept: a set trains the same with and without it.
@@ -12,40 +12,25 @@ A source is a folder as the authors of Co-rewarding publish theirs (train_origin
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
 """
 
-from __future__ import annotations
-
 import csv
 import io
 import json
-import math
 import os
 import re
-import shutil
 import statistics
 import sys
-import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
-from hashlib import blake2b
-from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
-from jinja2 import TemplateError
 
 from faults import rewrite_fault
 from word_problems import Split, word_problems
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-# The authors' prompt: this message, then the bare question, for base models too.
-SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."
 
 # name: (folder in the authors' repository, data set on the Hugging Face hub)
 PUBLISHED = {
@@ -54,7 +39,6 @@ PUBLISHED = {
     "open-rs": ("open-rs", "TMLR-Group-HF/Co-rewarding-RephrasedOpenRS"),
     "amc": ("AMC-TTT", None),
 }
-
 EMBEDDED: dict[str, Split] = {"embedded": "train", "embedded:held-out": "held-out"}
 
 # Everything that can be wrong with a row, and what becomes of it.
@@ -87,10 +71,10 @@ class Pair:
     meta: dict[str, Any] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class PromptedPair:
-    pair: Pair
-    prompts: dict[str, list[int]]  # view, x or x' -> token ids
+class Columns(NamedTuple):
+    question: str = "question"
+    rephrased: str = "rephrased"
+    answer: str = "answer"
 
 
 @dataclass
@@ -110,12 +94,105 @@ class Report:
             if self.dropped[reason]:
                 lines.append(f"{self.dropped[reason]:>8,}  {reason:<17} {consequence}")
         for view, lengths in self.tokens.items():
-            lines.append(f"  prompt tokens of {view:<2}  {_spread(lengths)}")
+            lines.append(f"  prompt tokens of {view:<2}  {spread(lengths)}")
         return "\n".join(lines)
 
 
-def _spread(lengths: Sequence[int]) -> str:
+def spread(lengths: Sequence[int]) -> str:
     return f"min {min(lengths):,}, median {statistics.median_low(lengths):,}, max {max(lengths):,}"
+
+
+def load_pairs(
+    source: str,
+    *,
+    question: str = "question",
+    rephrased: str = "rephrased",
+    answer: str = "answer",
+    keep_bad_rewrites: bool = False,
+    report: Report | None = None,
+) -> list[Pair]:
+    """All questions of a source, read from these columns; a bad rephrasing is taken off its question, which stays.
+
+    `keep_bad_rewrites` leaves rows as published: not checked, not repaired, duplicates and all.
+
+    Raises:
+        DataError: nothing there, nothing readable, or no question in it.
+    """
+    report = Report() if report is None else report
+    report.source, columns = source, Columns(question, rephrased, answer)
+    if source in EMBEDDED:
+        pairs = to_pairs([(source, row) for row in word_problems(EMBEDDED[source])], Columns(), source)
+    elif (path := find(source)).is_dir():
+        pairs = from_folder(path, columns)
+    else:
+        pairs = from_files([path], columns)
+    report.rows = len(pairs)
+    pairs = [pair for pair in pairs if pair.question.strip()]
+    report.dropped["empty question"] = report.rows - len(pairs)
+    if not pairs:
+        raise DataError(f"{source}: every question is empty")
+    if not keep_bad_rewrites:
+        pairs = without_duplicates([checked(pair, report) for pair in pairs], report)
+    report.questions = len(pairs)
+    report.paired = sum(pair.rephrased is not None for pair in pairs)
+    return pairs
+
+
+# ---------------------------------------------------------------- a source -> its files
+
+
+def find(source: str) -> Path:
+    """The file or folder of a source; a published set that is not here is downloaded."""
+    folder, hub_name = PUBLISHED.get(source, (source, None))
+    for path in (Path(source), Path("data", source), Path("data", folder)):
+        if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
+            return path
+    if source not in PUBLISHED:
+        raise DataError(f"{source} is no file, no folder and none of embedded, {', '.join(PUBLISHED)}")
+    cure = f"copy data/{folder} of github.com/tmlr-group/Co-rewarding to data/{source}, or give its path"
+    if hub_name is None:
+        raise DataError(f"{source} is not on the Hugging Face hub: {cure}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(hub_name, repo_type="dataset", allow_patterns="*.parquet"))
+    except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
+        raise DataError(f"{hub_name} was not downloaded ({type(problem).__name__}): {cure}") from problem
+
+
+def from_files(files: Sequence[Path], columns: Columns) -> list[Pair]:
+    return to_pairs([row for file in files for row in read_rows(file)], columns, files[0])
+
+
+def from_folder(folder: Path, columns: Columns) -> list[Pair]:
+    """Its training set, or else its test set: two files to join, or all files of the first pattern that has any."""
+    for split in ("train", "test"):
+        original = folder / f"{split}_original.parquet"
+        rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
+        if len(rewrites) > 1:
+            raise DataError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
+        if original.exists() and rewrites:
+            return joined(from_files([original], columns), from_files(rewrites, columns), folder)
+        for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
+            files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
+            if len({file.suffix for file in files}) > 1:
+                raise DataError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
+            if files:
+                return from_files(files, columns)
+    raise DataError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
+
+
+def joined(originals: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
+    """By id, never by row number: the published files have gaps."""
+    rewrite_of = {rewrite.id: rewrite for rewrite in rewrites}
+    pairs = []
+    for pair in originals:
+        rewrite = rewrite_of.get(pair.id)
+        if rewrite and rewrite.gold and pair.gold and rewrite.gold != pair.gold:
+            golds = f"the answer {pair.gold!r} and in its rewrite {rewrite.gold!r}"
+            raise DataError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
+        pairs.append(replace(pair, rephrased=unless_blank(rewrite.question)) if rewrite else pair)
+    return pairs
 
 
 # ---------------------------------------------------------------- files -> rows
@@ -123,7 +200,7 @@ def _spread(lengths: Sequence[int]) -> str:
 Row = tuple[str, dict[str, Any]]  # where it stands ("mine.jsonl, line 3"), what it holds
 
 
-def _json_rows(path: Path) -> list[Row]:
+def json_rows(path: Path) -> list[Row]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
         return [(f"{path}, entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
@@ -138,7 +215,7 @@ def _json_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _csv_rows(path: Path) -> list[Row]:
+def csv_rows(path: Path) -> list[Row]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 131,072 characters
     text = path.read_text(encoding="utf-8-sig")
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -147,15 +224,15 @@ def _csv_rows(path: Path) -> list[Row]:
     return [(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
-def _parquet_rows(path: Path) -> list[Row]:
+def parquet_rows(path: Path) -> list[Row]:
     rows = pq.read_table(path, partitioning=None).to_pylist()
     return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
 
 
-READERS = {".jsonl": _json_rows, ".json": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
-def _read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Row]:
     if path.suffix not in READERS:
         raise DataError(f"{path} is of no known kind: give one of {', '.join(READERS)}")
     try:
@@ -174,43 +251,36 @@ def _read_rows(path: Path) -> list[Row]:
 # ---------------------------------------------------------------- rows -> pairs
 
 
-class Columns(NamedTuple):
-    question: str = "question"
-    rephrased: str = "rephrased"
-    answer: str = "answer"
+def to_pairs(rows: list[Row], columns: Columns, source: str | Path) -> list[Pair]:
+    rows = [(place, in_plain_columns(row, columns, place)) for place, row in rows]
+    available = sorted({name for _, row in rows for name in row})
+    for role, name in columns._asdict().items():
+        if name not in available and (role == "question" or name != role):
+            cure = f"choose with --{role}-column from {', '.join(available)}"
+            raise DataError(f"{source} has no column {name!r}: {cure}")
+    pairs, earlier = [], dict[str, tuple[str, str]]()
+    for number, (place, row) in enumerate(rows):
+        pair = Pair(
+            id=text_of(str(number if row.get("id") is None else row["id"]), "id", place),
+            question=text_of(row.get(columns.question), columns.question, place),
+            rephrased=unless_blank(text_of(row.get(columns.rephrased), columns.rephrased, place)),
+            gold=gold_of(row.get(columns.answer), columns.answer, place),
+            meta={name: value for name, value in row.items() if name not in {"id", *columns}},
+        )
+        first_place, first_question = earlier.setdefault(pair.id, (place, pair.question))
+        if first_question != pair.question:
+            cure = "make ids unique or leave them out"
+            raise DataError(f"{place} repeats the id {pair.id!r} of {first_place}: {cure}")
+        pairs.append(pair)
+    return pairs
 
 
-def _unless_blank(text: str) -> str | None:
-    return text if text.strip() else None
-
-
-def _text(value: Any, column: str, place: str) -> str:
-    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
-        value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
-    if value is None or value != value:  # NaN: a missing cell in pandas
-        return ""
-    if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
-    if re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
-    return value
-
-
-def _gold(value: Any, column: str, place: str) -> str | None:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, int | float) and value == value:
-        value = str(value)
-    text = _text(value, column, place)
-    if "####" in text:  # GSM8K: a worked solution, then "#### 1,234"
-        text = text.rpartition("####")[2].strip().replace(",", "")
-    return _unless_blank(text)
-
-
-def _from_published(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
-    """A row of the authors' layout under the column names of a plain file; any other row as it is."""
+def in_plain_columns(row: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
+    """A row of the authors' two layouts under the column names of a plain file; any other row as it is."""
+    if "original_question" in row and columns.question not in row:  # train_pairs.parquet of the hub
+        theirs = ("original_question", "rephrased_question", "solution")
+        name_of = dict(zip(theirs, columns, strict=True))
+        return {name_of.get(name, name): value for name, value in row.items()}
     if not ("prompt" in row and isinstance(row.get("reward_model"), dict)):
         return row
     extra = row.get("extra_info")
@@ -223,120 +293,39 @@ def _from_published(row: dict[str, Any], columns: Columns, place: str) -> dict[s
     return rest | {"id": extra["index"], columns.question: row["prompt"], columns.answer: gold}
 
 
-def _pairs(rows: list[Row], columns: Columns, source: str | Path) -> list[Pair]:
-    rows = [(place, _from_published(row, columns, place)) for place, row in rows]
-    available = sorted({name for _, row in rows for name in row})
-    if "original_question" in available:  # the authors' train_pairs.parquet
-        columns = Columns("original_question", "rephrased_question", "solution")
-    for role, name in columns._asdict().items():
-        if name not in available and (role == "question" or name != role):
-            cure = f"choose with --{role}-column from {', '.join(available)}"
-            raise DataError(f"{source} has no column {name!r}: {cure}")
-    pairs, earlier = [], dict[str, tuple[str, str]]()
-    for number, (place, row) in enumerate(rows):
-        pair = Pair(
-            id=_text(str(number if row.get("id") is None else row["id"]), "id", place),
-            question=_text(row.get(columns.question), columns.question, place),
-            rephrased=_unless_blank(_text(row.get(columns.rephrased), columns.rephrased, place)),
-            gold=_gold(row.get(columns.answer), columns.answer, place),
-            meta={name: value for name, value in row.items() if name not in {"id", *columns}},
-        )
-        first_place, first_question = earlier.setdefault(pair.id, (place, pair.question))
-        if first_question != pair.question:
-            cure = "make ids unique or leave them out"
-            raise DataError(f"{place} repeats the id {pair.id!r} of {first_place}: {cure}")
-        pairs.append(pair)
-    return pairs
+def text_of(value: Any, column: str, place: str) -> str:
+    if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
+        value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
+    if value is None or value != value:  # NaN: a missing cell in pandas
+        return ""
+    if not isinstance(value, str):
+        raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
+    if re.search("[\ud800-\udfff]", value):
+        raise DataError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
+    return value
 
 
-def _joined(originals: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
-    """By id, never by row number: the published files have gaps."""
-    rewrite_of = {rewrite.id: rewrite for rewrite in rewrites}
-    pairs = []
-    for pair in originals:
-        rewrite = rewrite_of.get(pair.id)
-        if rewrite and rewrite.gold and pair.gold and rewrite.gold != pair.gold:
-            golds = f"the answer {pair.gold!r} and in its rewrite {rewrite.gold!r}"
-            raise DataError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
-        pairs.append(replace(pair, rephrased=_unless_blank(rewrite.question)) if rewrite else pair)
-    return pairs
+def gold_of(value: Any, column: str, place: str) -> str | None:
+    if isinstance(value, list) and len(value) == 1:
+        value = value[0]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if isinstance(value, int | float) and value == value:
+        value = str(value)
+    text = text_of(value, column, place)
+    if "####" in text:  # GSM8K: a worked solution, then "#### 1,234"
+        text = text.rpartition("####")[2].strip().replace(",", "")
+    return unless_blank(text)
 
 
-def _from_folder(folder: Path, columns: Columns) -> list[Pair]:
-    def read(*files: Path) -> list[Pair]:
-        return _pairs([row for file in files for row in _read_rows(file)], columns, files[0])
-
-    for split in ("train", "test"):
-        original = folder / f"{split}_original.parquet"
-        rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
-        if len(rewrites) > 1:
-            raise DataError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
-        if original.exists() and rewrites:
-            return _joined(read(original), read(*rewrites), folder)
-        for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
-            files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
-            if len({file.suffix for file in files}) > 1:
-                raise DataError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
-            if files:
-                return read(*files)
-    raise DataError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
-
-
-def _find(source: str) -> Path:
-    folder, hub_name = PUBLISHED.get(source, (source, None))
-    for path in (Path(source), Path("data", source), Path("data", folder)):
-        if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
-            return path
-    if source not in PUBLISHED:
-        raise DataError(f"{source} is no file, no folder and none of embedded, {', '.join(PUBLISHED)}")
-    cure = f"copy data/{folder} of github.com/tmlr-group/Co-rewarding to data/{source}, or give its path"
-    if hub_name is None:
-        raise DataError(f"{source} is not on the Hugging Face hub: {cure}")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(hub_name, repo_type="dataset", allow_patterns="*.parquet"))
-    except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
-        raise DataError(f"{hub_name} was not downloaded ({type(problem).__name__}): {cure}") from problem
-
-
-def load_pairs(
-    source: str,
-    *,
-    question: str = "question",
-    rephrased: str = "rephrased",
-    answer: str = "answer",
-    keep_bad_rewrites: bool = False,
-    report: Report | None = None,
-) -> list[Pair]:
-    """All questions of a source; a bad rephrasing is taken off its question, which stays.
-
-    `keep_bad_rewrites` leaves rows as published: not checked, not repaired, duplicates and all.
-    """
-    report = Report() if report is None else report
-    report.source, columns = source, Columns(question, rephrased, answer)
-    if source in EMBEDDED:
-        pairs = _pairs([(source, row) for row in word_problems(EMBEDDED[source])], Columns(), source)
-    elif (path := _find(source)).is_dir():
-        pairs = _from_folder(path, columns)
-    else:
-        pairs = _pairs(_read_rows(path), columns, path)
-    report.rows = len(pairs)
-    pairs = [pair for pair in pairs if pair.question.strip()]
-    report.dropped["empty question"] = report.rows - len(pairs)
-    if not pairs:
-        raise DataError(f"{source}: every question is empty")
-    if not keep_bad_rewrites:
-        pairs = _without_duplicates([_checked(pair, report) for pair in pairs], report)
-    report.questions = len(pairs)
-    report.paired = sum(pair.rephrased is not None for pair in pairs)
-    return pairs
+def unless_blank(text: str) -> str | None:
+    return text if text.strip() else None
 
 
 # ---------------------------------------------------------------- checks
 
 
-def _checked(pair: Pair, report: Report) -> Pair:
+def checked(pair: Pair, report: Report) -> Pair:
     # DAPO's other form feeds stand for a lost "fi" or for nothing at all, which cannot be told apart: they stay.
     question = pair.question.replace("\frac{", "\\frac{")
     rephrased = pair.rephrased and pair.rephrased.replace("\frac{", "\\frac{")
@@ -347,7 +336,7 @@ def _checked(pair: Pair, report: Report) -> Pair:
     return replace(pair, question=question, rephrased=None if fault else rephrased)
 
 
-def _without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
+def without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
     """One of each question, preferably one with a rephrasing; its gold only if all copies agree."""
     copies = defaultdict(list)
     for pair in pairs:
@@ -362,160 +351,13 @@ def _without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
     return unique
 
 
-# ---------------------------------------------------------------- pairs -> prompts
-
-
-def read_chat_template(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, ValueError) as problem:
-        raise DataError(f"the chat template {path} cannot be read: {problem}") from problem
-
-
-def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
-    name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
-    if not (chat_template or tokenizer.chat_template):
-        raise DataError(f"the tokenizer of {name} has no chat template: {cure}")
-    complaint = "it leaves out the question"
-    for messages in (
-        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}],
-        # Gemma's template refuses a system message, others pass over it without a word.
-        [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}],
-    ):
-        try:
-            text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
-            )
-        except (TemplateError, ValueError) as problem:
-            complaint = str(problem)
-            continue
-        if SYSTEM_PROMPT in text and question.strip() in text:
-            return str(text)
-    raise DataError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, text: str, chat_template: str | None = None) -> list[int]:
-    # A template writes the BOS itself: a tokenizer left to add its special tokens would double it.
-    return list(tokenizer(prompt_text(tokenizer, text, chat_template), add_special_tokens=False)["input_ids"])
-
-
-def prompt_pairs(
-    pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
-    max_prompt_tokens: int,
-    *,
-    views: Sequence[str] = ("x",),
-    needs_gold: bool = False,
-    chat_template: str | None = None,
-    report: Report | None = None,
-) -> list[PromptedPair]:
-    """The pairs that a run on these views can use, with their prompts."""
-    report = Report() if report is None else report
-    if "x'" in views:
-        cure = "make rephrasings with `python data.py rephrase`, or train a variant that needs none, such as II"
-        pairs = _having("rephrased", "no rephrasing", cure, pairs, report)
-    if needs_gold:
-        cure = "name the column of answers with --answer-column, or train a variant that needs none"
-        pairs = _having("gold", "no gold", cure, pairs, report)
-    prompted = []
-    for pair in pairs:
-        wording = {"x": pair.question, "x'": pair.rephrased or ""}
-        prompts = {view: prompt_ids(tokenizer, wording[view], chat_template) for view in views}
-        prompted.append(PromptedPair(pair, prompts))
-    report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
-    fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
-    report.dropped["too long"] = len(prompted) - len(fitting)
-    if not fitting:
-        spreads = "; ".join(f"{view}: {_spread(lengths)}" for view, lengths in report.tokens.items())
-        raise DataError(f"no prompt fits --max-prompt-tokens {max_prompt_tokens} (tokens of {spreads})")
-    return fitting
-
-
-def _having(part: str, reason: str, cure: str, pairs: list[Pair], report: Report) -> list[Pair]:
-    having = [pair for pair in pairs if getattr(pair, part)]
-    report.dropped[reason] = len(pairs) - len(having)
-    if not having:
-        raise DataError(f"none of {len(pairs):,} questions can be used ({reason}): {cure}")
-    return having
-
-
-# ---------------------------------------------------------------- order
-
-
-@lru_cache(maxsize=4)
-def epoch_order(questions: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of range(questions): question i goes where the hash of (seed, epoch, i) puts it.
-
-    A hash, because neither numpy nor `random` promises the same shuffle in its next version.
-    """
-    places = [blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=8).digest() for i in range(questions)]
-    return tuple(sorted(range(questions), key=places.__getitem__))
-
-
-def steps_per_epoch(questions: int, per_step: int) -> int:
-    return math.ceil(questions / per_step)
-
-
-def questions_of_step(questions: int, per_step: int, seed: int, step: int) -> list[int]:
-    """Which questions step 0, 1, ... asks: each exactly once an epoch, in steps that differ in size by at most one."""
-    steps = steps_per_epoch(questions, per_step)
-    epoch, k = divmod(step, steps)
-    return list(epoch_order(questions, seed, epoch)[k * questions // steps : (k + 1) * questions // steps])
-
-
 # ---------------------------------------------------------------- command line
 
 
-def _side_by_side(pair: Pair) -> str:
-    width = shutil.get_terminal_size((120, 24)).columns // 2 - 2
-    columns = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
-        for text in (pair.question, pair.rephrased or "(no rephrasing)")
-    ]
-    lines = [f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue="")]
-    return "\n".join([f"--- {pair.id}, gold {pair.gold}", *lines])
-
-
-def show(
-    source: tyro.conf.Positional[str],
-    tokenizer: str | None = None,
-    chat_template: str | None = None,
-    max_prompt_tokens: int = 512,
-    question_column: str = "question",
-    rephrased_column: str = "rephrased",
-    answer_column: str = "answer",
-    keep_bad_rewrites: bool = False,
-    pairs: int = 3,
-) -> None:
-    """Print what is in a set: rows and faults, lengths, levels, a few pairs side by side."""
-    report, columns = Report(), Columns(question_column, rephrased_column, answer_column)
-    loaded = load_pairs(source, **columns._asdict(), keep_bad_rewrites=keep_bad_rewrites, report=report)
-    if tokenizer:
-        from transformers import AutoTokenizer
-
-        try:
-            real_tokenizer = AutoTokenizer.from_pretrained(tokenizer)
-        except (OSError, ValueError) as problem:
-            cure = "give a folder, or OWNER/NAME on the Hugging Face hub"
-            raise DataError(f"no tokenizer at {tokenizer} ({str(problem).splitlines()[0]}): {cure}") from problem
-        template = read_chat_template(chat_template) if chat_template else None
-        views = ("x", "x'") if report.paired else ("x",)
-        prompt_pairs(loaded, real_tokenizer, max_prompt_tokens, views=views, chat_template=template, report=report)
-    print(report)
-    print(f"  characters of x   {_spread([len(pair.question) for pair in loaded])}")
-    if report.paired:
-        print(f"  characters of x'  {_spread([len(pair.rephrased) for pair in loaded if pair.rephrased])}")
-    print(f"  with a gold answer  {sum(pair.gold is not None for pair in loaded):,}")
-    for key in ("level", "type", "split", "source"):
-        if counts := Counter(str(pair.meta[key]) for pair in loaded if key in pair.meta):
-            print(f"  {key}: " + ", ".join(f"{value} {count:,}" for value, count in sorted(counts.items())))
-    for i in epoch_order(len(loaded), seed=0, epoch=0)[:pairs]:
-        print(_side_by_side(loaded[i]))
-
-
 def main() -> None:
-    from contamination import check  # both import this file
+    from contamination import check  # these three import this file
     from rephrase import rephrase
+    from show import show
 
     try:
         tyro.extras.subcommand_cli_from_dict({"show": show, "check": check, "rephrase": rephrase}, description=__doc__)
@@ -525,6 +367,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from data import main as main_of_data  # of the one copy of this file that rephrase.py sees, DataError and all
+    import data  # run as a script, this file is another module than the one that the commands import
 
-    main_of_data()
+    data.main()

@@ -18,9 +18,9 @@ from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from data import SYSTEM_PROMPT, prompt_ids
 from grpo import learning_rate
 from packing import PackedLM, pack
+from prompts import SYSTEM_PROMPT, prompt_ids
 from rollout import Rollout
 from word_problems import PROBLEMS, PROBLEMS_OF, STUDENTS, Student, demonstration, solution
 
@@ -116,7 +116,7 @@ def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, student: Studen
 
 def model_folder(name: str = "embedded", seed: int = 0) -> str:
     """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
-    files = ("embedded.py", "word_problems.py", "data.py", "packing.py", "grpo.py")
+    files = ("embedded.py", "word_problems.py", "prompts.py", "packing.py", "grpo.py")
     sources = [Path(__file__).with_name(file).read_bytes() for file in files]
     key = [
         sources,

@@ -36,9 +36,10 @@ from transformers import PreTrainedTokenizerBase
 
 import answers
 from benchmark_data import Benchmark, load_benchmark
-from data import DataError, prompt_ids, read_chat_template
+from data import DataError
 from packing import PackedLM
 from policy import ModelError, load, stop_token_ids
+from prompts import prompt_ids, read_chat_template
 from results import compare, estimate, read_result, table, write_json
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import Rollout, Sample, Sampler, request_seed

@@ -17,9 +17,10 @@ import ranks
 from benchmark_data import Benchmark, load_benchmark
 from config import Config, ConfigError
 from contamination import without_overlap
-from data import Pair, PromptedPair, Report, load_pairs, prompt_pairs, read_chat_template, steps_per_epoch
+from data import Pair, Report, load_pairs
 from packing import PackedLM
 from policy import build_optimizer, checkpoint_activations, load, load_pretrained, stop_token_ids
+from prompts import PromptedPair, prompt_pairs, read_chat_template, steps_per_epoch
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from rollout import Sampler
 from teacher import frozen_copy

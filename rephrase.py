@@ -7,32 +7,30 @@
 The rewriter is the paper's: Qwen3-32B, not thinking, temperature 0.7, top_p 0.8. A question that has a rephrasing keeps
 it, so the same command fills the gaps of a set, or of its own output under another seed.
 
-Every batch of questions becomes a file in OUT.parts that is there whole or not at all, so after a kill the same command
-goes on. Batches and seeds depend on nothing but questions and settings: the output is the same however often the work
-was stopped and whatever the number of processes. When OUT has been put together, OUT.parts may be deleted.
+Every batch of questions becomes a file in OUT.parts (see parts.py), so after a kill the same command goes on. Batches
+and seeds depend on nothing but questions and settings: the output is the same however often the work was stopped and
+whatever the number of processes. When OUT has been put together, OUT.parts may be deleted.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from tqdm import tqdm
 from tyro.conf import OmitArgPrefixes
 
 from answers import extract_boxed
-from data import DataError, Pair, Report, load_pairs, prompt_ids, read_chat_template
+from data import DataError, Pair, Report, load_pairs
 from faults import TEMPLATE_ECHO, strict_fault
+from parts import Row, claim, make_parts, read_part, stand_alone, write_whole
+from prompts import prompt_ids, read_chat_template
 from rewards import are_equal, majority_vote
 
 if TYPE_CHECKING:
@@ -61,10 +59,6 @@ REWRITE:
 The question:
 
 """
-
-Row = dict[str, Any]
-Work = Callable[[int, "Speaker"], list[Row]]
-Opener = Callable[[], AbstractContextManager["Speaker"]]
 
 
 @dataclass(frozen=True)
@@ -114,8 +108,8 @@ class Reply(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Speaker:
-    """A model, as far as it is needed here."""
+class ChatModel:
+    """A model and all that its replies depend on."""
 
     tokenizer: PreTrainedTokenizerBase
     sample: Sample
@@ -144,8 +138,8 @@ def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_temp
 
 
 @contextmanager
-def speaker(name: str, reply_tokens: int, replies: int, settings: Settings) -> Iterator[Speaker]:
-    """A model ready for batches of so many replies at a time."""
+def chat_model(name: str, reply_tokens: int, batch: int, settings: Settings) -> Iterator[ChatModel]:
+    """A model, loaded when the context is entered, for replies of so many tokens, `batch` at a time."""
     import torch
 
     from policy import ModelError, load_pretrained, stop_token_ids
@@ -167,15 +161,15 @@ def speaker(name: str, reply_tokens: int, replies: int, settings: Settings) -> I
             stop_token_ids(lm, tokenizer),
             dtype,
             max_sequence_tokens=longest_prompt + reply_tokens,
-            rows=replies,
+            rows=batch,
         )
         with sampler.holding(lm) as sample:
-            yield Speaker(tokenizer, sample, longest_prompt, template)
+            yield ChatModel(tokenizer, sample, longest_prompt, template)
     except (ModelError, SamplerError) as problem:
         raise DataError(str(problem)) from problem
 
 
-# ---------------------------------------------------------------- a reply -> a rewrite
+# ---------------------------------------------------------------- questions -> rewrites
 
 
 def parse(reply: Reply) -> tuple[str, str | None]:
@@ -197,9 +191,6 @@ def parse(reply: Reply) -> tuple[str, str | None]:
     return (rewrite, None) if rewrite else ("", "no result")
 
 
-# ---------------------------------------------------------------- batches
-
-
 def as_row(pair: Pair) -> Row:
     own: Row = {
         "id": pair.id,
@@ -211,18 +202,20 @@ def as_row(pair: Pair) -> Row:
     return own | {name: value for name, value in pair.meta.items() if name not in own}
 
 
-def rewrite_batch(pairs: Sequence[Pair], model: Speaker, settings: Settings) -> list[Row]:
+def rewrite_batch(pairs: Sequence[Pair], model: ChatModel, settings: Settings) -> list[Row]:
     """A row for each pair; `faults` counts what was turned down, also where no rewrite was good enough."""
     rows = [as_row(pair) for pair in pairs]
     faults: list[Counter[str]] = [Counter() for _ in pairs]
     prompts = [instruction_ids(model.tokenizer, pair.question, model.chat_template) for pair in pairs]
-    for i, prompt in enumerate(prompts):
-        faults[i]["question too long"] += rows[i]["rephrased"] is None and len(prompt) > model.longest_prompt
+    missing = [i for i, row in enumerate(rows) if not row["rephrased"]]
+    for i in missing:
+        if len(prompts[i]) > model.longest_prompt:
+            faults[i]["question too long"] = 1
+    missing = [i for i in missing if not faults[i]]
     for attempt in range(settings.attempts):
-        n = 2**attempt
-        missing = [i for i, row in enumerate(rows) if not row["rephrased"] and not faults[i]["question too long"]]
         if not missing:
             break
+        n = 2**attempt
         replies = model.replies(
             [prompts[i] for i in missing],
             [(settings.seed, "rewrite", pairs[i].id, attempt) for i in missing],
@@ -233,7 +226,8 @@ def rewrite_batch(pairs: Sequence[Pair], model: Speaker, settings: Settings) -> 
         )
         for place, i in enumerate(missing):
             rows[i]["rephrased"] = first_good(pairs[i], replies[place * n : (place + 1) * n], faults[i])
-    return [row | {"faults": dict(sorted((+counted).items()))} for row, counted in zip(rows, faults, strict=True)]
+        missing = [i for i in missing if not rows[i]["rephrased"]]
+    return [row | {"faults": dict(sorted(counted.items()))} for row, counted in zip(rows, faults, strict=True)]
 
 
 def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) -> str | None:
@@ -247,97 +241,45 @@ def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) ->
     return None
 
 
-def verify_batch(rows: Sequence[Row], model: Speaker, settings: Settings) -> list[Row]:
+# ---------------------------------------------------------------- verification
+
+
+def verify_batch(rows: Sequence[Row], model: ChatModel, settings: Settings) -> list[Row]:
     """The rows, without the rephrasings to which the model's majority gives another answer, or none."""
-    k, asked, faults = settings.verify_samples, [], {}
-    for row in rows:
-        if row["rephrased"]:
-            wordings = row["question"], row["rephrased"]
-            prompts = [prompt_ids(model.tokenizer, wording, model.chat_template) for wording in wordings]
-            if max(map(len, prompts)) <= model.longest_prompt:
-                asked.append((row["id"], prompts))
-            else:
-                faults[row["id"]] = "too long to verify"
-    if asked:
-        replies = model.replies(
-            [prompt for _, prompts in asked for prompt in prompts],
-            [(settings.seed, "verify", name, view) for name, _ in asked for view in ("x", "x'")],
-            n=k,
-            temperature=1.0,
-            max_tokens=settings.verify_tokens,
-        )
-        boxed = [extract_boxed(reply.text) for reply in replies]
-        votes = [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
-        x, rephrased = votes[::2], votes[1::2]
-        for (name, _), *labels, same in zip(asked, x, rephrased, are_equal(x, rephrased), strict=True):
-            if not same:
-                faults[name] = "not answered" if None in labels else "other answer"
+    prompts = {
+        row["id"]: [
+            prompt_ids(model.tokenizer, row[wording], model.chat_template) for wording in ("question", "rephrased")
+        ]
+        for row in rows
+        if row["rephrased"]
+    }
+    asked = [name for name, both in prompts.items() if max(map(len, both)) <= model.longest_prompt]
+    faults = dict.fromkeys(prompts.keys() - set(asked), "too long to verify")
+    votes = majority_answers(
+        [prompt for name in asked for prompt in prompts[name]],
+        [(settings.seed, "verify", name, view) for name in asked for view in ("x", "x'")],
+        model,
+        settings,
+    )
+    x, rephrased = votes[::2], votes[1::2]
+    for name, *labels, same in zip(asked, x, rephrased, are_equal(x, rephrased), strict=True):
+        if not same:
+            faults[name] = "not answered" if None in labels else "other answer"
     return [
         row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
         for row in rows
     ]
 
 
-# ---------------------------------------------------------------- files that survive a kill
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Aside, then renamed: never half a file, whatever happens."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
-    os.replace(aside, path)
-
-
-def read_part(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
-
-
-def claim(settings: Settings, pairs: Sequence[Pair]) -> Path:
-    """The folder for this work's parts: a new one, or one of the same settings and questions."""
-    folder, out = Path(f"{settings.out}.parts"), settings.out
-    record = folder / "settings.json"
-    now = {name: str(value) for name, value in asdict(settings).items() if name != "out"}
-    now["questions"] = blake2b(repr(pairs).encode(), digest_size=8).hexdigest()
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if changed := sorted(name for name in before | now if before.get(name) != now.get(name)):
-            changes = ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in changed)
-            raise DataError(f"{folder} was begun with other settings: {changes}; name another --out, or delete it")
-    elif out.exists():
-        raise DataError(f"{out} is there already, and {folder} is not: name another --out")
-    else:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps(now, indent=2) + "\n")
-    return folder
-
-
-def stand_alone() -> tuple[int, int]:
-    """This process's rank and the number of processes. Then it forgets torchrun's variables and sees one GPU: it needs
-    no other process, while vLLM would take them all for one engine."""
-    rank, processes = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
-    visible, local_rank = os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.pop("LOCAL_RANK", None)
-    if local_rank is not None and visible != "":
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[int(local_rank)] if visible else local_rank
-    return rank, processes
-
-
-def make_parts(stage: str, parts: Sequence[Path], share: range, work: Work, open_model: Opener) -> None:
-    """This process's share of the parts, as far as they are missing."""
-    tally = Counter[str]()
-    if all(parts[i].exists() for i in share):
-        return
-    with open_model() as model, tqdm(share, desc=stage, unit="batch", position=share.start) as bar:
-        for i in bar:
-            if not parts[i].exists():
-                rows = work(i, model)
-                write_whole(parts[i], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-            tally += count(read_part(parts[i]))
-            bar.set_postfix(tally)
-
-
-def count(rows: Sequence[Row]) -> Counter[str]:
-    """Questions with a rephrasing, and rewrites turned down by reason."""
-    return sum((Counter(row["faults"]) for row in rows), Counter(good=sum(bool(row["rephrased"]) for row in rows)))
+def majority_answers(
+    prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], model: ChatModel, settings: Settings
+) -> list[str | None]:
+    k = settings.verify_samples
+    if not prompts:
+        return []
+    replies = model.replies(prompts, keys, n=k, temperature=1.0, max_tokens=settings.verify_tokens)
+    boxed = [extract_boxed(reply.text) for reply in replies]
+    return [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
 
 
 # ---------------------------------------------------------------- the command
@@ -353,25 +295,38 @@ def rephrase(settings: OmitArgPrefixes[Settings]) -> None:
         answer=settings.answer_column,
         report=report,
     )
-    folder, (rank, processes) = claim(settings, pairs), stand_alone()
+    decisive = {name: str(value) for name, value in asdict(settings).items() if name != "out"}
+    decisive["questions"] = blake2b(repr(pairs).encode(), digest_size=8).hexdigest()
+    folder, (rank, processes) = claim(settings.out, decisive), stand_alone()
     batches = [pairs[start : start + settings.batch_size] for start in range(0, len(pairs), settings.batch_size)]
-    rewritten = [folder / f"rewritten-{i:06d}.jsonl" for i in range(len(batches))]
-    verified = [folder / f"verified-{i:06d}.jsonl" for i in range(len(batches))] if settings.verify else rewritten
     share = range(rank, len(batches), processes)
-    votes = settings.batch_size * 2 * settings.verify_samples
-    rewriter = partial(speaker, settings.model, settings.max_tokens, settings.batch_size, settings)
-    verifier = partial(speaker, settings.verify or "", settings.verify_tokens, votes, settings)
+    parts = rewritten = [folder / f"rewritten-{i:06d}.jsonl" for i in range(len(batches))]
     try:
-        make_parts("rephrasing", rewritten, share, lambda i, m: rewrite_batch(batches[i], m, settings), rewriter)
         make_parts(
-            "verifying", verified, share, lambda i, m: verify_batch(read_part(rewritten[i]), m, settings), verifier
+            "rephrasing",
+            rewritten,
+            share,
+            lambda i, model: rewrite_batch(batches[i], model, settings),
+            chat_model(settings.model, settings.max_tokens, settings.batch_size, settings),
+            count,
         )
+        if settings.verify:
+            parts = [folder / f"verified-{i:06d}.jsonl" for i in range(len(batches))]
+            votes = settings.batch_size * 2 * settings.verify_samples
+            make_parts(
+                "verifying",
+                parts,
+                share,
+                lambda i, model: verify_batch(read_part(rewritten[i]), model, settings),
+                chat_model(settings.verify, settings.verify_tokens, votes, settings),
+                count,
+            )
     except KeyboardInterrupt:
         print(f"stopped; the same command goes on from {folder}", file=sys.stderr)
         raise SystemExit(130) from None
-    if all(part.exists() for part in verified):  # the process that finds nothing missing is the last
-        rows = [row for part in verified for row in read_part(part)]
-        write_whole(settings.out, "".join(part.read_text(encoding="utf-8") for part in verified))
+    if all(part.exists() for part in parts):  # the process that finds nothing missing is the last
+        rows = [row for part in parts for row in read_part(part)]
+        write_whole(settings.out, "".join(part.read_text(encoding="utf-8") for part in parts))
         print(report, summary(settings.out, rows), sep="\n")
 
 
@@ -379,3 +334,8 @@ def summary(out: Path, rows: Sequence[Row]) -> str:
     tally = count(rows)
     lines = [f"{out}: {tally.pop('good', 0):,} of {len(rows):,} questions have a rephrasing; turned down:"]
     return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in tally.most_common()])
+
+
+def count(rows: Sequence[Row]) -> Counter[str]:
+    """Questions with a rephrasing, and rewrites turned down by reason."""
+    return sum((Counter(row["faults"]) for row in rows), Counter(good=sum(bool(row["rephrased"]) for row in rows)))

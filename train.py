@@ -35,12 +35,13 @@ import metrics
 import plot
 import ranks
 from config import Config, ConfigError, parse
-from data import DataError, PromptedPair, questions_of_step
+from data import DataError
 from evaluate import Settings, accuracies, decode
 from grpo import group_advantages, learning_rate, step_denominator
 from packing import PackedLM, micro_batches
 from policy import ModelError, Objective, mean_per_rollout, optimizer_step, score
 from preparation import Run, claimed, describe_plan, prepare, to_save
+from prompts import PromptedPair, questions_of_step
 from rewards import View, Voter, build_groups, pseudo_labels, read_answers
 from rollout import Rollout, request_seed
 from teacher import ema_weight, update

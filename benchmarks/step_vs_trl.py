@@ -197,7 +197,8 @@ def trl_dataset(settings: Settings, folder: Path) -> Any:
     """Our questions in the order of our steps."""
     from datasets import Dataset
 
-    from data import SYSTEM_PROMPT, load_pairs, questions_of_step
+    from data import load_pairs
+    from prompts import SYSTEM_PROMPT, questions_of_step
 
     pairs = load_pairs(str(folder / "questions.jsonl"))
     steps = range(settings.warmup + settings.steps)
@@ -312,8 +313,9 @@ def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
     from floor import floor
 
-    from data import load_pairs, prompt_ids
+    from data import load_pairs
     from policy import load
+    from prompts import prompt_ids
 
     link.send(memory_gb("VmRSS"))
     policy, tokenizer = load(model_folder(settings), torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""data.py: each test is named after the bug it prevents."""
+"""data.py, prompts.py and show.py: each test is named after the bug it prevents."""
 
 import json
 import re
@@ -18,7 +18,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-from data import DataError, Pair, Report, load_pairs, prompt_ids, prompt_pairs, prompt_text
+import prompts
+from data import DataError, Pair, Report, load_pairs
+from prompts import prompt_ids, prompt_pairs, prompt_text
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 ASY = "[asy] draw(circle((0,0),1)); [/asy]"
@@ -146,6 +148,14 @@ def test_the_pairs_file_of_the_hub_is_understood(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: str(tmp_path))
     (pair,) = load_pairs("dapo")
     assert (pair.question, pair.rephrased, pair.gold, pair.meta["level"]) == ("q", "r", "7", "Level 2")
+
+
+def test_a_chosen_column_is_read_although_another_has_a_name_of_the_authors(tmp_path):
+    """MetaMathQA has original_question beside query and response."""
+    path = write_jsonl(tmp_path / "q.jsonl", [{"query": "q", "response": "7", "original_question": "o"}])
+    assert load_pairs(path, question="query", answer="response") == [
+        Pair("0", "q", None, "7", {"original_question": "o"})
+    ]
 
 
 def test_the_embedded_task_is_a_source(monkeypatch):
@@ -447,7 +457,7 @@ def test_a_damaged_parquet_never_ends_in_a_traceback(tmp_path, data_):
 
 def test_the_prompt_is_the_paper_s_system_message_and_the_bare_question():
     tokenizer = byte_tokenizer()
-    expected = f"<bos><|system|>{data.SYSTEM_PROMPT}<|user|>What is 1+1?<|assistant|>"
+    expected = f"<bos><|system|>{prompts.SYSTEM_PROMPT}<|user|>What is 1+1?<|assistant|>"
     assert prompt_text(tokenizer, "What is 1+1?") == expected
     ids = prompt_ids(tokenizer, "What is 1+1?")
     assert isinstance(ids, list) and all(isinstance(i, int) for i in ids)
@@ -461,7 +471,7 @@ def test_the_bos_is_not_doubled():
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DEAF_TO_SYSTEM])
 def test_a_template_without_a_system_role_does_not_lose_the_instruction(template):
-    assert prompt_text(byte_tokenizer(template), "q") == f"<bos><|user|>{data.SYSTEM_PROMPT}\n\nq<|assistant|>"
+    assert prompt_text(byte_tokenizer(template), "q") == f"<bos><|user|>{prompts.SYSTEM_PROMPT}\n\nq<|assistant|>"
 
 
 def test_a_tokenizer_without_a_chat_template_is_named_with_the_cure():
@@ -478,7 +488,7 @@ def test_a_template_that_cannot_ask_a_question_is_refused(template):
 
 def test_an_unreadable_chat_template_file_is_named(tmp_path):
     with pytest.raises(DataError, match="absent.jinja cannot be read"):
-        data.read_chat_template(str(tmp_path / "absent.jinja"))
+        prompts.read_chat_template(str(tmp_path / "absent.jinja"))
 
 
 def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
@@ -522,29 +532,29 @@ def test_a_run_that_needs_gold_says_so():
 @given(n=st.integers(1, 300), per_step=st.integers(1, 200), seed=st.integers(0, 5), epoch=st.integers(0, 4))
 @settings(deadline=None)
 def test_no_epoch_drops_or_repeats_a_question(n, per_step, seed, epoch):
-    steps = data.steps_per_epoch(n, per_step)
-    batches = [data.questions_of_step(n, per_step, seed, epoch * steps + k) for k in range(steps)]
+    steps = prompts.steps_per_epoch(n, per_step)
+    batches = [prompts.questions_of_step(n, per_step, seed, epoch * steps + k) for k in range(steps)]
     assert sorted(i for batch in batches for i in batch) == list(range(n))
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= per_step and max(sizes) - min(sizes) <= 1
 
 
 def test_a_set_smaller_than_a_step_is_one_step():
-    assert data.steps_per_epoch(83, 128) == 1
-    assert sorted(data.questions_of_step(83, 128, 0, 7)) == list(range(83))
+    assert prompts.steps_per_epoch(83, 128) == 1
+    assert sorted(prompts.questions_of_step(83, 128, 0, 7)) == list(range(83))
 
 
 def test_the_order_is_the_same_in_every_version_and_on_every_machine():
-    assert data.epoch_order(10, seed=0, epoch=0) == (0, 4, 2, 3, 8, 7, 6, 9, 5, 1)
+    assert prompts.epoch_order(10, seed=0, epoch=0) == (0, 4, 2, 3, 8, 7, 6, 9, 5, 1)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {data.epoch_order(50, seed, epoch) for seed in range(4) for epoch in range(4)}
+    orders = {prompts.epoch_order(50, seed, epoch) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
 def test_every_place_is_equally_likely():
-    first = Counter(data.epoch_order(5, seed, 0)[0] for seed in range(2000))
+    first = Counter(prompts.epoch_order(5, seed, 0)[0] for seed in range(2000))
     assert all(330 < first[i] < 470 for i in range(5))
 
 
@@ -580,7 +590,7 @@ def test_show_prints_counts_faults_levels_and_both_wordings(tmp_path):
 
 
 def test_reading_data_does_not_load_torch():
-    code = "import sys, data; sys.exit('torch' in sys.modules)"
+    code = "import sys, data, prompts, show; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=Path(data.__file__).parent, check=True)
 
 

@@ -4,7 +4,7 @@ import random
 import re
 
 import embedded
-from data import SYSTEM_PROMPT, prompt_ids
+from prompts import SYSTEM_PROMPT, prompt_ids
 from rewards import equivalent
 from word_problems import (
     FAMILIES,

@@ -1,4 +1,4 @@
-"""rephrase.py, faults.py and the sampler's top_p: each test is named after the bug it prevents."""
+"""rephrase.py, parts.py, faults.py and the sampler's top_p: each test is named after the bug it prevents."""
 
 import json
 import os
@@ -17,6 +17,7 @@ import torch
 import rephrase
 from data import DataError, load_pairs
 from faults import lost_numbers, numbers, strict_fault
+from parts import stand_alone
 from rephrase import Reply, Settings, parse
 from rollout import TransformersSampler, draw, nucleus, request_seed, uniform_numbers
 
@@ -133,7 +134,7 @@ def test_few_good_paraphrases_are_turned_down():
 
 
 class Scripted:
-    """Stands for a Speaker; `say(question, key, g)` is its g-th reply."""
+    """Stands for a ChatModel; `say(question, key, g)` is its g-th reply."""
 
     tokenizer = chat_template = None
     longest_prompt = 100
@@ -148,7 +149,7 @@ class Scripted:
 
 
 def use(monkeypatch, model: Scripted) -> None:
-    monkeypatch.setattr(rephrase, "speaker", lambda *_: nullcontext(model))
+    monkeypatch.setattr(rephrase, "chat_model", lambda *_: nullcontext(model))
     for to_ids in ("prompt_ids", "instruction_ids"):
         monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, template: list(text.encode()))
 
@@ -309,7 +310,7 @@ class Stub:
         text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
         return rephrase.Reply("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", rng.random() < 0.9)
 
-rephrase.speaker = lambda *_: nullcontext(Stub())
+rephrase.chat_model = lambda *_: nullcontext(Stub())
 rephrase.instruction_ids = lambda tokenizer, question, template: list(question.encode())
 data.main()
 """
@@ -345,7 +346,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def parts(folder: Path) -> set[str]:
+def parts_in(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("killed.jsonl.parts/rewritten-*.jsonl")}
 
 
@@ -355,14 +356,14 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
     texts = [row["rephrased"] for row in map(json.loads, whole.splitlines())]
     assert len(texts) == 10 and len({text and text.split()[0] for text in texts}) > 1  # the seeds reach the stub
     for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        already = parts(tmp_path)
+        already = parts_in(tmp_path)
         process = start(tmp_path, "killed.jsonl", seconds=1.5)
-        while process.poll() is None and parts(tmp_path) == already:
+        while process.poll() is None and parts_in(tmp_path) == already:
             time.sleep(0.01)
         process.send_signal(sign)
         process.communicate(timeout=60)
-        assert process.returncode != 0 and parts(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
-    done = {row["id"] for name in parts(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
+        assert process.returncode != 0 and parts_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
+    done = {row["id"] for name in parts_in(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
     (tmp_path / "asked.txt").unlink()
     finish(start(tmp_path, "killed.jsonl"))
     asked = {line.split()[0] for line in (tmp_path / "asked.txt").read_text().splitlines()}
@@ -387,7 +388,7 @@ def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
             monkeypatch.delenv(name, raising=False)
             if value is not None:
                 monkeypatch.setenv(name, value)
-        assert rephrase.stand_alone() == (5, 8)
+        assert stand_alone() == (5, 8)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
 

@@ -15,9 +15,10 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from config import Config
-from data import Pair, PromptedPair
+from data import Pair
 from packing import PackedLM
 from policy import build_optimizer
+from prompts import PromptedPair
 from rewards import VARIANTS, Variant
 from rollout import Rollout, Sample, Sampler, TransformersSampler
 from teacher import frozen_copy
