@@ -104,7 +104,7 @@ def measure(size: Size, repeats: int) -> tuple[int, int, float, float, float, fl
     torch.set_num_threads(1)
     policy, rollouts = new_policy(size), rollouts_of(size)
     reference, optimizer = frozen_copy(policy), build_optimizer(policy, (0.9, 0.999), 0.01)
-    tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+    tokens = sum(map(len, rollouts))
     batches = micro_batches(rollouts, size.tokens_per_micro_batch, DEVICE)
     advantages = group_advantages(torch.arange(len(rollouts)) % 3, size.rollouts)
     objective = Objective(1.0, 0.2, 0.001, 2.0, "token", torch.full((len(rollouts),), float(tokens)), 1.0)

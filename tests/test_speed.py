@@ -63,6 +63,17 @@ def test_the_head_lets_go_of_its_gradient():
     assert peak < 2.5 * weight.nbytes  # the weight, its gradient, and logits of four tokens
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_the_head_holds_the_logits_of_one_chunk_alone(monkeypatch, training):
+    """The last chunk's probabilities beside the next one's logits and log-probs: half as much again for nothing."""
+    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", 5000 * 100)
+    hidden, weight, tracker = torch.randn(300, 8), torch.randn(5000, 8), MemTracker()
+    loss = (lambda logp, _: -logp) if training else None
+    with tracker:
+        ChunkedHead.apply(hidden, weight, torch.arange(300), 1.0, loss)
+    assert tracker.get_tracker_snapshot("peak")[CPU]["Total"] < 2.5 * 4 * packing.LOGITS_PER_CHUNK
+
+
 def test_scoring_forms_no_gradients():
     batch = pack(tiny_rollouts(4), range(4), CPU)
     with torch.profiler.profile() as profiler, torch.no_grad():
