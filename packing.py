@@ -57,13 +57,13 @@ class TokenStats(NamedTuple):
 def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device) -> MicroBatch:
     """The rollouts at `rows`, end to end."""
     chosen = [rollouts[row] for row in rows]
-    prompt_lengths = torch.tensor([len(r.prompt_ids) for r in chosen])
-    lengths = torch.tensor([len(r.prompt_ids) + len(r.response_ids) for r in chosen])
-    starts = lengths.cumsum(0) - lengths
+    lengths = torch.tensor([len(rollout) for rollout in chosen])
+    responses = torch.tensor([len(rollout.response_ids) for rollout in chosen])
+    starts, ends = lengths.cumsum(0) - lengths, lengths.cumsum(0)
     in_sequence = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, L]
     positions = torch.arange(int(lengths.max())).expand_as(in_sequence)
-    mask = torch.arange(int((lengths - prompt_lengths).max())) < (lengths - prompt_lengths)[:, None]  # [B, T]
-    predictor_at = (starts + prompt_lengths - 1)[:, None] + torch.arange(mask.shape[1])
+    mask = torch.arange(int(responses.max())) < responses[:, None]  # [B, T]
+    predictor_at = (ends - responses - 1)[:, None] + torch.arange(mask.shape[1])
 
     def padded(values: list[list[Any]]) -> Tensor:
         return nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], batch_first=True)
@@ -74,7 +74,7 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
         position_ids=positions[in_sequence][None],
         token_at=(starts[:, None] + positions).masked_fill(~in_sequence, 0),
         row_at=in_sequence.flatten().nonzero().squeeze(1),
-        bounds=F.pad(lengths.cumsum(0), (1, 0)).int(),
+        bounds=F.pad(ends, (1, 0)).int(),
         predictor_at=predictor_at.masked_fill(~mask, 0),
         targets=padded([r.response_ids for r in chosen]),
         mask=mask,
@@ -98,18 +98,14 @@ def micro_batches(
     are the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
     gets as many, a muted one where they do not suffice: FSDP communicates within each forward and backward pass.
     """
-
-    def length(row: int) -> int:
-        return len(rollouts[row].prompt_ids) + len(rollouts[row].response_ids)
-
     groups: list[list[int]] = []
     used = tokens
-    for row in sorted(range(len(rollouts)) if rows is None else rows, key=length):
-        if used + length(row) > tokens:
+    for row in sorted(range(len(rollouts)) if rows is None else rows, key=lambda row: len(rollouts[row])):
+        if used + len(rollouts[row]) > tokens:
             groups.append([])
             used = 0
         groups[-1].append(row)
-        used += length(row)
+        used += len(rollouts[row])
     batches = [pack(rollouts, rows, device) for rows in groups[rank::ranks]]
     if len(batches) * ranks < len(groups):
         batches.append(muted(pack(rollouts, groups[0][:1], device)))
@@ -143,7 +139,7 @@ def packed_attention(
     under causal attention, and its outputs are dropped. A layer with a sliding window sees that many tokens, the
     present one included.
     """
-    longest, window = packing.token_at.shape[1], None
+    longest = packing.token_at.shape[1]
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
         window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
@@ -156,6 +152,7 @@ def packed_attention(
     def rows(packed: Tensor) -> Tensor:
         return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
 
+    window = None
     if sliding_window is not None and sliding_window < longest:
         window = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
     output = F.scaled_dot_product_attention(
@@ -210,6 +207,7 @@ class ChunkedHead(torch.autograd.Function):
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             ctx.gradients = grad_hidden, grad_weight
         for chunk in token_chunks(len(hidden), len(weight)):
+            probabilities = grad_logits = None  # the last chunk's go before this one's come
             target = targets[chunk, None]
             *statistics, probabilities = token_statistics(hidden[chunk], weight, target, temperature)
             logp[chunk], entropy[chunk], certainty[chunk] = statistics
@@ -230,6 +228,7 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
+        del ctx.gradients  # held by no one else, that of the weight becomes .grad without a copy
         return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
 
 

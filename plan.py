@@ -16,20 +16,19 @@ and the allocator's fragmentation; USABLE leaves room for them.
 import math
 import os
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoModelForCausalLM, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 import ranks
 from config import Config
 from packing import LOGITS_PER_CHUNK
-from policy import decoder_layers
+from policy import compute_dtype, decoder_layers
 from rewards import Variant, View
-from rollout import ROWS_PER_CALL
+from rollout import ROWS_PER_CALL, skeleton
 
 GPU_BYTES = 80e9
 USABLE = 0.92  # of a GPU, for what is planned here
@@ -70,11 +69,9 @@ class Architecture:
 
 def architecture(lm: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Architecture:
     """Of a model of any device, computing in `dtype`; its weights are not read."""
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(lm.config), dtype=dtype)
-    config = skeleton.config.get_text_config()
-    layers = decoder_layers(skeleton)
-    parameters = sum(p.numel() for p in skeleton.parameters())
+    bare = skeleton(lm.config, dtype)
+    config, layers = bare.config.get_text_config(), decoder_layers(bare)
+    parameters = sum(p.numel() for p in bare.parameters())
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return Architecture(
@@ -83,16 +80,16 @@ def architecture(lm: PreTrainedModel, dtype: torch.dtype = torch.bfloat16) -> Ar
         layers=len(layers),
         hidden=config.hidden_size,
         vocabulary=config.vocab_size,
-        kept_of_a_token=kept_by_autograd(skeleton),
+        kept_of_a_token=kept_by_autograd(bare),
         inputs_of_a_token=float(dtype.itemsize * config.hidden_size * len(layers)),
         cached_of_a_token=4.0 * len(layers) * heads * head_dim,
     )
 
 
-def kept_by_autograd(skeleton: PreTrainedModel, tokens: int = 64) -> float:
+def kept_by_autograd(bare: PreTrainedModel, tokens: int = 64) -> float:
     """Bytes a token that a forward pass on the meta device saves for its backward pass, weights not counted."""
-    skeleton.set_attn_implementation("planned")
-    weights = {tensor.untyped_storage()._cdata for tensor in skeleton.parameters()}
+    bare.set_attn_implementation("planned")
+    weights = {tensor.untyped_storage()._cdata for tensor in bare.parameters()}
     saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps their storages from being reused
 
     def note(tensor: Tensor) -> Tensor:
@@ -102,8 +99,8 @@ def kept_by_autograd(skeleton: PreTrainedModel, tokens: int = 64) -> float:
 
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        embedded = skeleton.get_input_embeddings()(ids)
-        output = skeleton.base_model(inputs_embeds=embedded, position_ids=ids, use_cache=False)
+        embedded = bare.get_input_embeddings()(ids)
+        output = bare.base_model(inputs_embeds=embedded, position_ids=ids, use_cache=False)
     del output
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values()) / tokens
 
@@ -258,9 +255,15 @@ def describe(
 
 
 def wants_checkpointing(lm: PreTrainedModel, config: Config, variant: Variant, device: torch.device) -> bool:
-    """Whether this run, on these devices, has to compute activations again."""
+    """Whether this run, on these devices, has to compute activations again; the model is counted for `auto` alone."""
+    if config.memory.activation_checkpointing != "auto":
+        return config.memory.activation_checkpointing == "on"
+    of = architecture(lm, compute_dtype(device))
+    return recomputes(of, config, variant, ranks.count(), memory_of(device))
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has, in use or not; of a CPU those of the machine."""
     if device.type == "cuda":
-        of, total = architecture(lm), float(torch.cuda.get_device_properties(device).total_memory)
-    else:
-        of, total = architecture(lm, torch.float32), float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    return recomputes(of, config, variant, ranks.count(), total)
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,7 +18,7 @@ import embedded
 import grpo
 import ranks
 from packing import MicroBatch, PackedLM, TokenLoss, TokenStats, pack
-from rollout import Rollout
+from rollout import Rollout, skeleton
 from word_problems import STUDENTS
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
@@ -59,8 +58,7 @@ def load_pretrained(
         tokenizer = AutoTokenizer.from_pretrained(path)
         if weights:
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype), tokenizer
+        return skeleton(AutoConfig.from_pretrained(path), dtype), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ModelError(f"--model {name}: transformers cannot load {path} ({reason})") from error
@@ -75,11 +73,12 @@ def load(name: str, device: torch.device, offload: bool = False) -> tuple[Packed
     lm, tokenizer = load_pretrained(name, torch.float32, weights=ranks.is_first())
     policy = PackedLM(lm if ranks.is_first() else unfilled(lm), compute_dtype(device))
     ranks.on_first(partial(verify_head, policy, name))
-    if ranks.in_group():
-        weights = ranks.tensors_of(policy)
-        shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
-        ranks.spread(weights, policy)
-    return (policy if ranks.in_group() else policy.to(device)), tokenizer
+    if not ranks.in_group():
+        return policy.to(device), tokenizer
+    weights = ranks.tensors_of(policy)
+    shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
+    ranks.spread(weights, policy)
+    return policy, tokenizer
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -89,11 +88,10 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 def unfilled(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same architecture, in float32 on the CPU, with whatever values: memory costs nothing before it is
     written to, so a model that is going to be sharded is never whole here."""
-    with torch.device("meta"):
-        skeleton: PreTrainedModel = type(lm)(deepcopy(lm.config)).float()
-    skeleton.to_empty(device="cpu").eval()
-    skeleton.tie_weights()
-    return skeleton
+    twin = skeleton(lm.config)
+    twin.to_empty(device="cpu").eval()
+    twin.tie_weights()
+    return twin
 
 
 def verify_head(policy: PackedLM, name: str) -> None:

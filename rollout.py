@@ -13,13 +13,14 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
 
 import ranks
 
@@ -34,6 +35,10 @@ class Rollout:
     response_ids: list[int]
     logp: list[float]  # the sampler's own log-prob of each response token, under the distribution it was drawn from
     finished: bool
+
+    def __len__(self) -> int:
+        """Tokens of prompt and response."""
+        return len(self.prompt_ids) + len(self.response_ids)
 
 
 Sample = Callable[..., list[Rollout]]
@@ -133,13 +138,19 @@ def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
         lm.train(training).set_attn_implementation(attention)
 
 
+def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model on the meta device, where tensors have names and shapes and take no memory."""
+    with torch.device("meta"):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
+    return lm
+
+
 @torch.no_grad()
 def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
     if ranks.mesh_of(lm) is None:
         return lm
-    with torch.device("meta"):
-        copy: PreTrainedModel = type(lm)(lm.config).eval()
+    copy: PreTrainedModel = skeleton(lm.config).eval()
     copy.load_state_dict({name: ranks.full(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True)
     for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
         owner, _, attribute = name.rpartition(".")
@@ -198,22 +209,22 @@ class TransformersSampler:
         top_p: float,
     ) -> list[Rollout]:
         uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
-        drawn = [(list[int](), list[float]()) for _ in range(len(prompts) * n)]  # tokens and log-probs of each row
-        active = torch.arange(len(drawn), device=lm.device)  # rows that still go on
+        response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row
+        logps: list[list[float]] = [[] for _ in response_ids]
+        active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
         stop_ids = torch.tensor(self.eos_ids, device=lm.device)
         decoding = Decoding(lm, prompts, n)
         for position in range(max_tokens):
             token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
-            for row, *one in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
-                for values, value in zip(drawn[row], one, strict=True):
-                    values.append(value)
+            for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
+                response_ids[row].append(token_id)
+                logps[row].append(its_logp)
             goes_on = torch.isin(token, stop_ids, invert=True)
             active = active[goes_on]
             if len(active) == 0 or position + 1 == max_tokens:
                 break
             decoding.step(token, goes_on)
-        asked = [prompt for prompt in prompts for _ in range(n)]
         return [
-            Rollout(prompt, ids, logp, finished=ids[-1] in self.eos_ids)
-            for prompt, (ids, logp) in zip(asked, drawn, strict=True)
+            Rollout(prompts[row // n], ids, logps[row], finished=ids[-1] in self.eos_ids)
+            for row, ids in enumerate(response_ids)
         ]

@@ -25,10 +25,11 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from torch import Tensor, distributed
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 import ranks
-from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention, whole
+from plan import memory_of
+from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention, skeleton, whole
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
 CPU_SEQUENCES = 256  # sampled at once on a CPU
@@ -96,9 +97,7 @@ class VLLMSampler:
         self.sync_seconds: float | None = None
         self._held = self._checked = False
         self._group = tensor_parallel_group(tensor_parallel)
-        with torch.device("meta"):
-            skeleton = AutoModelForCausalLM.from_config(lm.config)
-        self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton.state_dict().items()}
+        self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton(lm.config).state_dict().items()}
         size: dict[str, Any] = {"max_model_len": max_sequence_tokens, "tensor_parallel_size": tensor_parallel}
         if self.on_gpu:
             size |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
@@ -273,9 +272,8 @@ def cpu_limits(
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory)),
+        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory_of(torch.device("cpu")))),
         "max_num_seqs": sequences,
         "enforce_eager": True,
         # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.

@@ -94,7 +94,7 @@ def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     """Floating-point operations of a forward and backward pass, as the head of this file counts them."""
     body = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
     head, attention = lm.get_output_embeddings().weight.numel(), lm.config.num_attention_heads * lm.config.head_dim
-    lengths = [len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts]
+    lengths = [len(rollout) for rollout in rollouts]
     products = body * sum(lengths) + head * sum(len(rollout.response_ids) for rollout in rollouts)
     squares = attention * lm.config.num_hidden_layers * sum(length**2 for length in lengths)
     return float(6 * (products + squares))
@@ -159,7 +159,7 @@ def train_trl(name: str, rollouts: list[Rollout], tokens: int, repeats: int) -> 
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    longest = max(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+    longest = max(map(len, rollouts))
     rows = max(1, tokens // longest)
     lm = random_model(name)
     with TemporaryDirectory() as folder:
@@ -241,7 +241,7 @@ def training(
     rows = []
     for name, response in ((name, response) for name in models for response in response_tokens):
         rollouts = random_rollouts(tokens, prompt_tokens, response, spread, SHAPES[name][6])
-        total = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+        total = sum(map(len, rollouts))
         row = [name, f"{response:,}", f"{total:,}"]
         try:
             scoring, trained, memory, work = train_ours(

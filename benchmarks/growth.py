@@ -4,10 +4,11 @@
     python benchmarks/growth.py --doublings 1 --questions 2 --repeats 1 --hidden 32
 
 Times are those of the reference pass and of the training phase (optimizer included) for each token of prompts and
-responses; memory is what they add to the process at their peak, for each token of a micro-batch (of the step, where it
-is smaller). Every row is a process of its own, so that none inherits another's memory. Linux.
+responses; memory is that of all tensors which the training phase allocates, at its fullest moment, as PyTorch's trace
+counts it: whole, and for each token of the largest micro-batch. Every row is a process of its own.
 """
 
+import json
 import multiprocessing
 import sys
 import time
@@ -15,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -76,10 +78,15 @@ def new_policy(size: Size) -> PackedLM:
     return PackedLM(AutoModelForCausalLM.from_config(config, dtype=torch.float32))
 
 
-def peak_bytes() -> int:
-    """Of this process; `ru_maxrss` would not do, it cannot be started afresh."""
-    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+def peak_bytes(work: Callable[[], Any]) -> int:
+    """Of what `work` allocates, the kernels' own buffers included; an allocator's reserves are not in it."""
+    with TemporaryDirectory() as folder:
+        trace = Path(folder) / "trace.json"
+        with torch.profiler.profile(profile_memory=True) as profiler:
+            work()
+        profiler.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    return max(event["args"]["Total Allocated"] for event in events if event["name"] == "[memory]")
 
 
 def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
@@ -91,27 +98,26 @@ def cpu_seconds(work: Callable[[], Any], repeats: int) -> float:
     return median(taken)
 
 
-def measure(size: Size, repeats: int) -> tuple[int, float, float, float]:
-    """Tokens of the step; microseconds a token of reference pass and training phase; kB a token of a micro-batch."""
+def measure(size: Size, repeats: int) -> tuple[int, int, float, float, float, float]:
+    """Tokens and micro-batches of the step; microseconds a token of reference pass and training phase; memory at the
+    peak of the latter in MB, and in kB a token of the largest micro-batch."""
     torch.set_num_threads(1)
     policy, rollouts = new_policy(size), rollouts_of(size)
     reference, optimizer = frozen_copy(policy), build_optimizer(policy, (0.9, 0.999), 0.01)
-    tokens = sum(len(rollout.prompt_ids) + len(rollout.response_ids) for rollout in rollouts)
+    tokens = sum(map(len, rollouts))
     batches = micro_batches(rollouts, size.tokens_per_micro_batch, DEVICE)
     advantages = group_advantages(torch.arange(len(rollouts)) % 3, size.rollouts)
     objective = Objective(1.0, 0.2, 0.001, 2.0, "token", torch.full((len(rollouts),), float(tokens)), 1.0)
+    anchor = score(reference, batches, 1.0)
 
-    def train(batches: list[Any]) -> None:
-        optimizer_step(policy, optimizer, batches, advantages, score(reference, batches, 1.0), objective, 1e-4)
+    def train() -> None:
+        optimizer_step(policy, optimizer, batches, advantages, anchor, objective, 1e-4)
 
-    train(micro_batches(rollouts, 1, DEVICE, rows=[0]))  # gradients and moments are there from now on
-    Path("/proc/self/clear_refs").write_text("5")
-    before = peak_bytes()
-    train(batches)
-    added = (peak_bytes() - before) / max(batch.input_ids.numel() for batch in batches)
-    scoring = cpu_seconds(lambda: score(reference, batches, 1.0), repeats)
-    both = cpu_seconds(lambda: train(batches), repeats)
-    return tokens, scoring / tokens * 1e6, (both - scoring) / tokens * 1e6, added / 1e3
+    train()  # AdamW's moments are there from now on
+    scoring, training = cpu_seconds(lambda: score(reference, batches, 1.0), repeats), cpu_seconds(train, repeats)
+    peak = peak_bytes(train)
+    largest = max(batch.input_ids.numel() for batch in batches)
+    return tokens, len(batches), scoring / tokens * 1e6, training / tokens * 1e6, peak / 1e6, peak / largest / 1e3
 
 
 def main(size: tyro.conf.OmitArgPrefixes[Size] = Size(), doublings: int = 3, repeats: int = 5) -> None:
@@ -120,12 +126,13 @@ def main(size: tyro.conf.OmitArgPrefixes[Size] = Size(), doublings: int = 3, rep
         for power in range(1, doublings + 1):
             value = getattr(size, name) * 2**power
             grown.append((f"{name} {value:,}", replace(size, **{name: value})))
-    print(f"{size}\n\n| | tokens | reference, us/token | training, us/token | added memory, kB/token |")
-    print("| --- " * 5 + "|")
+    head = ("", "tokens", "micro-batches", "reference, us/token", "training, us/token", "peak, MB", "peak, kB/token")
+    print(f"{size}\n\n| {' | '.join(head)} |\n" + "| --- " * len(head) + "|")
     for label, each in grown:
         with multiprocessing.get_context("fork").Pool(1) as process:
-            tokens, *figures = process.apply(measure, (each, repeats))
-        print(f"| {label} | {tokens:,} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |", flush=True)
+            tokens, batches, *figures = process.apply(measure, (each, repeats))
+        cells = [label, f"{tokens:,}", str(batches), *(f"{figure:.1f}" for figure in figures)]
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

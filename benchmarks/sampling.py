@@ -5,12 +5,11 @@
     python benchmarks/sampling.py --model random-0.6B --questions 64 --response-tokens 1024      # a GPU
     python benchmarks/sampling.py --model random-1.7B --questions 64 --response-tokens 1024 --no-hf
 
-`random-*` are models of Qwen3's shapes with random weights: speed and memory do not depend on the weights, and nothing
-is downloaded. Bare vLLM is `LLM.generate` on the same engine and prompts, without seeds and log-probs. All responses
-have full length. Prints a table in Markdown.
+`random-*` are models of Qwen3's shapes (gpu.SHAPES) with random weights: speed and memory do not depend on the weights,
+and nothing is downloaded. Bare vLLM is `LLM.generate` on the same engine and prompts, without seeds and log-probs. All
+responses have full length. Prints a table in Markdown.
 """
 
-import resource
 import sys
 import time
 from collections.abc import Callable
@@ -20,38 +19,25 @@ from statistics import median
 
 import torch
 import tyro
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from gpu import random_model
+
 import embedded
+import metrics
 from packing import PackedLM, micro_batches
 from policy import score
 from rollout import Rollout, TransformersSampler
 from vllm_sampler import VLLMSampler, build_sampler
 
-HIDDEN_OF = {"random-0.6B": 1024, "random-1.7B": 2048}
-
 
 def load(name: str, device: torch.device) -> PreTrainedModel:
-    if name not in HIDDEN_OF:
-        folder = embedded.model_folder() if name == "embedded" else name
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
-    hidden = HIDDEN_OF[name]
-    config = Qwen3Config(
-        vocab_size=151_936,
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=28,
-        num_attention_heads=16,
-        num_key_value_heads=8,
-        head_dim=128,
-        max_position_embeddings=40_960,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    with device:
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    if name.startswith("random-"):
+        return random_model(name.removeprefix("random-"))
+    folder = embedded.model_folder() if name == "embedded" else name
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 
 def seconds(works: list[Callable[[], object]], before: Callable[[], object], repeats: int) -> list[float]:
@@ -72,7 +58,7 @@ def used_gb() -> float:
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         return (total - free) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    return metrics.peak_memory_gb()
 
 
 def mismatch(lm: PreTrainedModel, dtype: torch.dtype, rollouts: list[Rollout]) -> tuple[float, float]:
