@@ -3,6 +3,7 @@
     python benchmarks/study.py                        # everything, under an hour on two idle cores
     python benchmarks/study.py --only misreading      # one section
     python benchmarks/study.py --seeds 0 --jobs 1     # a first look
+    python benchmarks/study.py --jobs 0               # no new runs: the tables of those that are there
 
 Fills the tables of docs/STUDY.md, draws its figures, and leaves the text around them alone. A run that is already there
 is not repeated; one that two sections need is made once.
@@ -116,7 +117,12 @@ def run(flags: str, seed: int, folder: Path) -> str:
     return folder.name
 
 
-def run_all(wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
+def run_all(runs: Path, wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
+    runs.mkdir(parents=True, exist_ok=True)
+    for name in STUDENTS:
+        model_folder(name)
+    for share in NOISE:
+        write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
     missing = {folder: what for folder, what in wanted.items() if not is_finished(folder)}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run, flags, seed, folder) for folder, (flags, seed) in missing.items()]
@@ -202,15 +208,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def section_table(name: str, histories: dict[str, list[History]]) -> str:
     columns = COLUMNS if name == "usual" else COLUMNS_OF.get(name, SHORT)
     rows = [
-        [row, *(spread([last(key, history) for history in group]) for key in columns.values())]
+        [row, str(len(group)), *(spread([last(key, history) for history in group]) for key in columns.values())]
         for row, group in histories.items()
     ]
     start = next(iter(histories.values()))
-    before = [
-        "before, or first step",
-        *(spread([first(key, history) for history in start]) for key in columns.values()),
-    ]
-    return table(["", *columns], [before, *rows])
+    before = [spread([first(key, history) for history in start]) for key in columns.values()]
+    return table(["", "seeds", *columns], [["before, or first step", "", *before], *rows])
 
 
 def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
@@ -254,23 +257,22 @@ def main(
     runs: Path = ROOT / "runs" / "study",
     document: Path = ROOT / "docs" / "STUDY.md",
 ) -> None:
-    runs.mkdir(parents=True, exist_ok=True)
-    for name in STUDENTS:
-        model_folder(name)
-    for share in NOISE:
-        write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
     sections = {name: SECTIONS[name] for name in only}
     each = [(flags, seed) for seed in seeds for rows in sections.values() for flags in rows.values()]
-    run_all({folder_of(runs, *what): what for what in each}, jobs)
+    if jobs:
+        run_all(runs, {folder_of(runs, *what): what for what in each}, jobs)
     results = {
-        name: {row: [read(folder_of(runs, flags, seed)) for seed in seeds] for row, flags in rows.items()}
+        name: {
+            row: [read(folder) for seed in seeds if is_finished(folder := folder_of(runs, flags, seed))]
+            for row, flags in rows.items()
+        }
         for name, rows in sections.items()
     }
     for name, histories in results.items():
         fill_in(document, name, section_table(name, histories))
     if "usual" in results:
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
-        plot.draw(named, document.with_name("study.png"))
+        plot.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading"} <= set(results):
