@@ -156,7 +156,10 @@ def last(key: str, history: History) -> float | None:
 def spread(values: Sequence[float | None]) -> str:
     """Mean, and in brackets the lowest and the highest seed."""
     known = [value for value in values if value is not None]
-    return f"{fmean(known):.2f} ({min(known):.2f}-{max(known):.2f})" if known else "-"
+    if not known:
+        return "-"
+    lowest, highest = f"{min(known):.2f}", f"{max(known):.2f}"
+    return f"{fmean(known):.2f}" + (f" ({lowest} to {highest})" if lowest != highest else "")
 
 
 def survives(history: History) -> bool:
