@@ -228,7 +228,6 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_hidden, grad_weight = (gradient.mul_(grad_loss) for gradient in ctx.gradients)
-        del ctx.gradients  # held by no one else, that of the weight becomes .grad without a copy
         return grad_hidden, grad_weight.to(ctx.weight_dtype), None, None, None
 
 
