@@ -43,7 +43,7 @@ RATES = {"2.5e-4": "--lr 2.5e-4", "5e-4": "", "1e-3": "--lr 1e-3"}  # half, once
 NOISE = (0.25, 0.5)
 MISREADING = "--model embedded-misreading"
 ON_MISREAD = f"eval_accuracy/greedy/wording {MISREAD_WORDING}"
-ON_OTHERS = "greedy on the other wordings"
+ON_OTHERS = "eval_accuracy/greedy/other wordings"
 REPHRASED = ("I", "III")  # what reads the rephrased questions
 VOTING = ("majority", "I", "II")
 
@@ -150,7 +150,7 @@ def first(key: str, history: History) -> float | None:
 def last(key: str, history: History) -> float | None:
     """The last value of an evaluation; of a training step's numbers the mean of the last five."""
     values = [record[key] for record in history if key in record]
-    return fmean(values[-5:] if not key.startswith(("eval", "greedy")) else values[-1:]) if values else None
+    return fmean(values[-5:] if not key.startswith("eval") else values[-1:]) if values else None
 
 
 def spread(values: Sequence[float | None]) -> str:
