@@ -106,7 +106,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             run.policy, run.optimizer, batches, advantages, reference, objective(run, rollouts), lr
         )
 
-    seen = metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards) | updated | clock.seconds
+    with clock("metrics"):
+        seen = metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
+    seen |= updated | clock.seconds
     if run.teacher is not None:
         seen["ema_weight"] = w
     sampled_tokens = sum(len(rollout.response_ids) for said in rollouts.values() for rollout in said)
