@@ -34,7 +34,7 @@ import tyro
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import answers
+import algebra
 from benchmark_data import Benchmark, load_benchmark
 from data import DataError
 from packing import PackedLM
@@ -345,7 +345,7 @@ def run(settings: Settings) -> Path:
     earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
     write_json(path, {"settings": read_settings(folder), "benchmarks": earlier | results})
     print(table(results))
-    for what, count in answers.counts().items():  # not in the file, as a killed run has forgotten its own
+    for what, count in algebra.counts().items():  # not in the file, as a killed run has forgotten its own
         if count:
             print(f"{what.replace('_', ' ')}: {count:,} comparisons of this run, taken as unequal")
     print(f"kept in {path}")
