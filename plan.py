@@ -151,12 +151,13 @@ def footprint(
     policy_shard = 0.0 if config.memory.offload_optimizer else shard
     frozen_shard = 0.0 if config.memory.offload_teacher else shard
     sequence = config.max_sequence_tokens
-    at_once = min(ROWS_PER_CALL, rollouts_of_a_step(config, variant.policy_views) / gpus)
+    rollouts = rollouts_of_a_step(config, variant.policy_views)
+    at_once = min(ROWS_PER_CALL, rollouts / gpus)
     copy_and_cache = 2 * of.parameters + at_once * sequence * of.cached_of_a_token
-    tokens = max(config.optimisation.tokens_per_micro_batch, sequence)
-    # Logits, probabilities and what they come from; a layer's activations, computed again, its weights and the next
-    # one's in bfloat16, its gradients in bfloat16 and for adding up in float32.
-    head_at_work = 12.0 * min(LOGITS_PER_CHUNK, tokens * of.vocabulary)
+    tokens = min(max(config.optimisation.tokens_per_micro_batch, sequence), rollouts * sequence)
+    # Log-probs and probabilities of a chunk; a layer's activations, computed again, its weights and the next one's in
+    # bfloat16, its gradients in bfloat16 and for adding up in float32.
+    head_at_work = 8.0 * min(LOGITS_PER_CHUNK, tokens * of.vocabulary)
     layer_at_work = 10.0 * layer + (tokens * of.kept_of_a_token / of.layers if checkpointing else 0.0)
     return Footprint(
         master_weights=4 * policy_shard,

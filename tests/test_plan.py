@@ -110,6 +110,14 @@ def test_auto_recomputes_only_where_a_step_would_not_fit(paper_model):
         assert plan.recomputes(paper_model, config, variant, 8) == expected
 
 
+def test_a_step_smaller_than_a_micro_batch_is_planned_by_its_own_size(paper_model):
+    """SmolLM2 on a CPU had its activations computed again for 16,384 tokens, in steps of 5,120 at most."""
+    config = replace(Config(), data=replace(Config().data, questions_per_step=2, max_prompt_tokens=512))
+    config = replace(config, sampling=replace(config.sampling, rollouts=4, max_response_tokens=128))
+    need = plan.footprint(paper_model, config, VARIANTS["majority"], 8, checkpointing=False)
+    assert need.activations == 2 * 4 * (512 + 128) * paper_model.kept_of_a_token
+
+
 @pytest.mark.parametrize("gpus", plan.GPUS)
 def test_the_flags_that_the_plan_names_make_the_run_fit(paper_model, gpus):
     flags = plan.flags_that_fit(paper_model, Config(), VARIANTS["II"], gpus)
