@@ -6,6 +6,7 @@ any, are only ever used for measuring.
 """
 
 import json
+import math
 import resource
 import time
 from collections import Counter
@@ -27,7 +28,6 @@ class Clock:
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-
         self.phase = ""
 
     @contextmanager
@@ -66,6 +66,10 @@ def response_metrics(rollouts: Sequence[Rollout], answers: Sequence[str | None],
         f"answered{suffix}": fmean(answer is not None for answer in answers),
         f"commonest_answer{suffix}": commonest / max(given.total(), 1),
     }
+
+
+def sampled_tokens(rollouts: dict[tuple[Voter, View], list[Rollout]]) -> int:
+    return sum(len(rollout.response_ids) for said in rollouts.values() for rollout in said)
 
 
 def vote_metrics(votes: Sequence[Vote], suffix: str = "") -> dict[str, float]:
@@ -238,6 +242,8 @@ class RunLog:
         return new
 
     def write(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+        """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""
+        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.history.append(metrics)
         append(self.metrics_file, [metrics])
         append(self.rollouts_file, samples)

@@ -23,7 +23,6 @@ import signal
 import sys
 from contextlib import closing
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ from config import Config, ConfigError, parse
 from data import DataError
 from evaluate import Settings, accuracies, decode
 from grpo import group_advantages, learning_rate, step_denominator
-from packing import PackedLM, micro_batches
+from packing import MicroBatch, PackedLM, micro_batches
 from policy import ModelError, Objective, mean_per_rollout, optimizer_step, score
 from preparation import Run, claimed, describe_plan, prepare, to_save
 from prompts import PromptedPair, questions_of_step
@@ -55,6 +54,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     chosen = questions_of_step(len(run.questions), config.data.questions_per_step, config.run.seed, step)
     questions = [run.questions[i] for i in chosen]
     golds = [question.pair.gold for question in questions]
+    seen: dict[str, float] = {}
 
     # 1. The policy answers.
     with clock("rollout"):
@@ -66,6 +66,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
             update(run.teacher, run.policy, w)
             rollouts |= sample_views(run, clock, run.teacher, "teacher", variant.teacher_views, questions, step)
+            seen["ema_weight"] = w
 
     # 3. Majority votes become pseudo-labels.
     with clock("reward"):
@@ -77,42 +78,25 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
     # 4. Rewards and advantages of the policy's rollouts, N = views x Q x G.
     trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
-    in_batches = partial(
-        micro_batches, trained, optimisation.tokens_per_micro_batch, run.device, rank=ranks.rank(), ranks=ranks.count()
-    )
-    batches = in_batches()
     with clock("reward"):
-        read_logits = {}
-        if variant.reward_reads_logits:
-            own = mean_per_rollout(batches, score(run.policy, batches, sampling.temperature), len(trained))
-            read_logits = {"entropy": own.entropy.tolist(), "self_certainty": own.self_certainty.tolist()}
-        groups = build_groups(variant, answers, labels, method.answer_match, **read_logits)
+        groups = build_groups(variant, answers, labels, method.answer_match, **read_logits(run, trained))
         rewards = variant.reward(groups)
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
-        if run.reference is None:
-            # Without a KL term a rollout of advantage 0 adds nothing to the gradient. One is kept, for a step without
-            # any other: AdamW has to see a gradient of 0, not none.
-            telling = advantages.nonzero().flatten().tolist() or [0]
-            batches = in_batches(rows=telling)
 
     # 5. One optimizer step.
-    reference = None
+    batches, reference = in_micro_batches(run, trained, advantages), None
     if run.reference is not None:
         with clock("reference"):
             reference = score(run.reference, batches, sampling.temperature)
     with clock("update"):
         lr = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
-        updated = optimizer_step(
-            run.policy, run.optimizer, batches, advantages, reference, objective(run, rollouts), lr
-        )
+        loss = objective(run, rollouts)
+        seen |= optimizer_step(run.policy, run.optimizer, batches, advantages, reference, loss, lr)
 
     with clock("metrics"):
-        seen = metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
-    seen |= updated | clock.seconds
-    if run.teacher is not None:
-        seen["ema_weight"] = w
-    sampled_tokens = sum(len(rollout.response_ids) for said in rollouts.values() for rollout in said)
-    seen["tokens_per_second"] = sampled_tokens / sum(clock.seconds.values())
+        seen |= metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
+    seen |= clock.seconds
+    seen["tokens_per_second"] = metrics.sampled_tokens(rollouts) / sum(clock.seconds.values())
     return seen, metrics.readable_sample(step, variant, questions[0].pair, groups, rewards)
 
 
@@ -142,6 +126,26 @@ def sample_views(
         clock.set_apart("sync", run.sampler.sync_seconds)
     per_view = len(questions) * sampling.rollouts
     return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
+
+
+def read_logits(run: Run, rollouts: list[Rollout]) -> dict[str, list[float]]:
+    """Mean entropy and self-certainty [N] of each of the policy's rollouts, if the row's reward asks for them."""
+    if not run.variant.reward_reads_logits:
+        return {}
+    batches = in_micro_batches(run, rollouts)
+    means = mean_per_rollout(batches, score(run.policy, batches, run.config.sampling.temperature), len(rollouts))
+    return {"entropy": means.entropy.tolist(), "self_certainty": means.self_certainty.tolist()}
+
+
+def in_micro_batches(run: Run, rollouts: list[Rollout], advantages: torch.Tensor | None = None) -> list[MicroBatch]:
+    """This rank's share of the rollouts; given their advantages [N], without those that cannot change the gradient."""
+    rows = None
+    if advantages is not None and run.reference is None:
+        # Without a KL term those of advantage 0. One is kept for a step without any other: AdamW has to see a gradient
+        # of 0, not none.
+        rows = advantages.nonzero().flatten().tolist() or [0]
+    tokens = run.config.optimisation.tokens_per_micro_batch
+    return micro_batches(rollouts, tokens, run.device, rows, ranks.rank(), ranks.count())
 
 
 def objective(run: Run, rollouts: dict[tuple[Voter, View], list[Rollout]]) -> Objective:

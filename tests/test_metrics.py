@@ -92,6 +92,18 @@ def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
     assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
+def test_a_step_whose_gradient_is_not_finite_leaves_a_log_that_is_json(tmp_path: Path):
+    config = {"run": {"tensorboard": False, "wandb": False}}
+    log = metrics.RunLog(tmp_path, config, first_step=0)
+    log.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, [])
+
+    def refuse(constant: str):
+        raise AssertionError(f"{constant} is no JSON")
+
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line, parse_constant=refuse) == {"step": 0, "skipped_steps": 1.0}
+
+
 def test_the_closing_table_reads_the_run_and_nothing_else(tmp_path: Path):
     history = [
         {"step": 0, "reward": 0.25, "seconds_rollout": 1.5, "eval_accuracy": 0.5, "eval_accuracy/greedy": 0.75},
