@@ -127,6 +127,20 @@ def packing_gap(lm: PreTrainedModel) -> float:
     return float((packed_logp - own_logp).abs().max())
 
 
+def check_length(lm: PreTrainedModel, tokens: int) -> None:
+    """Refuse sequences that are longer than the model knows positions; or than those up to which its positions do not
+    depend on the length of a batch: it would read one sequence in two ways, sampled and packed."""
+    known = getattr(lm.config, "max_position_embeddings", tokens)
+    rope = getattr(lm.config, "rope_parameters", None) or {}
+    if rope.get("rope_type") in ("dynamic", "longrope"):
+        known = rope.get("original_max_position_embeddings") or known
+    if tokens > known:
+        raise ModelError(
+            f"prompt and response of {tokens} tokens together: the model knows {known} positions; "
+            "lower --max-response-tokens or --max-prompt-tokens"
+        )
+
+
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Every id that ends a response: chat models name more in their generation config than their tokenizer does."""
     named = [tokenizer.eos_token_id, lm.config.eos_token_id]

@@ -29,6 +29,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 import ranks
 from plan import memory_of
+from policy import check_length
 from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention, skeleton, whole
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
@@ -235,12 +236,7 @@ def start_engine(lm: PreTrainedModel, dtype: torch.dtype, size: dict[str, Any]) 
     """A vLLM engine in this process, for models like `lm`, still without weights."""
     from vllm import LLM
 
-    known = getattr(lm.config, "max_position_embeddings", size["max_model_len"])
-    if size["max_model_len"] > known:
-        raise SamplerError(
-            f"prompt and response of {size['max_model_len']} tokens together: the model knows {known} positions; "
-            "lower --max-response-tokens or --max-prompt-tokens"
-        )
+    check_length(lm, size["max_model_len"])
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
     under_torchrun = distributed.is_initialized() and "RANK" in os.environ

@@ -11,7 +11,17 @@ from tiny import CPU, EOS, gradients, largest_gap, naive_stats, tiny_lm, tiny_ro
 
 from grpo import step_denominator
 from packing import PackedLM, micro_batches, pack
-from policy import ModelError, Objective, build_optimizer, load, optimizer_step, resolve, score, verify_head
+from policy import (
+    ModelError,
+    Objective,
+    build_optimizer,
+    check_length,
+    load,
+    optimizer_step,
+    resolve,
+    score,
+    verify_head,
+)
 from rollout import Rollout, TransformersSampler
 
 # ---------------------------------------------------------------- names
@@ -117,6 +127,24 @@ def test_a_family_that_packing_gets_wrong_is_refused_by_name(family):
     policy = PackedLM(tiny_lm(family, **REFUSED[family]))
     with pytest.raises(ModelError, match=f"family '{family}'"):
         verify_head(policy, family)
+
+
+def test_a_response_past_the_positions_that_a_model_knows_is_refused():
+    check_length(tiny_lm(), 256)
+    with pytest.raises(ModelError, match="257 tokens together: the model knows 256 positions; lower --max-response"):
+        check_length(tiny_lm(), 257)
+
+
+def test_positions_that_depend_on_the_longest_neighbour_are_refused():
+    rope = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4, "original_max_position_embeddings": 16}
+    lm = tiny_lm(max_position_embeddings=16, rope_parameters=rope)
+    short, long = (Rollout([5, 6, 7], [8] * n, [0.0] * n, finished=False) for n in (13, 60))
+    with torch.no_grad():
+        alone, beside = (PackedLM(lm)(pack([short, other], [0, 1], CPU), 1.0).logp[0, :13] for other in (short, long))
+    assert not torch.allclose(alone, beside, atol=1e-3), "transformers does it by itself now: drop the check"
+    check_length(lm, 16)
+    with pytest.raises(ModelError, match="knows 16 positions"):
+        check_length(lm, 17)
 
 
 # ---------------------------------------------------------------- one optimizer step

@@ -27,7 +27,7 @@ import train
 import vllm_sampler
 from config import parse
 from packing import PackedLM, micro_batches
-from policy import score
+from policy import ModelError, score
 from rollout import Rollout
 from vllm_sampler import SamplerError, VLLMSampler, build_sampler, choose_sampler, complete_weights
 
@@ -351,7 +351,7 @@ def test_an_engine_is_shared_by_processes_that_are_not_there(pair: Pair) -> None
 @needs_vllm
 @tied_model
 def test_longer_sequences_than_the_model_knows(pair: Pair) -> None:
-    with pytest.raises(SamplerError, match="10000 tokens together: the model knows 512 positions"):
+    with pytest.raises(ModelError, match="10000 tokens together: the model knows 512 positions"):
         build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=10_000, rows=8)
 
 
