@@ -456,6 +456,7 @@ def test_a_damaged_parquet_never_ends_in_a_traceback(tmp_path, data_):
 
 
 def test_the_prompt_is_the_paper_s_system_message_and_the_bare_question():
+    assert prompts.SYSTEM_PROMPT == "Let's think step by step and output the final answer within \\boxed{}."
     tokenizer = byte_tokenizer()
     expected = f"<bos><|system|>{prompts.SYSTEM_PROMPT}<|user|>What is 1+1?<|assistant|>"
     assert prompt_text(tokenizer, "What is 1+1?") == expected

@@ -135,6 +135,10 @@ def test_greedy_answer_leaks_into_the_sampled_numbers() -> None:
     assert [name for name in values if name.startswith("pass@")] == ["pass@2"]
 
 
+def test_sampled_answers_are_drawn_at_the_papers_temperature():
+    assert (Settings().temperature, Settings().k) == (0.8, 8)
+
+
 def test_answers_are_scored_against_the_gold_of_a_neighbour(tmp_path: Path, guesser: Guesser) -> None:
     result = json.loads(run(settings_of(tmp_path)).read_text())["benchmarks"]["own"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "own.jsonl").read_text().splitlines()]

@@ -52,6 +52,11 @@ def test_a_good_rewrite_is_found_however_it_is_wrapped(text):
     assert parse(Reply(text, finished=True)) == ("Add 2 and 3: how much?", None)
 
 
+def test_the_rewriter_samples_as_the_papers_did():
+    settings = Settings(data="q.jsonl", model="Qwen3-32B", out=Path("pairs.jsonl"))
+    assert (settings.temperature, settings.top_p) == (0.7, 0.8)
+
+
 @pytest.mark.parametrize(
     ("fault", "text", "finished"),
     [

@@ -18,9 +18,10 @@ from teacher import ema_weight, frozen_copy, update
 # ---------------------------------------------------------------- schedule
 
 
-def test_the_schedule_has_the_endpoints_of_table_5():
+def test_the_schedule_is_a_cosine_with_the_endpoints_of_table_5():
     for total in (50, 174, 330):
         assert ema_weight(0, total) == pytest.approx(0.99, abs=1e-12)
+        assert ema_weight(total / 4, total) == pytest.approx(0.9914498, abs=1e-7)  # on a line 0.992475
         assert ema_weight(total / 2, total) == pytest.approx(0.99495, abs=1e-12)
         assert ema_weight(total, total) == pytest.approx(0.9999, abs=1e-12)
 
@@ -132,6 +133,11 @@ def test_a_teacher_with_weight_zero_is_the_policy_and_its_kl_exactly_zero():
         seen, _ = train.train_step(run, step)
         assert seen["kl"] == 0.0 and seen["ema_weight"] == 0.0 and seen["grad_norm"] > 0
     assert any((p - q).abs().max() > 0 for p, q in zip(run.policy.parameters(), run.teacher.parameters(), strict=True))
+
+
+def test_a_step_takes_the_weight_of_its_own_number_in_a_run_of_K():
+    run = run_with_rewards("II", steps=10)
+    assert [train.train_step(run, step)[0]["ema_weight"] for step in (0, 3)] == [0.99, ema_weight(3, 10)]
 
 
 def test_a_frozen_teacher_never_changes():

@@ -217,6 +217,17 @@ def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
     assert all(title in help_text for title in ("method", "data", "model", "sampling", "optimisation", "memory", "run"))
 
 
+@pytest.mark.parametrize("variant", ["I", "II", "III", "gt"])
+def test_the_kl_term_is_anchored_to_what_the_row_names(variant, tmp_path):
+    run, _ = preparation.prepare(parse(["--variant", variant, "--out", str(tmp_path), "--beta2", "0.97"]))
+    if variant in ("II", "III"):
+        assert run.reference is run.teacher and run.teacher is not run.policy
+    else:
+        assert run.teacher is None and run.reference is not run.policy
+    adamw = run.optimizer.defaults
+    assert (adamw["betas"], adamw["eps"], adamw["weight_decay"]) == ((0.9, 0.97), 1e-8, 0.01)
+
+
 def test_a_mistyped_flag_is_fatal():
     with pytest.raises(SystemExit):
         parse(["--learning-rate", "1e-3"])
@@ -227,6 +238,8 @@ def test_papers_settings_are_the_defaults_of_real_models():
     assert (paper.data.questions_per_step, paper.sampling.rollouts, paper.data.max_prompt_tokens) == (128, 8, 512)
     assert (paper.sampling.max_response_tokens, paper.optimisation.lr, paper.optimisation.warmup) == (3072, 3e-6, 0.1)
     assert (paper.method.ema_start, paper.method.ema_end, paper.sampling.temperature) == (0.99, 0.9999, 1.0)
+    assert (paper.method.clip, paper.optimisation.max_grad_norm) == (0.2, 1.0)
+    assert (paper.optimisation.beta2, paper.optimisation.weight_decay) == (0.999, 0.01)
     assert preparation.total_steps(paper, questions=7500) == 3 * 59
     short = replace(paper, optimisation=replace(paper.optimisation, steps=5))
     assert preparation.total_steps(short, questions=7500) == 5
