@@ -14,9 +14,11 @@ import random
 import re
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from statistics import fmean
@@ -32,6 +34,7 @@ import plot
 import train
 from config import parse
 from embedded import model_folder
+from metrics import collapse_signs
 from rewards import VARIANTS
 from word_problems import MISREAD_WORDING, STUDENTS, word_problems
 
@@ -133,6 +136,7 @@ def run_all(runs: Path, wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
 # ---------------------------------------------------------------- numbers
 
 
+@cache
 def read(folder: Path) -> History:
     """Metrics of a run, with one more: greedy accuracy on the wordings that no student misreads."""
     history = plot.read_run(folder)
@@ -233,6 +237,19 @@ def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
     return table(header, rows)
 
 
+def alarm_table(results: dict[str, dict[str, list[History]]]) -> str:
+    """How often the alarm of metrics.py goes off in runs that end better, and worse, than they began."""
+    runs = {id(history): history for rows in results.values() for group in rows.values() for history in group}
+    seen: Counter[tuple[bool, bool]] = Counter()
+    for history in runs.values():
+        better = last(SAMPLED, history) > first(SAMPLED, history)  # type: ignore[operator]
+        seen[better, any(collapse_signs(history[:steps]) for steps in range(len(history)))] += 1
+    rows = [
+        [f"ends {'better' if end else 'worse'}", str(seen[end, True]), str(seen[end, False])] for end in (True, False)
+    ]
+    return table(["", "warned", "not warned"], rows)
+
+
 def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, key, title in zip(axes, (ON_MISREAD, ON_OTHERS), ("the misread wording", "the other three"), strict=True):
@@ -280,6 +297,8 @@ def main(
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading"} <= set(results):
         fill_in(document, "survival", survival_table(results))
+    if set(results) == set(SECTIONS):
+        fill_in(document, "alarm", alarm_table(results))
 
 
 if __name__ == "__main__":
