@@ -192,14 +192,16 @@ def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) ->
     return [model(batch, temperature) for batch in batches]
 
 
-def mean_per_rollout(batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int) -> TokenStats:
-    """Each statistic's mean over the response tokens of each rollout, [rollouts], those of other ranks included."""
-    means = torch.zeros(3, rollouts, device=batches[0].mask.device)
+def mean_per_rollout(
+    batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int
+) -> tuple[Tensor, Tensor]:
+    """Entropy and self-certainty [rollouts], means over each one's response tokens, those of other ranks included."""
+    means = torch.zeros(2, rollouts, device=batches[0].mask.device)
     for batch, stat in zip(batches, stats, strict=True):
         tokens = batch.mask.sum(dim=1).clamp(min=1)
-        means[:, batch.rows] += torch.stack([stat.logp, stat.entropy, stat.self_certainty]).sum(dim=2) / tokens
-    logp, entropy, self_certainty = ranks.total(means)
-    return TokenStats(logp, entropy, self_certainty, torch.stack([stat.loss for stat in stats]).sum())
+        means[:, batch.rows] += torch.stack([stat.entropy, stat.self_certainty]).sum(dim=2) / tokens
+    entropy, self_certainty = ranks.total(means)
+    return entropy, self_certainty
 
 
 @dataclass(frozen=True)

@@ -133,8 +133,9 @@ def read_logits(run: Run, rollouts: list[Rollout]) -> dict[str, list[float]]:
     if not run.variant.reward_reads_logits:
         return {}
     batches = in_micro_batches(run, rollouts)
-    means = mean_per_rollout(batches, score(run.policy, batches, run.config.sampling.temperature), len(rollouts))
-    return {"entropy": means.entropy.tolist(), "self_certainty": means.self_certainty.tolist()}
+    stats = score(run.policy, batches, run.config.sampling.temperature)
+    entropy, self_certainty = mean_per_rollout(batches, stats, len(rollouts))
+    return {"entropy": entropy.tolist(), "self_certainty": self_certainty.tolist()}
 
 
 def in_micro_batches(run: Run, rollouts: list[Rollout], advantages: torch.Tensor | None = None) -> list[MicroBatch]:

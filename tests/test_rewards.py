@@ -191,7 +191,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(6)
     batches = micro_batches(rollouts, 25, torch.device("cpu"))
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
-    means = mean_per_rollout(batches, score(policy, batches, temperature=0.7), len(rollouts))
+    means = [mean.tolist() for mean in mean_per_rollout(batches, score(policy, batches, 0.7), len(rollouts))]
     answers = {("policy", view): read_answers([""] * 3, 3, "exact") for view in ("x", "x'")}
 
     policy.lm.set_attn_implementation("eager")
@@ -207,7 +207,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
         row = on_views(VARIANTS[name], VIEWS["both"])
-        groups = build_groups(row, answers, {}, "exact", means.entropy.tolist(), means.self_certainty.tolist())
+        groups = build_groups(row, answers, {}, "exact", *means)
         rewards = [reward for rewards in row.reward(groups) for reward in rewards]
         assert rewards == pytest.approx(expected, abs=1e-4)
 
