@@ -68,7 +68,10 @@ class Pair:
     question: str
     rephrased: str | None = None
     gold: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)  # all other columns of its row
+
+    def wording(self, view: str) -> str | None:
+        return {"x": self.question, "x'": self.rephrased}[view]
 
 
 class Columns(NamedTuple):

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from data import Pair
-from rewards import ORIGINAL, Answers, Group, Variant, View, Vote, Voter, are_equal
+from rewards import Answers, Group, Variant, View, Vote, Voter, are_equal
 from rollout import Rollout
 
 
@@ -148,7 +148,7 @@ def readable_sample(
                 "step": step,
                 "id": question.id,
                 "view": view,
-                "question": question.question if view == ORIGINAL else question.rephrased,
+                "question": question.wording(view),
                 "gold": question.gold,
                 "label": group.label,
                 "label_from": f"{voter} on {voted_view}" if voter else None,

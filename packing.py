@@ -173,19 +173,19 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 TokenLoss = Callable[[Tensor, slice], Tensor]
 
 
-def token_statistics(
-    hidden: Tensor, weight: Tensor, target: Tensor, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """log p(target), entropy, self-certainty [n] and probabilities [n, V] of hidden [n, H] and target [n, 1]."""
+def token_statistics(hidden: Tensor, weight: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """The statistics of TokenStats [3, n] and probabilities [n, V] of hidden [n, H] and target [n, 1]."""
     log_p = (hidden @ weight.T).float().div_(temperature).log_softmax(dim=-1)
     probabilities = log_p.exp()
-    certainty = -log_p.mean(dim=-1)  # = logsumexp(z) - mean(z)
-    return log_p.gather(-1, target).squeeze(-1), -log_p.mul_(probabilities).sum(dim=-1), certainty, probabilities
+    logp = log_p.gather(-1, target).squeeze(-1)
+    self_certainty = -log_p.mean(dim=-1)  # = logsumexp(z) - mean(z)
+    entropy = -log_p.mul_(probabilities).sum(dim=-1)
+    return torch.stack([logp, entropy, self_certainty]), probabilities
 
 
 class ChunkedHead(torch.autograd.Function):
-    """(hidden [R, H], weight [V, H], targets [R], temperature, token_loss) -> loss, and per token [R] log p(target),
-    entropy, self-certainty. The loss is the sum of `token_loss` and carries the gradient; without one it is 0.
+    """(hidden [R, H], weight [V, H], targets [R], temperature, token_loss) -> loss, and per token the statistics of
+    TokenStats [3, R]. The loss is the sum of `token_loss` and carries the gradient; without one it is 0.
 
     A loss that is a sum over tokens has its gradient at hand as soon as a token's logits are,
 
@@ -199,21 +199,20 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, token_loss: TokenLoss | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         ctx.weight_dtype, weight = weight.dtype, weight.to(hidden.dtype)
         loss = hidden.new_zeros((), dtype=torch.float32)
-        logp, entropy, certainty = (hidden.new_empty(len(hidden), dtype=torch.float32) for _ in range(3))
+        statistics = hidden.new_empty(len(TokenStats._fields) - 1, len(hidden), dtype=torch.float32)
         if token_loss is not None:
             grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
             ctx.gradients = grad_hidden, grad_weight
         for chunk in token_chunks(len(hidden), len(weight)):
             probabilities = grad_logits = None  # the last chunk's go before this one's come
             target = targets[chunk, None]
-            *statistics, probabilities = token_statistics(hidden[chunk], weight, target, temperature)
-            logp[chunk], entropy[chunk], certainty[chunk] = statistics
+            statistics[:, chunk], probabilities = token_statistics(hidden[chunk], weight, target, temperature)
             if token_loss is None:
                 continue
-            value, slope = value_and_slope(token_loss, logp[chunk], chunk)  # [chunk]
+            value, slope = value_and_slope(token_loss, statistics[0, chunk], chunk)  # [chunk]
             loss += value.sum()
             scale = slope[:, None] / temperature
             grad_logits = probabilities.mul_(-scale).scatter_add_(-1, target, scale).to(hidden.dtype)
@@ -222,8 +221,8 @@ class ChunkedHead(torch.autograd.Function):
                 grad_weight.addmm_(grad_logits.T, hidden[chunk])
             else:
                 grad_weight += grad_logits.T @ hidden[chunk]
-        ctx.mark_non_differentiable(logp, entropy, certainty)
-        return loss, logp, entropy, certainty
+        ctx.mark_non_differentiable(statistics)
+        return loss, statistics
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -259,7 +258,6 @@ class PackedLM(nn.Module):
             ).last_hidden_state[0]  # [S, H]
         hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
         weight = self.lm.get_output_embeddings().weight
-        loss, *stats = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
+        loss, statistics = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, token_loss)
         zeros = torch.zeros_like(batch.sampler_logp)
-        logp, entropy, certainty = (zeros.masked_scatter(batch.mask, stat) for stat in stats)
-        return TokenStats(logp, entropy, certainty, loss)
+        return TokenStats._make([*(zeros.masked_scatter(batch.mask, statistic) for statistic in statistics), loss])

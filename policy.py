@@ -194,14 +194,14 @@ def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) ->
 
 def mean_per_rollout(
     batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int
-) -> tuple[Tensor, Tensor]:
-    """Entropy and self-certainty [rollouts], means over each one's response tokens, those of other ranks included."""
-    means = torch.zeros(2, rollouts, device=batches[0].mask.device)
+) -> dict[str, list[float]]:
+    """Each statistic's mean over the response tokens of each rollout, those of other ranks included."""
+    names = TokenStats._fields[:-1]
+    means = torch.zeros(len(names), rollouts, device=batches[0].mask.device)
     for batch, stat in zip(batches, stats, strict=True):
         tokens = batch.mask.sum(dim=1).clamp(min=1)
-        means[:, batch.rows] += torch.stack([stat.entropy, stat.self_certainty]).sum(dim=2) / tokens
-    entropy, self_certainty = ranks.total(means)
-    return entropy, self_certainty
+        means[:, batch.rows] += torch.stack(stat[:-1]).sum(dim=2) / tokens
+    return dict(zip(names, ranks.total(means).tolist(), strict=True))
 
 
 @dataclass(frozen=True)

@@ -82,18 +82,16 @@ def prompt_pairs(
 ) -> list[PromptedPair]:
     """The pairs that a run on these views can use, with their prompts."""
     report = Report() if report is None else report
-    if "x'" in views:
-        paired = [pair for pair in pairs if pair.rephrased]
-        cure = "make rephrasings with `python data.py rephrase`, or train a variant that needs none, such as II"
-        pairs = unless_none_left(paired, pairs, "no rephrasing", cure, report)
+    paired = [pair for pair in pairs if all(pair.wording(view) for view in views)]
+    cure = "make rephrasings with `python data.py rephrase`, or train a variant that needs none, such as II"
+    pairs = unless_none_left(paired, pairs, "no rephrasing", cure, report)
     if needs_gold:
         labelled = [pair for pair in pairs if pair.gold]
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
         pairs = unless_none_left(labelled, pairs, "no gold", cure, report)
     prompted = []
     for pair in pairs:
-        wording = {"x": pair.question, "x'": pair.rephrased or ""}
-        prompts = {view: prompt_ids(tokenizer, wording[view], chat_template) for view in views}
+        prompts = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views}
         prompted.append(PromptedPair(pair, prompts))
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]

@@ -9,7 +9,7 @@ pseudo-labels compare raw strings as in that code, unless match="math" is asked 
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -68,9 +68,11 @@ class Group:
     texts: list[str]
     boxed: list[str | None]
     label: str | None  # from the vote or the gold answer that the variant's row names
+    vote_share: float  # of the vote that gave the label; 1 for a gold answer, 0 without a label
     match: Match  # how an answer is compared with the label
-    entropy: list[float]  # mean over response tokens, nats; empty unless the row's reward reads logits
-    self_certainty: list[float]  # likewise
+    means: dict[
+        str, list[float]
+    ]  # of packing.TokenStats, over each response; empty unless the row's reward reads logits
 
 
 def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match = "math") -> list[bool]:
@@ -92,12 +94,12 @@ def agreement(groups: Sequence[Group]) -> list[list[float]]:
 
 def negative_entropy(groups: Sequence[Group]) -> list[list[float]]:
     """RENT (arXiv 2505.22660): minus the mean token entropy of the policy."""
-    return [[-value for value in group.entropy] for group in groups]
+    return [[-value for value in group.means["entropy"]] for group in groups]
 
 
 def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
     """Intuitor (arXiv 2505.19590): the mean over response tokens of logsumexp(z) - mean(z), z the logits."""
-    return [list(group.self_certainty) for group in groups]
+    return [group.means["self_certainty"] for group in groups]
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,14 @@ class Variant:
     kl_coef: float
     reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
     reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
+
+    def __post_init__(self) -> None:
+        answers = {"policy": self.policy_views, "teacher": self.teacher_views}
+        for voter, view in self.label_of.values():
+            if voter != "gold" and view not in answers[voter]:
+                raise ValueError(
+                    f"a label by the {voter}'s vote on {view}, which it does not answer: see {voter}_views"
+                )
 
     @property
     def has_teacher(self) -> bool:
@@ -162,27 +172,28 @@ def build_groups(
     answers: dict[tuple[Voter, View], Answers],
     labels: dict[View, list[str | None]],
     match: Match,
-    entropy: Sequence[float] = (),
-    self_certainty: Sequence[float] = (),
+    means: Mapping[str, Sequence[float]],
 ) -> list[Group]:
     """The policy's groups in the order of their rollouts: by view, then by question. Gold compares as mathematics.
 
-    `entropy` and `self_certainty` are per rollout [N], if the row's reward reads logits.
+    `means` has one number per rollout [N] of each statistic, if the row's reward reads logits.
     """
     groups: list[Group] = []
     for view in variant.policy_views:
         said = answers["policy", view]
-        voter, _ = variant.label_of.get(view, (None, None))
+        source = variant.label_of.get(view)
+        votes = answers[source].votes if source in answers else []
         for q, (texts, boxed) in enumerate(zip(said.texts, said.boxed, strict=True)):
+            label = labels[view][q] if view in labels else None
             rows = slice(len(groups) * len(boxed), (len(groups) + 1) * len(boxed))
             groups.append(
                 Group(
                     texts=texts,
                     boxed=boxed,
-                    label=labels[view][q] if view in labels else None,
-                    match="math" if voter == "gold" else match,
-                    entropy=list(entropy[rows]),
-                    self_certainty=list(self_certainty[rows]),
+                    label=label,
+                    vote_share=votes[q].share if votes else float(label is not None),
+                    match=match if votes else "math",
+                    means={name: list(values[rows]) for name, values in means.items()},
                 )
             )
     return groups

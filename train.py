@@ -79,7 +79,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     # 4. Rewards and advantages of the policy's rollouts, N = views x Q x G.
     trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
     with clock("reward"):
-        groups = build_groups(variant, answers, labels, method.answer_match, **read_logits(run, trained))
+        groups = build_groups(variant, answers, labels, method.answer_match, read_logits(run, trained))
         rewards = variant.reward(groups)
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
 
@@ -129,13 +129,12 @@ def sample_views(
 
 
 def read_logits(run: Run, rollouts: list[Rollout]) -> dict[str, list[float]]:
-    """Mean entropy and self-certainty [N] of each of the policy's rollouts, if the row's reward asks for them."""
+    """Mean statistics [N] of each of the policy's rollouts, if the row's reward asks for them."""
     if not run.variant.reward_reads_logits:
         return {}
     batches = in_micro_batches(run, rollouts)
     stats = score(run.policy, batches, run.config.sampling.temperature)
-    entropy, self_certainty = mean_per_rollout(batches, stats, len(rollouts))
-    return {"entropy": entropy.tolist(), "self_certainty": self_certainty.tolist()}
+    return mean_per_rollout(batches, stats, len(rollouts))
 
 
 def in_micro_batches(run: Run, rollouts: list[Rollout], advantages: torch.Tensor | None = None) -> list[MicroBatch]:

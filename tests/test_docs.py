@@ -4,6 +4,7 @@ import ast
 import re
 import sys
 from contextlib import redirect_stdout
+from dataclasses import replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -17,7 +18,7 @@ import rewards
 import train
 from config import parse
 from data import Pair
-from rewards import VARIANTS, Variant
+from rewards import VARIANTS, Group, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -176,6 +177,8 @@ def test_the_worked_reward_of_the_fork_guide_does_not_run():
 
 def test_the_reward_of_the_readme_does_not_run_inside_rewards_py():
     (variant,) = rows_added_by("README.md", dict(vars(rewards))).values()
+    asked = Group([""] * 3, ["4", "5", "6"], "4", vote_share=0.9, match="exact", means={})
+    assert variant.reward([asked, replace(asked, vote_share=0.3)]) == [[1, 0, 0], [0, 0, 0]]
     _, sure, moved = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 4, 5, 6)])
     assert sure["rewards"] == [1.0, 1.0, 0.0, 0.0] and moved
     _, unsure, _ = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 5, 6, 7)])

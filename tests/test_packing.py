@@ -115,7 +115,7 @@ def test_the_chunked_head_is_the_naive_one_forward_and_backward(monkeypatch, log
     hidden, weight, targets = head_inputs()
     expected = naive_head(hidden, weight, targets, TEMPERATURE)
     expected_loss = curved_loss(expected[0], slice(None)).sum()
-    loss, *stats = ChunkedHead.apply(hidden, weight, targets, TEMPERATURE, curved_loss)
+    loss, stats = ChunkedHead.apply(hidden, weight, targets, TEMPERATURE, curved_loss)
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
     for one, other in zip(stats, expected, strict=True):
         assert torch.allclose(one.double(), other, atol=1e-5)
@@ -136,7 +136,7 @@ def test_the_gradient_of_the_chunked_head_by_finite_differences(monkeypatch):
 
 
 def test_only_the_loss_carries_a_gradient():
-    loss, *stats = ChunkedHead.apply(*head_inputs(), TEMPERATURE, curved_loss)
+    loss, stats = ChunkedHead.apply(*head_inputs(), TEMPERATURE, curved_loss)
     assert loss.requires_grad and not any(stat.requires_grad for stat in stats)
 
 

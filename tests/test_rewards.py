@@ -1,5 +1,7 @@
 """rewards.py and the labels of a training step: each test is named after the bug it prevents."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -160,13 +162,13 @@ def test_labels_come_from_the_source_that_the_variant_names(name):
     row = VARIANTS[name]
     labels = pseudo_labels(row, ANSWERS, GOLDS)
     assert labels == expected_labels
-    groups = build_groups(row, ANSWERS, labels, "exact")
+    groups = build_groups(row, ANSWERS, labels, "exact", {})
     assert row.reward(groups) == expected_rewards
     assert [group.label for group in groups] == [label for view in row.policy_views for label in labels[view]]
 
 
 def group(boxed: list[str | None], label: str | None, match: str = "exact") -> Group:
-    return Group([""] * len(boxed), boxed, label, match, [], [])
+    return Group([""] * len(boxed), boxed, label, 1.0, match, {})
 
 
 def test_gold_compares_as_mathematics_and_pseudo_labels_as_strings():
@@ -175,12 +177,29 @@ def test_gold_compares_as_mathematics_and_pseudo_labels_as_strings():
     assert VARIANTS["majority"].reward([group(boxed, "0.5", "math")]) == [[1, 1, 1, 1, 0, 0]]
     answers = {("policy", "x"): read_answers([rf"\boxed{{{b}}}" for b in boxed if b] + [""], 6, "exact")}
     labels = pseudo_labels(VARIANTS["gt"], answers, ["0.5"])
-    assert VARIANTS["gt"].reward(build_groups(VARIANTS["gt"], answers, labels, "exact")) == [[1, 1, 1, 1, 0, 0]]
+    assert VARIANTS["gt"].reward(build_groups(VARIANTS["gt"], answers, labels, "exact", {})) == [[1, 1, 1, 1, 0, 0]]
     assert equivalent(r"\frac12", "0.5") and not equivalent("0.5", "2")
 
 
 def test_a_group_without_a_label_has_no_reward_even_where_nobody_answered():
     assert VARIANTS["II"].reward([group([None, "1", None], None)]) == [[0, 0, 0]]
+
+
+def test_the_certainty_of_a_label_is_that_of_the_vote_that_gave_it_and_not_of_the_answers_it_labels():
+    def shares(name: str) -> list[float]:
+        labels = pseudo_labels(VARIANTS[name], ANSWERS, ["2.0", None])
+        return [group.vote_share for group in build_groups(VARIANTS[name], ANSWERS, labels, "exact", {})]
+
+    assert shares("I") == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
+    assert shares("II") == pytest.approx([2 / 3, 1])
+    assert (shares("gt"), shares("entropy")) == ([1, 0], [0, 0])
+
+
+def test_a_row_that_asks_a_vote_of_somebody_who_does_not_answer_is_refused():
+    with pytest.raises(ValueError, match="by the policy's vote on x', which it does not answer: see policy_views"):
+        replace(VARIANTS["majority"], label_of={"x": ("policy", "x'")})
+    with pytest.raises(ValueError, match="teacher_views"):
+        replace(VARIANTS["I"], label_of={"x": ("teacher", "x")})
 
 
 # ---------------------------------------------------------------- intrinsic rewards
@@ -191,7 +210,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(6)
     batches = micro_batches(rollouts, 25, torch.device("cpu"))
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
-    means = [mean.tolist() for mean in mean_per_rollout(batches, score(policy, batches, 0.7), len(rollouts))]
+    means = mean_per_rollout(batches, score(policy, batches, 0.7), len(rollouts))
     answers = {("policy", view): read_answers([""] * 3, 3, "exact") for view in ("x", "x'")}
 
     policy.lm.set_attn_implementation("eager")
@@ -207,7 +226,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
         row = on_views(VARIANTS[name], VIEWS["both"])
-        groups = build_groups(row, answers, {}, "exact", *means)
+        groups = build_groups(row, answers, {}, "exact", means)
         rewards = [reward for rewards in row.reward(groups) for reward in rewards]
         assert rewards == pytest.approx(expected, abs=1e-4)
 
