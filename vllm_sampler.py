@@ -99,13 +99,17 @@ class VLLMSampler:
         self._held = self._checked = False
         self._group = tensor_parallel_group(tensor_parallel)
         self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton(lm.config).state_dict().items()}
-        size: dict[str, Any] = {"max_model_len": max_sequence_tokens, "tensor_parallel_size": tensor_parallel}
+        settings: dict[str, Any] = {
+            "dtype": str(compute_dtype).removeprefix("torch."),
+            "max_model_len": max_sequence_tokens,
+            "tensor_parallel_size": tensor_parallel,
+        }
         if self.on_gpu:
-            size |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
+            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
         else:
-            size |= cpu_limits(lm.config, compute_dtype, max_sequence_tokens, rows, engine_memory)
+            settings |= cpu_limits(lm.config, compute_dtype, max_sequence_tokens, rows, engine_memory)
         with undisturbed_host(self.on_gpu):
-            self.llm = start_engine(lm, compute_dtype, size)
+            self.llm = start_engine(lm, settings)
             self._sleep()
 
     @contextmanager
@@ -232,11 +236,11 @@ class VLLMSampler:
         self._checked = True
 
 
-def start_engine(lm: PreTrainedModel, dtype: torch.dtype, size: dict[str, Any]) -> Any:
+def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
     """A vLLM engine in this process, for models like `lm`, still without weights."""
     from vllm import LLM
 
-    check_length(lm, size["max_model_len"])
+    check_length(lm, settings["max_model_len"])
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
     under_torchrun = distributed.is_initialized() and "RANK" in os.environ
@@ -245,14 +249,13 @@ def start_engine(lm: PreTrainedModel, dtype: torch.dtype, size: dict[str, Any]) 
         try:
             return LLM(
                 model=folder,
-                dtype=str(dtype).removeprefix("torch."),
                 load_format="dummy",
                 skip_tokenizer_init=True,  # token ids in, token ids out
                 generation_config="vllm",  # no top_k or repetition penalty from the model's own
                 logprobs_mode="processed_logprobs",  # of the distribution that is sampled, at its temperature
                 disable_log_stats=True,
                 distributed_executor_backend="external_launcher" if under_torchrun else None,
-                **size,
+                **settings,
             )
         except ValueError as error:  # settings that vLLM refuses
             raise SamplerError(f"vLLM does not start: {error}") from error
