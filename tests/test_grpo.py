@@ -12,7 +12,7 @@ from tiny import byte_tokenizer, gradients, largest_gap, stopping_lm
 from transformers import AutoModelForCausalLM
 
 import grpo
-from grpo import aggregate, group_advantages, k3, learning_rate, policy_loss, step_denominator
+from grpo import aggregate, group_advantages, k3, learning_rate, policy_loss, step_denominator, token_weights
 from packing import PackedLM, pack
 from rollout import Rollout
 
@@ -327,10 +327,18 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
     assert torch.allclose(advantages, seen["advantages"], atol=1e-6) and advantages.abs().max() > 0.5
     assert len(set(mask.sum(1).tolist())) > 2
     batch = pack(rollouts, range(8), torch.device("cpu"))
-    logp = PackedLM(lm)(batch, 0.7).logp
-    per_token = policy_loss(logp, seen["old_per_token_logps"][:, : logp.shape[1]], advantages, batch.mask)
-    per_token = per_token + 0.04 * k3(logp, seen["ref_per_token_logps"][:, : logp.shape[1]])
-    loss = aggregate(per_token, batch.mask, how, step_denominator(how, 8, int(mask.sum()), 9))
+    old_logp, ref_logp = (
+        seen[f"{who}_per_token_logps"][:, : batch.mask.shape[1]][batch.mask] for who in ("old", "ref")
+    )
+    advantage = advantages[:, None].expand_as(batch.mask)[batch.mask]
+    weight = token_weights(batch.mask, how, step_denominator(how, 8, int(mask.sum()), 9))[batch.mask]
+
+    def token_loss(logp, tokens):
+        alone = logp[:, None]  # each token a row
+        surrogate = policy_loss(alone, old_logp[tokens, None], advantage[tokens], torch.ones_like(alone))
+        return (surrogate + 0.04 * k3(alone, ref_logp[tokens, None])).squeeze(1) * weight[tokens]
+
+    loss = PackedLM(lm)(batch, 0.7, token_loss).loss
     loss.backward()
     assert loss.item() == pytest.approx(seen["loss"].item(), rel=1e-4)
     assert largest_gap(seen["gradients"], gradients(lm)) < 1e-4
