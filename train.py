@@ -64,11 +64,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     if run.teacher is not None:
         with clock("teacher"):
             w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
-            update(run.teacher, run.policy, w)
+            update(run.teacher, run.policy, w)  # teacher <- w teacher + (1 - w) policy
             rollouts |= sample_views(run, clock, run.teacher, "teacher", variant.teacher_views, questions, step)
             seen["ema_weight"] = w
 
-    # 3. Majority votes become pseudo-labels.
+    # 3. Majority votes become pseudo-labels: of each view, by the vote that the variant's row names.
     with clock("reward"):
         answers = {
             key: read_answers(decode(said, run.tokenizer), sampling.rollouts, method.answer_match)
@@ -76,14 +76,14 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         }
         labels = pseudo_labels(variant, answers, golds)
 
-    # 4. Rewards and advantages of the policy's rollouts, N = views x Q x G.
+    # 4. Rewards [views x Q][G] and advantages [N = views x Q x G] of the policy's rollouts.
     trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
     with clock("reward"):
         groups = build_groups(variant, answers, labels, method.answer_match, read_logits(run, trained))
         rewards = variant.reward(groups)
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
 
-    # 5. One optimizer step.
+    # 5. One optimizer step; the KL term's reference is the initial policy, or the teacher as it answered.
     batches, reference = in_micro_batches(run, trained, advantages), None
     if run.reference is not None:
         with clock("reference"):
