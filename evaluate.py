@@ -38,9 +38,10 @@ import algebra
 from benchmark_data import Benchmark, load_benchmark
 from data import DataError
 from packing import PackedLM
+from parts import write_whole
 from policy import ModelError, load, stop_token_ids
 from prompts import prompt_ids, read_chat_template
-from results import compare, estimate, read_result, table, write_json
+from results import compare, estimate, read_result, table
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import Rollout, Sample, Sampler, request_seed
 from vllm_sampler import SamplerError, build_sampler, choose_sampler
@@ -312,7 +313,7 @@ def output_folder(settings: Settings) -> Path:
         if changed:
             raise DataError(f"{folder} holds answers of other settings: {', '.join(changed)}; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / "settings.json", now)
+    write_whole(folder / "settings.json", json.dumps(now, indent=2) + "\n")
     return folder
 
 
@@ -343,7 +344,8 @@ def run(settings: Settings) -> Path:
             results[benchmark.name] = result_of(benchmark, answered)
     path = folder / "result.json"
     earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
-    write_json(path, {"settings": read_settings(folder), "benchmarks": earlier | results})
+    result = {"settings": read_settings(folder), "benchmarks": earlier | results}
+    write_whole(path, json.dumps(result, indent=2) + "\n")
     print(table(results))
     for what, count in algebra.counts().items():  # not in the file, as a killed run has forgotten its own
         if count:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from data import Pair
+from parts import write_whole
 from rewards import Answers, Group, Variant, View, Vote, Voter, are_equal
 from rollout import Rollout
 
@@ -260,9 +261,8 @@ def keep_steps_before(file: Path, step: int) -> None:
     """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
     lines = file.read_text().splitlines(keepends=True) if file.exists() else []
     whole = [line for line in lines if line.endswith("\n")]
-    aside = file.with_suffix(".incomplete")  # killed here, too, a run loses nothing
-    aside.write_text("".join(line for line in whole if json.loads(line)["step"] < step))
-    aside.replace(file)
+    # Killed here, too, a run loses nothing.
+    write_whole(file, "".join(line for line in whole if json.loads(line)["step"] < step))
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:

@@ -137,7 +137,7 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
     if tokens > known:
         raise ModelError(
             f"prompt and response of {tokens} tokens together: the model knows {known} positions; "
-            "lower --max-response-tokens or --max-prompt-tokens"
+            "ask for shorter responses (--max-response-tokens, in evaluate.py --max-tokens) or drop long prompts"
         )
 
 

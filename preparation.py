@@ -19,7 +19,7 @@ from config import Config, ConfigError
 from contamination import without_overlap
 from data import Pair, Report, load_pairs
 from packing import PackedLM
-from policy import build_optimizer, check_length, checkpoint_activations, load, load_pretrained, stop_token_ids
+from policy import build_optimizer, checkpoint_activations, load, load_pretrained, stop_token_ids
 from prompts import PromptedPair, prompt_pairs, read_chat_template, steps_per_epoch
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from rollout import Sampler
@@ -62,7 +62,6 @@ def prepare(config: Config) -> tuple[Run, int]:
     if benchmark:
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
     longest_prompt = max(len(prompt) for each in questions + eval_questions for prompt in each.prompts.values())
-    check_length(policy.lm, longest_prompt + config.sampling.max_response_tokens)
 
     teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
     initial = frozen_copy(policy, config.memory.offload_teacher) if variant.has_frozen_reference else None
@@ -87,7 +86,7 @@ def prepare(config: Config) -> tuple[Run, int]:
             policy.lm,
             ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
             policy.compute_dtype,
-            max_sequence_tokens=config.max_sequence_tokens,
+            max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
             rows=plan.rollouts_of_a_step(config, variant.policy_views),
             engine_memory=config.sampling.engine_memory,
             tensor_parallel=config.sampling.tensor_parallel,

@@ -5,7 +5,6 @@ A result.json holds {"settings": ..., "benchmarks": {name: what evaluate.result_
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -19,13 +18,6 @@ Estimate = dict[str, Any]  # value, its standard error (None for a single questi
 def estimate(values: Sequence[float]) -> Estimate:
     error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
     return {"value": fmean(values), "error": error, "questions": len(values)}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all."""
-    aside = path.with_suffix(".incomplete")
-    aside.write_text(json.dumps(content, indent=2) + "\n")
-    os.replace(aside, path)
 
 
 def read_result(path: str) -> dict[str, Any]:

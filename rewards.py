@@ -70,9 +70,7 @@ class Group:
     label: str | None  # from the vote or the gold answer that the variant's row names
     vote_share: float  # of the vote that gave the label; 1 for a gold answer, 0 without a label
     match: Match  # how an answer is compared with the label
-    means: dict[
-        str, list[float]
-    ]  # of packing.TokenStats, over each response; empty unless the row's reward reads logits
+    means: dict[str, list[float]]  # of packing.TokenStats over each response; empty unless the reward reads logits
 
 
 def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match = "math") -> list[bool]:

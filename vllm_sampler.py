@@ -73,6 +73,7 @@ def build_sampler(
 ) -> Sampler:
     """A sampler for models shaped like `lm`: up to `rows` sequences at once, of prompt and response together up to
     `max_sequence_tokens`. The last two arguments are vLLM's, see config.Sampling."""
+    check_length(lm, max_sequence_tokens)
     if chosen == "hf":
         return TransformersSampler(eos_ids, compute_dtype)
     return VLLMSampler(lm, eos_ids, compute_dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)
@@ -240,7 +241,6 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
     """A vLLM engine in this process, for models like `lm`, still without weights."""
     from vllm import LLM
 
-    check_length(lm, settings["max_model_len"])
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
     under_torchrun = distributed.is_initialized() and "RANK" in os.environ

@@ -177,13 +177,23 @@ def test_killed_evaluation_repeats_or_loses_questions(tmp_path: Path, guesser: G
         assert len(guesser.requests) == 2 * (7 - kept), "a greedy and a sampled request for each question not kept"
 
 
-def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path) -> None:
-    """The same with a real model and transformers' generate, killed inside its third batch."""
+@pytest.fixture
+def untrained(tmp_path: Path) -> str:
     torch.manual_seed(0)
     tokenizer = train_tokenizer()
     new_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
-    settings = settings_of(tmp_path, model=str(tmp_path / "model"), max_tokens=6, k=2)
+    return str(tmp_path / "model")
+
+
+def test_answers_run_past_the_positions_that_the_model_knows(tmp_path: Path, untrained: str) -> None:
+    with pytest.raises(ModelError, match="the model knows 512 positions; ask for shorter .* --max-tokens"):
+        run(settings_of(tmp_path, model=untrained, max_tokens=512))
+
+
+def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untrained: str) -> None:
+    """The same with a real model, killed inside its third batch."""
+    settings = settings_of(tmp_path, model=untrained, max_tokens=6, k=2)
     run(settings)
     lines = tmp_path / "out" / "own.jsonl"
     whole = lines.read_bytes()

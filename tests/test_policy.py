@@ -131,7 +131,7 @@ def test_a_family_that_packing_gets_wrong_is_refused_by_name(family):
 
 def test_a_response_past_the_positions_that_a_model_knows_is_refused():
     check_length(tiny_lm(), 256)
-    with pytest.raises(ModelError, match="257 tokens together: the model knows 256 positions; lower --max-response"):
+    with pytest.raises(ModelError, match="257 tokens together: the model knows 256 positions; ask for shorter resp"):
         check_length(tiny_lm(), 257)
 
 

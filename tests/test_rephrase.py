@@ -448,7 +448,9 @@ def small_model(tmp_path_factory) -> str:
     embedded = pytest.importorskip("embedded")
     folder = tmp_path_factory.mktemp("model")
     tokenizer = embedded.train_tokenizer()
-    embedded.new_model(tokenizer, 0).save_pretrained(folder)
+    model = embedded.new_model(tokenizer, 0)
+    model.config.max_position_embeddings = 8192  # its tokens are short, the instruction has thousands of them
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
 
