@@ -43,7 +43,7 @@ from policy import ModelError, load, stop_token_ids
 from prompts import prompt_ids, read_chat_template
 from results import compare, estimate, read_result, table
 from rewards import Match, are_equal, extract_boxed, majority_vote
-from rollout import Rollout, Sample, Sampler, request_seed
+from rollout import Sample, Sampler, decode, request_seed
 from vllm_sampler import SamplerError, build_sampler, choose_sampler
 
 # Columns to break numbers down by.
@@ -108,10 +108,6 @@ class Answered:
 
 
 # ---------------------------------------------------------------- asking
-
-
-def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
 
 
 def ask(

@@ -36,8 +36,8 @@ class Run:
     folder: Path
     variant: Variant  # the row of the table, with what the command line changes in it
     questions: list[PromptedPair]
-    eval_questions: list[PromptedPair]  # of the benchmark, those whose prompts are short enough
-    benchmark: Benchmark | None
+    benchmark: Benchmark | None  # those of its questions whose prompts are short enough
+    eval_prompts: list[list[int]]  # of these questions
     total_steps: int
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
@@ -61,6 +61,7 @@ def prepare(config: Config) -> tuple[Run, int]:
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
     if benchmark:
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
+        benchmark = replace(benchmark, pairs=[question.pair for question in eval_questions])
     longest_prompt = max(len(prompt) for each in questions + eval_questions for prompt in each.prompts.values())
 
     teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
@@ -72,8 +73,8 @@ def prepare(config: Config) -> tuple[Run, int]:
         folder=folder,
         variant=variant,
         questions=questions,
-        eval_questions=eval_questions,
         benchmark=benchmark,
+        eval_prompts=[question.prompts["x"] for question in eval_questions],
         total_steps=total_steps(config, len(questions)),
         device=device,
         tokenizer=tokenizer,

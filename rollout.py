@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 import ranks
 
@@ -39,6 +39,10 @@ class Rollout:
     def __len__(self) -> int:
         """Tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)
+
+
+def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    return tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
 
 
 Sample = Callable[..., list[Rollout]]

@@ -4,16 +4,24 @@
     python train.py --variant I --model Qwen3-8B-Base --data math
     torchrun --nproc-per-node 4 train.py --variant I --model Qwen3-8B-Base --data math
 
-One step of every variant, each a row of `rewards.VARIANTS`:
+A view is a wording of a question: x as written, x' rephrased. Every variant is a row of `rewards.VARIANTS`:
+
+           policy answers   teacher answers   labels of x, of x'              KL term to
+    I      x, x'            -                 policy's vote on x', on x       initial policy
+    II     x                x                 teacher's vote on x             teacher
+    III    x, x'            x, x'             teacher's vote on x', on x      teacher
+
+One step of any of them:
 
     1. the policy answers every question G times, in the row's views
     2. the teacher, if there is one, moves towards that policy and answers too       (Eq. 11)
-    3. majority votes become pseudo-labels, each for the view that the row says       (Eqs. 6-10)
+    3. majority votes become pseudo-labels, each for the view that the row says       (Eqs. 7-10)
     4. rewards compare answers with pseudo-labels, advantages compare rewards         (Eq. 3)
     5. one optimizer step on the clipped surrogate plus KL to the reference           (Eqs. 4-6)
 
 What differs from the paper's equations and from the authors' code is said at the head of grpo.py, rewards.py and
-teacher.py. Shapes: Q questions a step, G rollouts a question and view, N rollouts of the policy in a step.
+teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group), N = views x Q x G rollouts of the
+policy, always in this order: by view, by question, then those of a group.
 """
 
 import errno
@@ -22,7 +30,7 @@ import os
 import signal
 import sys
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +43,14 @@ import plot
 import ranks
 from config import Config, ConfigError, parse
 from data import DataError
-from evaluate import Settings, accuracies, decode
+from evaluate import Settings, accuracies
 from grpo import group_advantages, learning_rate, step_denominator
 from packing import MicroBatch, PackedLM, micro_batches
 from policy import ModelError, Objective, mean_per_rollout, optimizer_step, score
 from preparation import Run, claimed, describe_plan, prepare, to_save
 from prompts import PromptedPair, questions_of_step
 from rewards import View, Voter, build_groups, pseudo_labels, read_answers
-from rollout import Rollout, request_seed
+from rollout import Rollout, decode, request_seed
 from teacher import ema_weight, update
 from vllm_sampler import SamplerError
 
@@ -54,7 +62,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     chosen = questions_of_step(len(run.questions), config.data.questions_per_step, config.run.seed, step)
     questions = [run.questions[i] for i in chosen]
     golds = [question.pair.gold for question in questions]
-    seen: dict[str, float] = {}
+    measured: dict[str, float] = {}
 
     # 1. The policy answers.
     with clock("rollout"):
@@ -66,7 +74,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
             update(run.teacher, run.policy, w)  # teacher <- w teacher + (1 - w) policy
             rollouts |= sample_views(run, clock, run.teacher, "teacher", variant.teacher_views, questions, step)
-            seen["ema_weight"] = w
+            measured["ema_weight"] = w
 
     # 3. Majority votes become pseudo-labels: of each view, by the vote that the variant's row names.
     with clock("reward"):
@@ -74,30 +82,32 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
             key: read_answers(decode(said, run.tokenizer), sampling.rollouts, method.answer_match)
             for key, said in rollouts.items()
         }
-        labels = pseudo_labels(variant, answers, golds)
+        labels = pseudo_labels(variant, answers, golds)  # golds label the baseline `gt` alone
 
-    # 4. Rewards [views x Q][G] and advantages [N = views x Q x G] of the policy's rollouts.
-    trained = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
+    # 4. Rewards [views x Q][G], and advantages [N] within each group.
+    policy_rollouts = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
     with clock("reward"):
-        groups = build_groups(variant, answers, labels, method.answer_match, read_logits(run, trained))
+        groups = build_groups(variant, answers, labels, method.answer_match, read_logits(run, policy_rollouts))
         rewards = variant.reward(groups)
         advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
 
-    # 5. One optimizer step; the KL term's reference is the initial policy, or the teacher as it answered.
-    batches, reference = in_micro_batches(run, trained, advantages), None
+    # 5. One optimizer step over all micro-batches; the old policy of the ratio is the policy at hand. The KL term's
+    #    reference is the initial policy, or the teacher as it answered.
+    batches = in_micro_batches(run, policy_rollouts, advantages)
+    reference = None
     if run.reference is not None:
         with clock("reference"):
             reference = score(run.reference, batches, sampling.temperature)
     with clock("update"):
         lr = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
         loss = objective(run, rollouts)
-        seen |= optimizer_step(run.policy, run.optimizer, batches, advantages, reference, loss, lr)
+        measured |= optimizer_step(run.policy, run.optimizer, batches, advantages, reference, loss, lr)
 
     with clock("metrics"):
-        seen |= metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
-    seen |= clock.seconds
-    seen["tokens_per_second"] = metrics.sampled_tokens(rollouts) / sum(clock.seconds.values())
-    return seen, metrics.readable_sample(step, variant, questions[0].pair, groups, rewards)
+        measured |= metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
+    measured |= clock.seconds
+    measured["tokens_per_second"] = metrics.sampled_tokens(rollouts) / sum(clock.seconds.values())
+    return measured, metrics.readable_sample(step, variant, questions[0].pair, groups, rewards)
 
 
 def sample_views(
@@ -114,7 +124,7 @@ def sample_views(
         return {}
     config, sampling = run.config, run.config.sampling
     asked = [(view, question) for view in views for question in questions]
-    with run.sampler.holding(model.lm) as sample:
+    with run.sampler.holding(model.lm) as sample:  # with the weights that the model has now
         rollouts = ranks.shared_out(sample)(
             prompts=[question.prompts[view] for view, question in asked],
             seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
@@ -178,10 +188,8 @@ def evaluate(run: Run) -> dict[str, float]:
         max_tokens=sampling.max_response_tokens,
         seed=run.config.run.seed,
     )
-    benchmark = replace(run.benchmark, pairs=[question.pair for question in run.eval_questions])
-    prompts = [question.prompts["x"] for question in run.eval_questions]
     with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
-        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, benchmark, prompts, settings)
+        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, run.benchmark, run.eval_prompts, settings)
     return accuracy | clock.seconds
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,7 +125,7 @@ def run_with_rewards(variant: str, **settings: object) -> train.Run:
     def parity(groups):
         return [[float(len(text) % 2) for text in group.texts] for group in groups]
 
-    return tiny_run(train.replace(row, reward=parity), PAIRS, **settings)
+    return tiny_run(replace(row, reward=parity), PAIRS, **settings)
 
 
 def test_a_teacher_with_weight_zero_is_the_policy_and_its_kl_exactly_zero():
