@@ -10,14 +10,12 @@ from typing import Annotated, Literal
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
-from grpo import Aggregation
-from rewards import VARIANTS, Match
-from teacher import Schedule
-from word_problems import STUDENTS
+EMBEDDED_MODELS = ("embedded", "embedded-misreading", "embedded-spellings")
+SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."  # the authors'
 
 
-class ConfigError(ValueError):
-    """Settings that cannot work, with the cure in one sentence."""
+class UserError(ValueError):
+    """Bad input, in one sentence: the culprit and the cure. Every command shows it as `error: ...`, exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -34,13 +32,13 @@ class Method:
     """weight that the teacher keeps of itself at the first step"""
     ema_end: float = 0.9999
     """the same at the last step; 1 and 1 freeze the teacher"""
-    ema_schedule: Schedule = "cosine"
+    ema_schedule: Literal["cosine", "constant"] = "cosine"
     """from one to the other; constant: always ema-start"""
-    answer_match: Match = "exact"
+    answer_match: Literal["exact", "math"] = "exact"
     """equality in votes and pseudo-label rewards: of strings, or mathematical"""
     clip: float = 0.2
     """bound of the probability ratio around 1"""
-    loss_agg: Aggregation = "token"
+    loss_agg: Literal["token", "sequence", "dr-grpo"] = "token"
     """what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length"""
     tis_cap: float = 2.0
     """cap of the importance weight between sampler and trainer; 0: no weight"""
@@ -104,7 +102,7 @@ class Optimisation:
     """passes over the questions, instead of a number of steps (neither given: 3)"""
     lr: float = 3e-6
     """peak learning rate of AdamW"""
-    lr_schedule: Schedule = "cosine"
+    lr_schedule: Literal["cosine", "constant"] = "cosine"
     """after the warm-up"""
     warmup: float = 0.1
     """share of the steps in which the learning rate rises"""
@@ -120,18 +118,16 @@ class Optimisation:
 
 @dataclass(frozen=True)
 class Memory:
-    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
-    """compute activations again instead of keeping them; auto: where a step would not fit otherwise"""
+    activation_checkpointing: Literal["on", "off"] = "on"
+    """compute activations again in the backward pass instead of keeping them: a third more arithmetic, and it fits"""
     offload_optimizer: bool = False
     """keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there"""
     offload_teacher: bool = False
     """keep the teacher, or the frozen reference, in the CPU's memory"""
-    plan: bool = False
-    """print what the run would need on 1, 2, 4 and 8 GPUs, and end"""
 
 
 @dataclass(frozen=True)
-class Run:
+class RunSettings:
     out: str | None = None
     """folder to write (None: a new one under runs/)"""
     resume: str | None = None
@@ -160,7 +156,7 @@ class Config:
     sampling: OmitArgPrefixes[Sampling] = field(default_factory=Sampling)
     optimisation: OmitArgPrefixes[Optimisation] = field(default_factory=Optimisation)
     memory: OmitArgPrefixes[Memory] = field(default_factory=Memory)
-    run: OmitArgPrefixes[Run] = field(default_factory=Run)
+    run: OmitArgPrefixes[RunSettings] = field(default_factory=RunSettings)
 
     @property
     def max_sequence_tokens(self) -> int:
@@ -177,6 +173,7 @@ EMBEDDED = Config(
         eval_samples=4,
     ),
     sampling=Sampling(max_response_tokens=32),
+    memory=Memory(activation_checkpointing="off"),
     optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99, tokens_per_micro_batch=2048),
 )
 
@@ -194,7 +191,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         )
 
     config = read(EMBEDDED)
-    if config.model.name not in STUDENTS:
+    if config.model.name not in EMBEDDED_MODELS:
         config = read(Config())
     validate(config)
     return config
@@ -204,11 +201,6 @@ def validate(config: Config) -> None:
     """Refuse, before anything is loaded, what could only fail or mislead later."""
     method, data, sampling, optimisation = config.method, config.data, config.sampling, config.optimisation
     needed = {
-        "variant": (method.variant in VARIANTS, f"choose from {', '.join(VARIANTS)}"),
-        "views": (
-            method.views is None or method.variant not in VARIANTS or VARIANTS[method.variant].is_baseline,
-            f"is for baselines, and variant {method.variant} fixes its own: try --variant majority",
-        ),
         "data": (data.source is not None, "is missing: a file of questions, a folder, or math, dapo, open-rs, amc"),
         "questions_per_step": (data.questions_per_step >= 1, "must be at least 1"),
         "eval_samples": (data.eval_samples >= 1, "must be at least 1"),
@@ -234,4 +226,4 @@ def validate(config: Config) -> None:
     values |= {"data": data.source}
     for name, (holds, reason) in needed.items():
         if not holds:
-            raise ConfigError(f"--{name.replace('_', '-')} {'' if values[name] is None else values[name]} {reason}")
+            raise UserError(f"--{name.replace('_', '-')} {'' if values[name] is None else values[name]} {reason}")

@@ -12,25 +12,43 @@ A source is a folder as the authors of Co-rewarding publish theirs (train_origin
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
 """
 
+from __future__ import annotations
+
 import csv
 import io
 import json
+import math
 import os
 import re
+import shutil
 import statistics
 import sys
+import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from hashlib import blake2b
+from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tyro
+from jinja2 import TemplateError
+from tyro.conf import Positional
 
-from faults import rewrite_fault
-from word_problems import Split, word_problems
+from config import SYSTEM_PROMPT, UserError
+from embedded.word_problems import Split, word_problems
+from sources.benchmarks import SOURCES, Files, find_files
+from sources.faults import rewrite_fault
+from sources.overlap import overlaps
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+T = TypeVar("T")
 
 # name: (folder in the authors' repository, data set on the Hugging Face hub)
 PUBLISHED = {
@@ -56,10 +74,6 @@ CONSEQUENCES = {
     "too long": "pair dropped: a prompt is over the limit",
     "in a benchmark": "pair dropped: --decontaminate found its question there",
 }
-
-
-class DataError(ValueError):
-    """Bad input, in one sentence that names the culprit and the cure."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +133,7 @@ def load_pairs(
     `keep_bad_rewrites` leaves rows as published: not checked, not repaired, duplicates and all.
 
     Raises:
-        DataError: nothing there, nothing readable, or no question in it.
+        UserError: nothing there, nothing readable, or no question in it.
     """
     report = Report() if report is None else report
     report.source, columns = source, Columns(question, rephrased, answer)
@@ -133,7 +147,7 @@ def load_pairs(
     pairs = [pair for pair in pairs if pair.question.strip()]
     report.dropped["empty question"] = report.rows - len(pairs)
     if not pairs:
-        raise DataError(f"{source}: every question is empty")
+        raise UserError(f"{source}: every question is empty")
     if not keep_bad_rewrites:
         pairs = without_duplicates([checked(pair, report) for pair in pairs], report)
     report.questions = len(pairs)
@@ -151,16 +165,16 @@ def find(source: str) -> Path:
         if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
             return path
     if source not in PUBLISHED:
-        raise DataError(f"{source} is no file, no folder and none of embedded, {', '.join(PUBLISHED)}")
+        raise UserError(f"{source} is no file, no folder and none of embedded, {', '.join(PUBLISHED)}")
     cure = f"copy data/{folder} of github.com/tmlr-group/Co-rewarding to data/{source}, or give its path"
     if hub_name is None:
-        raise DataError(f"{source} is not on the Hugging Face hub: {cure}")
+        raise UserError(f"{source} is not on the Hugging Face hub: {cure}")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(hub_name, repo_type="dataset", allow_patterns="*.parquet"))
     except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
-        raise DataError(f"{hub_name} was not downloaded ({type(problem).__name__}): {cure}") from problem
+        raise UserError(f"{hub_name} was not downloaded ({type(problem).__name__}): {cure}") from problem
 
 
 def from_files(files: Sequence[Path], columns: Columns) -> list[Pair]:
@@ -173,16 +187,16 @@ def from_folder(folder: Path, columns: Columns) -> list[Pair]:
         original = folder / f"{split}_original.parquet"
         rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
         if len(rewrites) > 1:
-            raise DataError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
+            raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
         if original.exists() and rewrites:
             return joined(from_files([original], columns), from_files(rewrites, columns), folder)
         for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
             files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
             if len({file.suffix for file in files}) > 1:
-                raise DataError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
+                raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
             if files:
                 return from_files(files, columns)
-    raise DataError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
+    raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
 
 def joined(originals: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
@@ -193,7 +207,7 @@ def joined(originals: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pa
         rewrite = rewrite_of.get(pair.id)
         if rewrite and rewrite.gold and pair.gold and rewrite.gold != pair.gold:
             golds = f"the answer {pair.gold!r} and in its rewrite {rewrite.gold!r}"
-            raise DataError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
+            raise UserError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
         pairs.append(replace(pair, rephrased=unless_blank(rewrite.question)) if rewrite else pair)
     return pairs
 
@@ -237,17 +251,17 @@ READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet"
 
 def read_rows(path: Path) -> list[Row]:
     if path.suffix not in READERS:
-        raise DataError(f"{path} is of no known kind: give one of {', '.join(READERS)}")
+        raise UserError(f"{path} is of no known kind: give one of {', '.join(READERS)}")
     try:
         rows = READERS[path.suffix](path)
     except (OSError, ValueError, OverflowError, RecursionError, csv.Error, pa.ArrowException) as problem:
         reason = str(problem).partition("\n")[0]
-        raise DataError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from problem
+        raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from problem
     if not rows:
-        raise DataError(f"{path} holds no rows")
+        raise UserError(f"{path} holds no rows")
     for place, row in rows:
         if not isinstance(row, dict) or None in row:  # None: DictReader's name for cells beyond the header
-            raise DataError(f"{place} is not a row of named columns")
+            raise UserError(f"{place} is not a row of named columns")
     return rows
 
 
@@ -260,7 +274,7 @@ def to_pairs(rows: list[Row], columns: Columns, source: str | Path) -> list[Pair
     for role, name in columns._asdict().items():
         if name not in available and (role == "question" or name != role):
             cure = f"choose with --{role}-column from {', '.join(available)}"
-            raise DataError(f"{source} has no column {name!r}: {cure}")
+            raise UserError(f"{source} has no column {name!r}: {cure}")
     pairs, earlier = [], dict[str, tuple[str, str]]()
     for number, (place, row) in enumerate(rows):
         pair = Pair(
@@ -273,7 +287,7 @@ def to_pairs(rows: list[Row], columns: Columns, source: str | Path) -> list[Pair
         first_place, first_question = earlier.setdefault(pair.id, (place, pair.question))
         if first_question != pair.question:
             cure = "make ids unique or leave them out"
-            raise DataError(f"{place} repeats the id {pair.id!r} of {first_place}: {cure}")
+            raise UserError(f"{place} repeats the id {pair.id!r} of {first_place}: {cure}")
         pairs.append(pair)
     return pairs
 
@@ -288,7 +302,7 @@ def in_plain_columns(row: dict[str, Any], columns: Columns, place: str) -> dict[
         return row
     extra = row.get("extra_info")
     if not isinstance(extra, dict) or extra.get("index") is None:
-        raise DataError(f"{place} has no extra_info.index, by which questions and rewrites are joined")
+        raise UserError(f"{place} has no extra_info.index, by which questions and rewrites are joined")
     # Their data_source says MATH in every set.
     layout = {"prompt", "reward_model", "extra_info", "index", "data_source", "ability"}
     rest = {name: value for name, value in (row | extra).items() if name not in layout}
@@ -302,9 +316,9 @@ def text_of(value: Any, column: str, place: str) -> str:
     if value is None or value != value:  # NaN: a missing cell in pandas
         return ""
     if not isinstance(value, str):
-        raise DataError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
+        raise UserError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
     if re.search("[\ud800-\udfff]", value):
-        raise DataError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
+        raise UserError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
     return value
 
 
@@ -354,22 +368,233 @@ def without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
     return unique
 
 
+def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: Report) -> list[Pair]:
+    """The pairs whose question is in none of the benchmarks; it is an error if no pair is left."""
+    asked = [pair.question for benchmark in benchmarks for pair in benchmark.pairs]
+    found = {overlap.trained for overlap in overlaps([pair.question for pair in pairs], asked)}
+    report.dropped["in a benchmark"] += len(found)
+    if len(found) == len(pairs):
+        names = " ".join(benchmark.name for benchmark in benchmarks)
+        raise UserError(f"--decontaminate {names} leaves no training question: it is the training set itself")
+    return [pair for i, pair in enumerate(pairs) if i not in found]
+
+
+# ---------------------------------------------------------------- benchmarks
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    pairs: list[Pair]  # each with a gold answer
+    read: Callable[[str], str] = str.strip  # what a boxed answer says; golds have been read already
+    match: Literal["exact", "math"] = "math"  # how two read answers are compared
+
+
+def load_benchmark(
+    name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
+) -> Benchmark:
+    """A benchmark by its name in SOURCES, or any source of data.py; the columns are those of one's own file."""
+    source = SOURCES.get(name)
+    if source:
+        files, columns = find_files(name, source, Path(data_dir))
+    elif name in {*EMBEDDED, *PUBLISHED} or Path(name).exists():
+        files, columns = [name], Files(name, question_column, answer_column)
+    else:
+        raise UserError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
+    pairs: list[Pair] = []
+    for file in files:
+        pairs += load_pairs(file, question=columns.question, answer=columns.answer, keep_bad_rewrites=True)
+    if missing := sum(pair.gold is None for pair in pairs):
+        cure = "take them out, or name the column of answers with --answer-column"
+        raise UserError(f"{name}: {missing:,} of {len(pairs):,} questions have no gold answer: {cure}")
+    if not source:
+        return Benchmark(Path(name).stem.replace(":", "-"), pairs)
+    pairs = [
+        replace(pair, question=source.ask(pair.question, pair.meta), gold=source.read(str(pair.gold))) for pair in pairs
+    ]
+    return Benchmark(name, pairs, source.read, source.match)
+
+
+# ---------------------------------------------------------------- prompts and their order
+
+
+@dataclass(frozen=True)
+class PromptedPair:
+    pair: Pair
+    prompts: dict[str, list[int]]  # view, x or x' -> token ids
+
+
+# ---------------------------------------------------------------- one question -> token ids
+
+
+def read_chat_template(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
+
+
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
+    name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
+    if not (chat_template or tokenizer.chat_template):
+        raise UserError(f"the tokenizer of {name} has no chat template: {cure}")
+    complaint = "it leaves out the question"
+    for messages in (
+        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}],
+        # Gemma's template refuses a system message, others pass over it without a word.
+        [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}],
+    ):
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+            )
+        except (TemplateError, ValueError) as problem:
+            complaint = str(problem)
+            continue
+        if SYSTEM_PROMPT in text and question.strip() in text:
+            return str(text)
+    raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> list[int]:
+    text = prompt_text(tokenizer, question, chat_template)
+    # A template writes the BOS itself: a tokenizer left to add its special tokens would double it.
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+# ---------------------------------------------------------------- a set -> prompts
+
+
+def prompt_pairs(
+    pairs: list[Pair],
+    tokenizer: PreTrainedTokenizerBase,
+    max_prompt_tokens: int,
+    *,
+    views: Sequence[str] = ("x",),
+    needs_gold: bool = False,
+    chat_template: str | None = None,
+    report: Report | None = None,
+) -> list[PromptedPair]:
+    """The pairs that a run on these views can use, with their prompts."""
+    report = Report() if report is None else report
+    paired = [pair for pair in pairs if all(pair.wording(view) for view in views)]
+    cure = "make rephrasings with `python data.py rephrase`, or train a variant that needs none, such as II"
+    pairs = unless_none_left(paired, pairs, "no rephrasing", cure, report)
+    if needs_gold:
+        labelled = [pair for pair in pairs if pair.gold]
+        cure = "name the column of answers with --answer-column, or train a variant that needs none"
+        pairs = unless_none_left(labelled, pairs, "no gold", cure, report)
+    prompted = []
+    for pair in pairs:
+        prompts = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views}
+        prompted.append(PromptedPair(pair, prompts))
+    report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
+    fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
+    report.dropped["too long"] = len(prompted) - len(fitting)
+    if not fitting:
+        spreads = "; ".join(f"{view}: {spread(lengths)}" for view, lengths in report.tokens.items())
+        raise UserError(f"no prompt fits --max-prompt-tokens {max_prompt_tokens} (tokens of {spreads})")
+    return fitting
+
+
+def unless_none_left(usable: list[Pair], pairs: list[Pair], reason: str, cure: str, report: Report) -> list[Pair]:
+    report.dropped[reason] = len(pairs) - len(usable)
+    if not usable:
+        raise UserError(f"none of {len(pairs):,} questions can be used ({reason}): {cure}")
+    return usable
+
+
+# ---------------------------------------------------------------- order
+
+
+@lru_cache(maxsize=4)
+def epoch_order(questions: int, seed: int, epoch: int) -> tuple[int, ...]:
+    """A permutation of range(questions): question i goes where the hash of (seed, epoch, i) puts it.
+
+    A hash, because neither numpy nor `random` promises the same shuffle in its next version.
+    """
+    places = [blake2b(f"{seed}/{epoch}/{i}".encode(), digest_size=8).digest() for i in range(questions)]
+    return tuple(sorted(range(questions), key=places.__getitem__))
+
+
+def steps_per_epoch(questions: int, per_step: int) -> int:
+    return math.ceil(questions / per_step)
+
+
+def questions_of_step(questions: Sequence[T], per_step: int, seed: int, step: int) -> list[T]:
+    """Those that step 0, 1, ... asks: each exactly once an epoch, in steps that differ in size by at most one."""
+    count, steps = len(questions), steps_per_epoch(len(questions), per_step)
+    epoch, k = divmod(step, steps)
+    return [questions[i] for i in epoch_order(count, seed, epoch)[k * count // steps : (k + 1) * count // steps]]
+
+
 # ---------------------------------------------------------------- command line
 
 
-def main() -> None:
-    from contamination import check  # these three import this file
-    from rephrase import rephrase
-    from show import show
+def show(
+    source: Positional[str],
+    tokenizer: str | None = None,
+    chat_template: str | None = None,
+    max_prompt_tokens: int = 512,
+    question_column: str = "question",
+    rephrased_column: str = "rephrased",
+    answer_column: str = "answer",
+    keep_bad_rewrites: bool = False,
+    pairs: int = 3,
+) -> None:
+    """Print what is in a set: rows and faults, lengths, levels, a few pairs side by side."""
+    report = Report()
+    loaded = load_pairs(
+        source,
+        question=question_column,
+        rephrased=rephrased_column,
+        answer=answer_column,
+        keep_bad_rewrites=keep_bad_rewrites,
+        report=report,
+    )
+    if tokenizer:
+        count_tokens(loaded, tokenizer, chat_template, max_prompt_tokens, report)
+    print(report)
+    print(f"  characters of x   {spread([len(pair.question) for pair in loaded])}")
+    if report.paired:
+        print(f"  characters of x'  {spread([len(pair.rephrased) for pair in loaded if pair.rephrased])}")
+    print(f"  with a gold answer  {sum(pair.gold is not None for pair in loaded):,}")
+    for key in ("level", "type", "split", "source"):
+        if counts := Counter(str(pair.meta[key]) for pair in loaded if key in pair.meta):
+            print(f"  {key}: " + ", ".join(f"{value} {count:,}" for value, count in sorted(counts.items())))
+    for i in epoch_order(len(loaded), seed=0, epoch=0)[:pairs]:
+        print(side_by_side(loaded[i]))
+
+
+def count_tokens(pairs: list[Pair], name: str, chat_template: str | None, limit: int, report: Report) -> None:
+    from transformers import AutoTokenizer
 
     try:
-        tyro.extras.subcommand_cli_from_dict({"show": show, "check": check, "rephrase": rephrase}, description=__doc__)
-    except DataError as problem:
-        print(f"data.py: {problem}", file=sys.stderr)
-        sys.exit(2)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as problem:
+        cure = "give a folder, or OWNER/NAME on the Hugging Face hub"
+        raise UserError(f"no tokenizer at {name} ({str(problem).splitlines()[0]}): {cure}") from problem
+    template = read_chat_template(chat_template) if chat_template else None
+    views = ("x", "x'") if report.paired else ("x",)
+    prompt_pairs(pairs, tokenizer, limit, views=views, chat_template=template, report=report)
+
+
+def side_by_side(pair: Pair) -> str:
+    width = shutil.get_terminal_size((120, 24)).columns // 2 - 2
+    columns = [
+        [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
+        for text in (pair.question, pair.rephrased or "(no rephrasing)")
+    ]
+    lines = [f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue="")]
+    return "\n".join([f"--- {pair.id}, gold {pair.gold}", *lines])
+
+
+def main() -> None:
+    try:
+        tyro.cli(show, description=__doc__)
+    except UserError as problem:
+        sys.exit(f"error: {problem}")
 
 
 if __name__ == "__main__":
-    import data  # run as a script, this file is another module than the one that the commands import
-
-    data.main()
+    main()

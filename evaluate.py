@@ -34,24 +34,23 @@ import tyro
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-import algebra
-from benchmark_data import Benchmark, load_benchmark
-from data import DataError
-from packing import PackedLM
-from parts import write_whole
-from policy import ModelError, load, stop_token_ids
-from prompts import prompt_ids, read_chat_template
-from results import compare, estimate, read_result, table
+from answers import algebra
+from config import UserError
+from data import Benchmark, load_benchmark, prompt_ids, read_chat_template
+from lm.decoding import Sample, Sampler
+from lm.model import load_policy, stop_token_ids
+from lm.scoring import PackedLM
 from rewards import Match, are_equal, extract_boxed, majority_vote
-from rollout import Sample, Sampler, decode, request_seed
-from vllm_sampler import SamplerError, build_sampler, choose_sampler
+from rollout import choose_engine, decode, open_sampler, request_seed
+from store.files import write_whole
+from store.results import compare, estimate, read_result, table
 
 # Columns to break numbers down by.
 GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     model: str | None = None
     """hub name or local folder, such as runs/x/checkpoints/latest/policy"""
     benchmarks: tuple[str, ...] = ("math500", "gsm8k", "amc")
@@ -116,7 +115,7 @@ def ask(
     benchmark: Benchmark,
     prompts: Sequence[list[int]],
     which: range,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> list[Answered]:
     """The greedy and then the k sampled answers to each of these questions, question by question.
 
@@ -130,7 +129,7 @@ def ask(
             continue
         temperature = 0.0 if greedy else settings.temperature
         rollouts = sample(asked, seeds, n=n, temperature=temperature, max_tokens=settings.max_tokens)
-        texts = decode(rollouts, tokenizer)
+        texts = [response.text for response in decode(rollouts, tokenizer)]
         boxed = [extract_boxed(text) for text in texts]
         read = [None if answer is None else benchmark.read(answer) for answer in boxed]
         pairs = [benchmark.pairs[i] for i in which for _ in range(n)]
@@ -142,7 +141,7 @@ def ask(
     return [each for group in answered for each in group]
 
 
-def kept_answers(path: Path, benchmark: Benchmark, settings: Settings) -> list[Answered]:
+def kept_answers(path: Path, benchmark: Benchmark, settings: EvaluationSettings) -> list[Answered]:
     """The answers of an earlier run, which was perhaps killed while it wrote: those of its whole batches."""
     per_question = settings.k + settings.greedy
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
@@ -160,9 +159,9 @@ def kept_answers(path: Path, benchmark: Benchmark, settings: Settings) -> list[A
         try:
             kept.append(Answered(**json.loads(line)))
         except (ValueError, TypeError) as problem:
-            raise DataError(f"{path}, line {i + 1} is no answer of an evaluation: name another --out") from problem
+            raise UserError(f"{path}, line {i + 1} is no answer of an evaluation: name another --out") from problem
         if (kept[i].question, kept[i].gold) != (pair.question, pair.gold):
-            raise DataError(f"{path}, line {i + 1} answers another question than {benchmark.name}: name another --out")
+            raise UserError(f"{path}, line {i + 1} answers another question than {benchmark.name}: name another --out")
     return kept
 
 
@@ -171,7 +170,7 @@ def answer_all(
     tokenizer: PreTrainedTokenizerBase,
     benchmark: Benchmark,
     prompts: Sequence[list[int]],
-    settings: Settings,
+    settings: EvaluationSettings,
     path: Path,
 ) -> list[Answered]:
     """All answers to a benchmark; those that `path` does not hold yet are asked for and added to it."""
@@ -263,7 +262,7 @@ def accuracies(
     tokenizer: PreTrainedTokenizerBase,
     benchmark: Benchmark,
     prompts: Sequence[list[int]],
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> dict[str, float]:
     """What training logs of an evaluation: the mean accuracy of k sampled answers (avg@k), and that of a greedy one,
     over all questions and by group of questions."""
@@ -285,9 +284,9 @@ def make_sampler(
     model: PackedLM,
     tokenizer: PreTrainedTokenizerBase,
     longest_prompt: int,
-    settings: Settings,
+    settings: EvaluationSettings,
 ) -> Sampler:
-    return build_sampler(
+    return open_sampler(
         chosen,
         model.lm,
         stop_token_ids(model.lm, tokenizer),
@@ -298,7 +297,7 @@ def make_sampler(
     )
 
 
-def output_folder(settings: Settings) -> Path:
+def output_folder(settings: EvaluationSettings) -> Path:
     """Where the answers are kept, with the settings that they were made with; other settings need another folder."""
     parts = [part for part in Path(str(settings.model)).parts[-4:] if part not in ("/", ".", "..", "checkpoints")]
     folder = Path(settings.out) if settings.out else Path("runs", "evaluations", "-".join(parts))
@@ -307,7 +306,7 @@ def output_folder(settings: Settings) -> Path:
         before = read_settings(folder)
         changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
         if changed:
-            raise DataError(f"{folder} holds answers of other settings: {', '.join(changed)}; name another --out")
+            raise UserError(f"{folder} holds answers of other settings: {', '.join(changed)}; name another --out")
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(folder / "settings.json", json.dumps(now, indent=2) + "\n")
     return folder
@@ -317,18 +316,18 @@ def read_settings(folder: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((folder / "settings.json").read_text()))
     except (OSError, ValueError, TypeError) as problem:
-        raise DataError(f"{folder} holds .jsonl files but no settings.json of theirs: name another --out") from problem
+        raise UserError(f"{folder} holds .jsonl files but no settings.json of theirs: name another --out") from problem
 
 
-def run(settings: Settings) -> Path:
+def run(settings: EvaluationSettings) -> Path:
     """Ask, score, show; returns the path of result.json."""
     where = settings.data_dir, settings.question_column, settings.answer_column
     benchmarks = [load_benchmark(name, *where) for name in settings.benchmarks]
     if len({each.name for each in benchmarks}) < len(benchmarks):
-        raise DataError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
+        raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in benchmarks]
-    folder, sampler = output_folder(settings), choose_sampler(settings.sampler)
-    model, tokenizer = load(str(settings.model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    folder, sampler = output_folder(settings), choose_engine(settings.sampler)
+    model, tokenizer = load_policy(str(settings.model), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     template = read_chat_template(settings.chat_template) if settings.chat_template else None
     prompts = [[prompt_ids(tokenizer, pair.question, template) for pair in each.pairs] for each in benchmarks]
     longest = max(len(prompt) for of_one in prompts for prompt in of_one)
@@ -350,7 +349,7 @@ def run(settings: Settings) -> Path:
     return path
 
 
-def check(settings: Settings) -> Settings:
+def check(settings: EvaluationSettings) -> EvaluationSettings:
     """Refuse what could only fail later; a link such as checkpoints/latest is followed, as it will move."""
     needed = {
         "--model is missing: a hub name or a local folder": settings.model,
@@ -363,19 +362,19 @@ def check(settings: Settings) -> Settings:
     }
     for complaint, holds in needed.items():
         if not holds:
-            raise DataError(complaint)
+            raise UserError(complaint)
     model = str(settings.model)
     return replace(settings, model=str(Path(model).resolve()) if Path(model).exists() else model)
 
 
 def main() -> None:
-    settings = tyro.cli(Settings, description=__doc__)
+    settings = tyro.cli(EvaluationSettings, description=__doc__)
     try:
         if settings.compare:
             print(compare(*settings.compare))
         else:
             run(check(settings))
-    except (DataError, ModelError, SamplerError) as problem:
+    except UserError as problem:
         raise SystemExit(f"error: {problem}") from None
     except KeyboardInterrupt:
         raise SystemExit("stopped; the same command goes on from the answers kept so far") from None

@@ -14,10 +14,16 @@ Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T respo
 """
 
 import math
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from config import Config, Method
+from lm import ranks
+from lm.packing import MicroBatch, Rollout
+from lm.scoring import PackedLM, TokenStats
 
 Aggregation = Literal["token", "sequence", "dr-grpo"]
 
@@ -71,26 +77,28 @@ def truncated_importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) 
     return torch.exp(logp.detach() - sampler_logp).clamp(max=cap)
 
 
-def step_denominator(how: Aggregation, sequences: int, tokens: int, max_tokens: int) -> int:
-    """What `aggregate` divides by: known for the WHOLE step before its first backward pass, so that the gradient does
-    not depend on how the step is cut into micro-batches or spread over processes."""
-    return {"token": max(tokens, 1), "sequence": sequences, "dr-grpo": sequences * max_tokens}[how]
-
-
-def token_weights(mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
-    """What each token counts [B, T] in the step's loss, 0 where `mask` is.
-
-    "token": every response token of the step weighs the same; "sequence": every rollout does (Eq. 4 as printed);
-    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is that of
-    `step_denominator`, or one for each sequence [B] where they belong to different views.
-    """
-    length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else torch.ones_like(mask[:, 0])
-    return mask / (length * denominator)[:, None]
+def denominators(how: Aggregation, views: Sequence[Sequence[Rollout]], max_tokens: int) -> Tensor:
+    """What `aggregate` divides each rollout of these views by [N]: a count of its whole view, known before the first
+    backward pass, so that the gradient does not depend on how a step is cut into micro-batches or spread over
+    processes. The views' means are added (Eq. 6)."""
+    counts = []
+    for rollouts in views:
+        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+        of_view = {"token": max(tokens, 1), "sequence": len(rollouts), "dr-grpo": len(rollouts) * max_tokens}[how]
+        counts += [float(of_view)] * len(rollouts)
+    return torch.tensor(counts)
 
 
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
-    """Scalar share of these sequences [B, T] in the step's loss, see `token_weights`."""
-    return (per_token.masked_fill(mask == 0, 0.0) * token_weights(mask.to(per_token), how, denominator)).sum()
+    """Scalar share of these sequences [B, T] in the step's loss.
+
+    "token": every response token of the step weighs the same; "sequence": every rollout does (Eq. 4 as printed);
+    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is one number, or
+    one for each sequence [B] where they belong to different views, see `denominators`.
+    """
+    sums = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)  # [B]
+    length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else 1
+    return (sums / (length * denominator)).sum()
 
 
 def learning_rate(
@@ -107,3 +115,66 @@ def learning_rate(
         return peak
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
     return peak * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+# ---------------------------------------------------------------- one step
+
+
+def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """AdamW on the float32 master weights; the learning rate is set at every step."""
+    return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
+
+
+def loss_of(
+    logp: Tensor, anchor_logp: Tensor | None, batch: MicroBatch, advantages: Tensor, kl_coef: float, method: Method
+) -> Tensor:
+    """Eq. 4 per token [B, T]; advantages are the step's [N], `anchor_logp` [B, T] is None without a KL term."""
+    old_logp = logp.detach()  # one optimizer step a batch: the old policy is the policy at hand, and needs no pass
+    weights = truncated_importance_weight(logp, batch.sampler_logp, method.tis_cap) if method.tis_cap else None
+    loss = policy_loss(logp, old_logp, advantages[batch.rows], batch.mask, method.clip, weights)
+    return loss if anchor_logp is None else loss + kl_coef * k3(logp, anchor_logp)
+
+
+def optimizer_step(
+    policy: PackedLM,
+    optimizer: torch.optim.Optimizer,
+    batches: Sequence[MicroBatch],
+    advantages: Tensor,
+    anchors: Sequence[TokenStats] | None,
+    denominator: Tensor,
+    kl_coef: float,
+    rate: float,
+    config: Config,
+) -> dict[str, float]:
+    """One step on the loss of all ranks' micro-batches (Eqs. 4-6). `advantages` and `denominator` are the step's [N],
+    `anchors` the reference's log-probs of each micro-batch, None without a KL term.
+
+    A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
+    """
+    seen: list[dict[str, Tensor]] = []
+    for i, batch in enumerate(batches):
+        anchor_logp = anchors[i].logp if anchors else None
+        stats = policy(batch, config.sampling.temperature)
+        loss = loss_of(stats.logp, anchor_logp, batch, advantages, kl_coef, config.method)  # [B, T]
+        aggregate(loss, batch.mask, config.method.loss_agg, denominator[batch.rows]).backward()
+        seen.append(token_metrics(stats, anchor_logp, batch))
+        del stats, loss  # or their graph would outlive the next forward pass
+    grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimisation.max_grad_norm))
+    if finite := math.isfinite(grad_norm.item()):
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    metrics = {name: ranks.mean(torch.cat([each[name] for each in seen])) for name in seen[0]}
+    mismatch = torch.cat([each["mismatch_mean"] for each in seen])
+    metrics["mismatch_max"] = ranks.largest(mismatch.max().item() if len(mismatch) else 0.0)
+    return metrics | {"grad_norm": grad_norm.item(), "lr": rate, "skipped_steps": float(not finite)}
+
+
+def token_metrics(stats: TokenStats, anchor_logp: Tensor | None, batch: MicroBatch) -> dict[str, Tensor]:
+    """What is logged of the micro-batch's response tokens, without padding and gradient."""
+    logp = stats.logp.detach()
+    metrics = {"entropy": stats.entropy, "mismatch_mean": (logp - batch.sampler_logp).abs()}
+    if anchor_logp is not None:
+        metrics["kl"] = k3(logp, anchor_logp)
+    return {name: values[batch.mask] for name, values in metrics.items()}

@@ -10,40 +10,44 @@ import math
 import resource
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from data import Pair
-from parts import write_whole
-from rewards import Answers, Group, Variant, View, Vote, Voter, are_equal
-from rollout import Rollout
+from rewards import Group, Variant, View, Voter, are_equal
+from store.files import append_rows, read_rows, to_lines, write_whole
+
+Item = TypeVar("Item")
+
+# ---------------------------------------------------------------- time and memory
 
 
 class Clock:
-    """Seconds by phase: `with clock("rollout"): ...` adds to clock.seconds["seconds_rollout"]."""
+    """Seconds by phase: `clock.lap("rollout")` counts what has passed since the last lap as seconds_rollout."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self.phase = ""
+        self.last = time.perf_counter()
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        self.phase, begin = phase, time.perf_counter()
-        yield
-        self._add(phase, time.perf_counter() - begin)
+    def lap(self, phase: str, sync: float | None = None) -> None:
+        """`sync`: of these seconds, those that it took to give an engine its weights, which are counted apart."""
+        now = time.perf_counter()
+        for name, seconds in {phase: now - self.last - (sync or 0.0), "sync": sync}.items():
+            if seconds is not None:
+                self.seconds[f"seconds_{name}"] = self.seconds.get(f"seconds_{name}", 0.0) + seconds
+        self.last = now
 
-    def set_apart(self, phase: str, seconds: float) -> None:
-        """Count `seconds` of the present phase as another's."""
-        self._add(phase, seconds)
-        self._add(self.phase, -seconds)
 
-    def _add(self, phase: str, seconds: float) -> None:
-        self.seconds[f"seconds_{phase}"] = self.seconds.get(f"seconds_{phase}", 0.0) + seconds
+def peak_memory_gb() -> float:
+    """Of the GPU if there is one, else of the process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 @contextmanager
@@ -57,92 +61,88 @@ def tracing(file: Path, wanted: bool) -> Iterator[None]:
     profiler.export_chrome_trace(str(file))
 
 
-def response_metrics(rollouts: Sequence[Rollout], answers: Sequence[str | None], suffix: str = "") -> dict[str, float]:
-    """Length, cuts and answers of rollouts, one question or many."""
-    given = Counter(answer for answer in answers if answer is not None)
-    commonest = max(given.values(), default=0)
-    return {
-        f"response_tokens{suffix}": fmean(len(rollout.response_ids) for rollout in rollouts),
-        f"truncated{suffix}": fmean(not rollout.finished for rollout in rollouts),
-        f"answered{suffix}": fmean(answer is not None for answer in answers),
-        f"commonest_answer{suffix}": commonest / max(given.total(), 1),
-    }
+# ---------------------------------------------------------------- one step
 
 
-def sampled_tokens(rollouts: dict[tuple[Voter, View], list[Rollout]]) -> int:
-    return sum(len(rollout.response_ids) for said in rollouts.values() for rollout in said)
+def commonest_answer(groups: Sequence[Group]) -> float:
+    """Share of the most frequent answer among all that are given, to whatever question."""
+    given = Counter(answer for group in groups for answer in group.boxed if answer is not None)
+    return max(given.values(), default=0) / max(given.total(), 1)
 
 
-def vote_metrics(votes: Sequence[Vote], suffix: str = "") -> dict[str, float]:
-    return {
-        f"vote_share{suffix}": fmean(vote.share for vote in votes),
-        f"distinct_answers{suffix}": fmean(vote.distinct for vote in votes),
-    }
-
-
-def label_metrics(
-    variant: Variant,
-    labels: dict[View, list[str | None]],
-    answers: dict[tuple[Voter, View], Answers],
-    golds: Sequence[str | None],
-) -> dict[str, float]:
-    """label_accuracy: share of labels equivalent to the gold answer, where there is one; a missing label is wrong.
-    label_agreement: share of labels equal to the policy's own vote on the same view (under plain majority it is 1)."""
-    metrics: dict[str, float] = {}
-    accuracy: list[bool] = []
-    agreement: list[bool] = []
-    for view, (voter, _) in variant.label_of.items():
-        if voter == "gold":
-            continue
-        known = [(gold, label) for gold, label in zip(golds, labels[view], strict=True) if gold is not None]
-        correct = are_equal([gold for gold, _ in known], [label for _, label in known])
-        if correct and len(variant.label_of) > 1:
-            metrics[f"label_accuracy/{view}"] = fmean(correct)
-        accuracy += correct
-        own_votes = answers["policy", view].votes
-        agreement += [vote.label == label for vote, label in zip(own_votes, labels[view], strict=True)]
-    metrics |= {"label_accuracy": fmean(accuracy)} if accuracy else {}
-    return metrics | ({"label_agreement": fmean(agreement)} if agreement else {})
+# One row a statistic of groups; each is logged of all, and by view and of the teacher where there are several.
+STATISTICS: dict[str, Callable[[Sequence[Group]], float]] = {
+    "response_tokens": lambda groups: fmean(tokens for group in groups for tokens in group.tokens),
+    "truncated": lambda groups: fmean(not finished for group in groups for finished in group.finished),
+    "answered": lambda groups: fmean(answer is not None for group in groups for answer in group.boxed),
+    "vote_share": lambda groups: fmean(group.vote.share for group in groups),
+    "distinct_answers": lambda groups: fmean(group.vote.distinct for group in groups),
+    "commonest_answer": commonest_answer,
+}
 
 
 def step_metrics(
     variant: Variant,
-    rollouts: dict[tuple[Voter, View], list[Rollout]],
-    answers: dict[tuple[Voter, View], Answers],
-    labels: dict[View, list[str | None]],
+    voted: Mapping[tuple[Voter, View], Sequence[Group]],
+    groups: Sequence[Group],
     golds: Sequence[str | None],
     rewards: Sequence[Sequence[float]],
 ) -> dict[str, float]:
-    """Means over the policy's rollouts of a step; /x and /x' by view where there are two, /teacher for the teacher."""
-    by_view = len(rewards) // len(variant.policy_views)
+    """Means over the policy's `groups` of a step; /x and /x' by view where there are two, /teacher for the teacher."""
+    of_view = by_view(variant, groups)
+    parts: dict[str, Sequence[Group]] = {"": groups}
     metrics = {"reward": fmean(r for group in rewards for r in group)}
     metrics["zero_std_groups"] = fmean(len(set(group)) == 1 for group in rewards)
-    parts: dict[str, list[tuple[Voter, View]]] = {"": [("policy", view) for view in variant.policy_views]}
-    if len(variant.policy_views) > 1:
-        parts |= {f"/{view}": [("policy", view)] for view in variant.policy_views}
-        for i, view in enumerate(variant.policy_views):
-            metrics[f"reward/{view}"] = fmean(r for g in rewards[i * by_view : (i + 1) * by_view] for r in g)
+    if len(of_view) > 1:
+        parts |= {f"/{view}": part for view, part in of_view.items()}
+        metrics |= {
+            f"reward/{view}": fmean(r for group in part for r in group)
+            for view, part in by_view(variant, rewards).items()
+        }
     if variant.teacher_views:
-        parts["/teacher"] = [("teacher", view) for view in variant.teacher_views]
-    for suffix, keys in parts.items():
-        boxed = [answer for key in keys for group in answers[key].boxed for answer in group]
-        metrics |= response_metrics([r for key in keys for r in rollouts[key]], boxed, suffix)
-        metrics |= vote_metrics([vote for key in keys for vote in answers[key].votes], suffix)
-    return metrics | label_metrics(variant, labels, answers, golds)
+        parts["/teacher"] = [group for view in variant.teacher_views for group in voted["teacher", view]]
+    for suffix, part in parts.items():
+        metrics |= {f"{name}{suffix}": statistic(part) for name, statistic in STATISTICS.items()}
+    return metrics | label_metrics(variant, of_view, golds)
+
+
+def by_view(variant: Variant, items: Sequence[Item]) -> dict[View, Sequence[Item]]:
+    size = len(items) // len(variant.policy_views)
+    return {view: items[i * size : (i + 1) * size] for i, view in enumerate(variant.policy_views)}
+
+
+def label_metrics(
+    variant: Variant, of_view: Mapping[View, Sequence[Group]], golds: Sequence[str | None]
+) -> dict[str, float]:
+    """label_accuracy: share of labels equivalent to the gold answer, where there is one; a missing label is wrong.
+    label_agreement: share of labels equal to the policy's own vote on the same view (under plain majority it is 1)."""
+    accuracy: dict[str, list[bool]] = {}
+    agreement: list[bool] = []
+    for view, (voter, _) in variant.label_of.items():
+        if voter == "gold":
+            continue
+        known = [(gold, group.label) for gold, group in zip(golds, of_view[view], strict=True) if gold is not None]
+        accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known])
+        agreement += [group.vote.label == group.label for group in of_view[view]]
+    metrics = {f"label_accuracy/{view}": fmean(right) for view, right in accuracy.items() if right}
+    metrics = metrics if len(metrics) > 1 else {}
+    every = [right for part in accuracy.values() for right in part]
+    metrics |= {"label_accuracy": fmean(every)} if every else {}
+    return metrics | ({"label_agreement": fmean(agreement)} if agreement else {})
+
+
+def sampled_tokens(voted: Mapping[tuple[Voter, View], Sequence[Group]]) -> int:
+    return sum(tokens for groups in voted.values() for group in groups for tokens in group.tokens)
 
 
 def readable_sample(
-    step: int,
-    variant: Variant,
-    question: Pair,
-    groups: Sequence[Group],
-    rewards: Sequence[Sequence[float]],
+    step: int, variant: Variant, question: Pair, groups: Sequence[Group], rewards: Sequence[Sequence[float]]
 ) -> list[dict[str, Any]]:
     """One question of the step in each of the policy's views: for rollouts.jsonl."""
-    by_view = len(groups) // len(variant.policy_views)
     sample = []
-    for i, view in enumerate(variant.policy_views):
-        group = groups[i * by_view]
+    for (view, of_view), its_rewards in zip(
+        by_view(variant, groups).items(), by_view(variant, rewards).values(), strict=True
+    ):
         voter, voted_view = variant.label_of.get(view, (None, None))
         sample.append(
             {
@@ -151,15 +151,17 @@ def readable_sample(
                 "view": view,
                 "question": question.wording(view),
                 "gold": question.gold,
-                "label": group.label,
+                "label": of_view[0].label,
                 "label_from": f"{voter} on {voted_view}" if voter else None,
-                "answers": group.boxed,
-                "rewards": rewards[i * by_view],
-                "text": group.texts[0],
+                "answers": of_view[0].boxed,
+                "rewards": its_rewards[0],
+                "text": of_view[0].texts[0],
             }
         )
     return sample
 
+
+# ---------------------------------------------------------------- the alarm
 
 WINDOW = 5  # steps that an alarm averages over
 
@@ -195,16 +197,7 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     return {sign: moved(key) for sign, (seen, key) in signs.items() if seen}
 
 
-def board_scalars(board: Any, step: int, metrics: dict[str, float]) -> None:
-    for key, value in metrics.items():
-        board.add_scalar(key, value, step)
-
-
-def peak_memory_gb() -> float:
-    """Of the GPU if there is one, else of the process."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+# ---------------------------------------------------------------- the log of a run
 
 
 class RunLog:
@@ -215,14 +208,14 @@ class RunLog:
         self.rollouts_file = folder / "rollouts.jsonl"
         for file in (self.metrics_file, self.rollouts_file):
             keep_steps_before(file, first_step)
-        self.history = [json.loads(line) for line in self.metrics_file.read_text().splitlines()]
+        self.history = read_rows(self.metrics_file)
         self.alarms: set[str] = set()
-        self.writers: list[Any] = []
+        self.writers: list[Callable[[int, dict[str, float]], None]] = []
         if config["run"]["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-            self.writers.append(lambda step, metrics: board_scalars(board, step, metrics))
+            self.writers.append(lambda step, metrics: to_board(board, step, metrics))
         if config["run"]["wandb"]:
             import wandb
 
@@ -246,41 +239,34 @@ class RunLog:
         """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         self.history.append(metrics)
-        append(self.metrics_file, [metrics])
-        append(self.rollouts_file, samples)
+        append_rows(self.metrics_file, [metrics])
+        append_rows(self.rollouts_file, samples)
         for writer in self.writers:
-            writer(metrics["step"], {key: value for key, value in metrics.items() if key != "step"})
+            writer(int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"})
 
 
-def append(file: Path, records: Sequence[dict[str, Any]]) -> None:
-    with file.open("a") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def to_board(board: Any, step: int, metrics: dict[str, float]) -> None:
+    for key, value in metrics.items():
+        board.add_scalar(key, value, step)
 
 
 def keep_steps_before(file: Path, step: int) -> None:
     """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
-    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-    whole = [line for line in lines if line.endswith("\n")]
-    # Killed here, too, a run loses nothing.
-    write_whole(file, "".join(line for line in whole if json.loads(line)["step"] < step))
-
-
-def read_metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = read_rows(file) if file.exists() else []
+    write_whole(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
 
 
 def closing_table(folder: Path) -> str:
     """What a run achieved, where the time went, and what to try next."""
-    config, history = json.loads((folder / "config.json").read_text()), read_metrics(folder)
+    config, history = json.loads((folder / "config.json").read_text()), read_rows(folder / "metrics.jsonl")
 
     def change(key: str, window: int = 1) -> str | None:
         values = [metrics[key] for metrics in history if key in metrics]
         return f"{fmean(values[:window]):.2f} -> {fmean(values[-window:]):.2f}" if values else None
 
-    seconds: dict[str, float] = {}
-    for key, value in ((key, value) for metrics in history for key, value in metrics.items()):
-        if key.startswith("seconds_"):
-            seconds[key.removeprefix("seconds_")] = seconds.get(key.removeprefix("seconds_"), 0.0) + value
+    seconds: Counter[str] = Counter()
+    for metrics in history:
+        seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
     by_phase = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
     model, source, variant = config["model"]["name"], config["data"]["source"], config["method"]["variant"]
     flags = f" --model {model}" if model != "embedded" else ""
@@ -290,11 +276,11 @@ def closing_table(folder: Path) -> str:
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),
         "label accuracy": change("label_accuracy", window=5),
         "reward": change("reward", window=5),
-        "seconds": f"{sum(seconds.values()):.0f} ({by_phase})",
+        "seconds": f"{seconds.total():.0f} ({by_phase})",
         "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
         "see it collapse": f"python train.py{flags} --variant entropy, or --variant majority --lr 1e-3",
-        "compare": f"python plot.py {folder} runs/ANOTHER --out comparison.png",
+        "compare": f"python -m tools.plot {folder} runs/ANOTHER --out comparison.png",
     }
     lines = [f"  {name:<27} {value}" for name, value in rows.items() if value is not None]
     return "\n".join([f"variant {variant}, model {model}, data {source}", *lines])

@@ -10,10 +10,10 @@ pseudo-labels compare raw strings as in that code, unless match="math" is asked 
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
-from answers import equivalent, equivalent_many, extract_boxed, vote_classes
+from answers.equivalence import equivalent, equivalent_many, extract_boxed, vote_classes
 
 __all__ = ["equivalent", "extract_boxed"]
 
@@ -45,32 +45,37 @@ def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote
     return Vote(label, count / len(given), len(counts), len(given))
 
 
-@dataclass(frozen=True)
-class Answers:
-    """What G rollouts on one view of each of Q questions say."""
+class Response(NamedTuple):
+    """What one rollout says."""
 
-    texts: list[list[str]]  # [Q][G]
-    boxed: list[list[str | None]]  # [Q][G]
-    votes: list[Vote]  # [Q]
-
-
-def read_answers(texts: Sequence[str], group_size: int, match: Match) -> Answers:
-    """Q * G texts, groups contiguous."""
-    groups = [list(texts[start : start + group_size]) for start in range(0, len(texts), group_size)]
-    boxed = [[extract_boxed(text) for text in group] for group in groups]
-    return Answers(groups, boxed, [majority_vote(group, match) for group in boxed])
+    text: str
+    tokens: int  # the stop token included
+    finished: bool  # by itself; False: cut at the limit
 
 
 @dataclass(frozen=True)
 class Group:
-    """G rollouts of the policy on one view of one question, as a reward function sees them."""
+    """G rollouts on one view of one question: what they say, how they vote and, once labelled, what they should say."""
 
     texts: list[str]
     boxed: list[str | None]
-    label: str | None  # from the vote or the gold answer that the variant's row names
-    vote_share: float  # of the vote that gave the label; 1 for a gold answer, 0 without a label
+    tokens: list[int]
+    finished: list[bool]
+    vote: Vote  # of these rollouts themselves
     match: Match  # how an answer is compared with the label
-    means: dict[str, list[float]]  # of packing.TokenStats over each response; empty unless the reward reads logits
+    label: str | None = None  # from the vote or the gold answer that the variant's row names
+    label_share: float = 0.0  # of the vote that gave the label; 1 for a gold answer, 0 without a label
+    means: dict[str, list[float]] = field(default_factory=dict)  # of lm.scoring.TokenStats, if the row asks for them
+
+
+def read_groups(responses: Sequence[Response], group_size: int, match: Match) -> list[Group]:
+    """Q groups of Q * G responses, groups contiguous: answers are read, and every group votes (Eqs. 7-10)."""
+    groups = []
+    for start in range(0, len(responses), group_size):
+        texts, tokens, finished = map(list, zip(*responses[start : start + group_size], strict=True))
+        boxed = [extract_boxed(text) for text in texts]
+        groups.append(Group(texts, boxed, tokens, finished, majority_vote(boxed, match), match))
+    return groups
 
 
 def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match = "math") -> list[bool]:
@@ -155,43 +160,28 @@ def on_views(variant: Variant, views: tuple[View, ...]) -> Variant:
     return replace(variant, policy_views=views, label_of=label_of)
 
 
-def pseudo_labels(
-    variant: Variant, answers: dict[tuple[Voter, View], Answers], golds: Sequence[str | None]
-) -> dict[View, list[str | None]]:
-    """For each view of the policy that has labels, those of its Q questions, from the source that the row names."""
-    return {
-        view: list(golds) if voter == "gold" else [vote.label for vote in answers[voter, voted_view].votes]
-        for view, (voter, voted_view) in variant.label_of.items()
-    }
-
-
-def build_groups(
-    variant: Variant,
-    answers: dict[tuple[Voter, View], Answers],
-    labels: dict[View, list[str | None]],
-    match: Match,
-    means: Mapping[str, Sequence[float]],
+def label_groups(
+    variant: Variant, voted: Mapping[tuple[Voter, View], Sequence[Group]], golds: Sequence[str | None]
 ) -> list[Group]:
-    """The policy's groups in the order of their rollouts: by view, then by question. Gold compares as mathematics.
-
-    `means` has one number per rollout [N] of each statistic, if the row's reward reads logits.
-    """
-    groups: list[Group] = []
+    """The policy's groups by view, then by question, each with the label that the row names: the one place where a
+    label comes from. A gold answer gets in where the row says "gold", and is compared as mathematics."""
+    labelled = []
     for view in variant.policy_views:
-        said = answers["policy", view]
-        source = variant.label_of.get(view)
-        votes = answers[source].votes if source in answers else []
-        for q, (texts, boxed) in enumerate(zip(said.texts, said.boxed, strict=True)):
-            label = labels[view][q] if view in labels else None
-            rows = slice(len(groups) * len(boxed), (len(groups) + 1) * len(boxed))
-            groups.append(
-                Group(
-                    texts=texts,
-                    boxed=boxed,
-                    label=label,
-                    vote_share=votes[q].share if votes else float(label is not None),
-                    match=match if votes else "math",
-                    means={name: list(values[rows]) for name, values in means.items()},
-                )
-            )
-    return groups
+        voter, voted_view = variant.label_of.get(view, (None, view))
+        for q, group in enumerate(voted["policy", view]):
+            if voter == "gold":
+                group = replace(group, label=golds[q], label_share=float(golds[q] is not None), match="math")
+            elif voter is not None:
+                vote = voted[voter, voted_view][q].vote
+                group = replace(group, label=vote.label, label_share=vote.share)
+            labelled.append(group)
+    return labelled
+
+
+def with_means(groups: Sequence[Group], means: Mapping[str, Sequence[float]]) -> list[Group]:
+    """The groups with each statistic's mean [N] over every rollout's tokens."""
+    size = len(groups[0].texts)
+    return [
+        replace(group, means={name: list(values[i * size : (i + 1) * size]) for name, values in means.items()})
+        for i, group in enumerate(groups)
+    ]

@@ -1,234 +1,102 @@
-"""Sampling: prompts in, rollouts out, as token ids; one small interface, and behind it the trainer's own model (here)
-or vLLM (vllm_sampler.py).
+"""Who answers what, by which engine, with which seeds.
 
     with sampler.holding(lm) as sample:                       # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # G rollouts a prompt, groups contiguous
 
 Sampling exists only inside `holding`, so rollouts can never come from stale weights. Every rollout has a seed of its
-own, so what is sampled does not depend on what else is in the batch, and a run can be repeated or resumed.
-
-Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T response tokens, V vocabulary.
+own, so what is sampled does not depend on what else is in the batch, and a run can be repeated or resumed. The engine
+is the trainer's own model (lm/decoding.py) or vLLM (lm/vllm_engine.py).
 """
 
-import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from copy import deepcopy
-from dataclasses import dataclass
-from typing import Protocol
+import importlib.util
+from collections.abc import Sequence
+from hashlib import blake2b
+from typing import Literal
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-import ranks
+from config import Config, UserError
+from data import PromptedPair
+from lm import ranks
+from lm.decoding import Sampler, TransformersSampler
+from lm.model import check_length
+from lm.packing import Rollout
+from lm.scoring import PackedLM
+from lm.vllm_engine import VLLMSampler
+from rewards import Response, View, Voter
 
-ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
-
-
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled response; `response_ids` ends with the stop token if `finished`, else it was cut at max_tokens."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logp: list[float]  # the sampler's own log-prob of each response token, under the distribution it was drawn from
-    finished: bool
-
-    def __len__(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt_ids) + len(self.response_ids)
+Engine = Literal["vllm", "hf"]
 
 
-def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    return tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
-
-
-Sample = Callable[..., list[Rollout]]
-
-
-class Sampler(Protocol):
-    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
-
-    def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
-        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
-        ...
-
-    def close(self) -> None:
-        """End what the sampler runs, if anything; after the last communication between ranks."""
-        ...
+def ask(
+    sampler: Sampler,
+    model: PackedLM,
+    who: Voter,
+    views: Sequence[View],
+    questions: Sequence[PromptedPair],
+    step: int,
+    config: Config,
+) -> dict[tuple[Voter, View], list[Rollout]]:
+    """G rollouts of `model` on every view of every question, in one call of the sampler: Q * G a view, by question."""
+    if not views:
+        return {}
+    asked = [(view, question) for view in views for question in questions]
+    with sampler.holding(model.lm) as sample:  # with the weights that the model has now
+        rollouts = ranks.shared_out(sample)(
+            prompts=[question.prompts[view] for view, question in asked],
+            seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
+            n=config.sampling.rollouts,
+            temperature=config.sampling.temperature,
+            max_tokens=config.sampling.max_response_tokens,
+        )
+    per_view = len(questions) * config.sampling.rollouts
+    return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
 
 
 def request_seed(*key: str | int) -> int:
     """A seed below 2^62 for one prompt's rollouts, from (run seed, step, question id, view, who); rollout g of the
     group adds g. A hash, so that no two requests of a run share a stream whatever the ids look like."""
-    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 2
 
 
-def nucleus(logp: Tensor, top_p: float) -> Tensor:
-    """The distribution [N, V] cut to its likeliest tokens, as many as it takes to hold top_p together, renormalised."""
-    sorted_logp, tokens = logp.sort(dim=-1, descending=True)
-    before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
-    cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
-    return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
+def decode(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> list[Response]:
+    texts = tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
+    return [Response(text, len(each.response_ids), each.finished) for text, each in zip(texts, rollouts, strict=True)]
 
 
-def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The token [N] where the cumulative distribution of `logits` [N, V] passes each row's uniform number [N], and its
-    log-prob [N]; the likeliest token at temperature 0."""
-    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
-    if top_p < 1:
-        logp = nucleus(logp, top_p)
-    if temperature == 0:
-        token = logp.argmax(dim=-1, keepdim=True)
+def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
+    """What --sampler means on this machine; says so in one line."""
+    installed, has_gpu = importlib.util.find_spec("vllm") is not None, torch.cuda.is_available()
+    if name == "vllm" and not installed:
+        raise UserError(
+            "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
+            "or take --sampler hf"
+        )
+    if name == "auto":
+        chosen: Engine = "vllm" if installed and has_gpu else "hf"
+        reason = f"vLLM {'' if installed else 'not '}installed, {'a' if has_gpu else 'no'} GPU"
     else:
-        cumulative = logp.exp().cumsum(dim=-1)
-        # right=True never stops on a token of probability 0, except past the end by rounding
-        token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
-        token = token.clamp(max=logp.shape[-1] - 1)
-    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+        chosen, reason = name, f"--sampler {name}"
+    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
+    return chosen
 
 
-def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """[count, N]: each row's own stream, whatever else is in the batch."""
-    streams = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    return torch.stack(streams, dim=1).to(device)
-
-
-class Decoding:
-    """The next token's logits [N, V] of a batch of sequences, G = n for each prompt, which grows by a token a step."""
-
-    def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
-        self.lm, self.cache = lm, DynamicCache(config=lm.config)
-        # Padding on the left, so that all rows grow at the same end.
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
-        padded = [torch.tensor(prompt) for prompt in prompts]
-        input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
-        columns = torch.arange(input_ids.shape[1], device=lm.device)
-        self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
-        logits = self._next_logits(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
-        self.cache.batch_repeat_interleave(n)
-        self.mask, self.logits = self.mask.repeat_interleave(n, dim=0), logits.repeat_interleave(n, dim=0)
-
-    def step(self, token: Tensor, kept: Tensor) -> None:
-        """Append a token [N] to each sequence, and go on with those of `kept` [N] alone."""
-        if not kept.all():
-            self.cache.batch_select_indices(kept.nonzero().squeeze(1))
-        self.mask = F.pad(self.mask[kept], (0, 1), value=1)
-        self.logits = self._next_logits(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
-
-    def _next_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.lm(
-            input_ids,
-            attention_mask=self.mask,
-            position_ids=position_ids,
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        ).logits
-        return logits[:, -1]
-
-
-@contextmanager
-def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
-    """Evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
-    training, attention = lm.training, lm.config._attn_implementation
-    lm.eval().set_attn_implementation("sdpa")
-    try:
-        yield
-    finally:
-        lm.train(training).set_attn_implementation(attention)
-
-
-def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A model on the meta device, where tensors have names and shapes and take no memory."""
-    with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(deepcopy(config), dtype=dtype)
-    return lm
-
-
-@torch.no_grad()
-def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
-    """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
-    if ranks.mesh_of(lm) is None:
-        return lm
-    copy: PreTrainedModel = skeleton(lm.config).eval()
-    copy.load_state_dict({name: ranks.full(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True)
-    for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
-        owner, _, attribute = name.rpartition(".")
-        setattr(copy.get_submodule(owner), attribute, buffer)
-    return copy
-
-
-class TransformersSampler:
-    """The trainer's own model, or a copy where that is sharded, with a key-value cache of transformers: any device, any
-    family.
-
-    A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
-    does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
-    """
-
-    sync_seconds: float | None = None
-
-    def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
-        self.eos_ids = list(eos_ids)
-        self.compute_dtype = compute_dtype
-
-    def close(self) -> None:
-        pass
-
-    @contextmanager
-    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        lm = whole(lm, self.compute_dtype)
-
-        def sample(
-            prompts: Sequence[list[int]],
-            seeds: Sequence[int],
-            n: int,
-            temperature: float,
-            max_tokens: int,
-            top_p: float = 1.0,
-        ) -> list[Rollout]:
-            per_call = max(1, ROWS_PER_CALL // n)
-            calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
-            settings = n, temperature, max_tokens, top_p
-            with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
-                groups = [self._sample(lm, prompts[c], seeds[c], *settings) for c in calls]
-            return [rollout for group in groups for rollout in group]
-
-        with plain_attention(lm):
-            yield sample
-
-    @torch.no_grad()
-    def _sample(
-        self,
-        lm: PreTrainedModel,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        n: int,
-        temperature: float,
-        max_tokens: int,
-        top_p: float,
-    ) -> list[Rollout]:
-        uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
-        response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row
-        logps: list[list[float]] = [[] for _ in response_ids]
-        active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
-        stop_ids = torch.tensor(self.eos_ids, device=lm.device)
-        decoding = Decoding(lm, prompts, n)
-        for position in range(max_tokens):
-            token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
-            for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
-                response_ids[row].append(token_id)
-                logps[row].append(its_logp)
-            goes_on = torch.isin(token, stop_ids, invert=True)
-            active = active[goes_on]
-            if len(active) == 0 or position + 1 == max_tokens:
-                break
-            decoding.step(token, goes_on)
-        return [
-            Rollout(prompts[row // n], ids, logps[row], finished=ids[-1] in self.eos_ids)
-            for row, ids in enumerate(response_ids)
-        ]
+def open_sampler(
+    engine: Engine,
+    lm: PreTrainedModel,
+    eos_ids: Sequence[int],
+    dtype: torch.dtype,
+    *,
+    max_sequence_tokens: int,
+    rows: int,
+    engine_memory: float = 0.5,
+    tensor_parallel: int = 1,
+) -> Sampler:
+    """A sampler for models shaped like `lm`: up to `rows` sequences at once, of prompt and response together up to
+    `max_sequence_tokens`. The last two arguments are vLLM's, see config.Sampling."""
+    check_length(lm, max_sequence_tokens)
+    if engine == "hf":
+        return TransformersSampler(eos_ids, dtype)
+    return VLLMSampler(lm, eos_ids, dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)

@@ -2,49 +2,33 @@
 
     teacher <- w_k teacher + (1 - w_k) policy,    w_k from 0.99 to 0.9999 along a cosine over the run's own K steps
 
-Its majority answers label the policy's rollouts, and its log-probs anchor the KL term. The same module serves as the
-frozen initial policy that anchors the other variants: a teacher whose weight is always 1.
+Its majority answers label the policy's rollouts, and its log-probs anchor the KL term. It starts as the frozen copy of
+the policy (lm/model.py) that anchors the other variants.
 
 Where this differs from the paper: Eq. 11 as printed ends at exactly 1 and the authors' code at 0.99999; the endpoints
 here are those of the paper's Table 5. The average is kept in float32: in bfloat16 most updates round away.
 """
 
-import copy
 import math
-from typing import Literal, TypeVar
+from typing import Literal
 
 import torch
 from torch import nn
 
-import ranks
-from packing import PackedLM
-from policy import shard, unfilled
-
-M = TypeVar("M", bound=nn.Module)
-Schedule = Literal["cosine", "constant"]
+from lm.ranks import local
 
 
 def ema_weight(
-    step: int, total_steps: int, start: float = 0.99, end: float = 0.9999, schedule: Schedule = "cosine"
+    step: int,
+    total_steps: int,
+    start: float = 0.99,
+    end: float = 0.9999,
+    schedule: Literal["cosine", "constant"] = "cosine",
 ) -> float:
     """The weight w_k that the teacher keeps of itself at step k = 0 .. K (Eq. 11 with Table 5's endpoints)."""
     if schedule == "constant":
         return start
     return end - (end - start) / 2 * (1 + math.cos(math.pi * step / total_steps))
-
-
-@torch.no_grad()
-def frozen_copy(policy: M, offload: bool = False) -> M | PackedLM:
-    """A teacher that equals the policy, in float32, and is never trained; of a sharded policy shard by shard, on the
-    same device or with `offload` in the CPU's (pinned) memory."""
-    mesh = ranks.mesh_of(policy)
-    if mesh is None or not isinstance(policy, PackedLM):
-        return copy.deepcopy(policy).float().requires_grad_(False).eval()
-    twin = PackedLM(unfilled(policy.lm), policy.compute_dtype).requires_grad_(False)
-    shard(twin, mesh, offload)
-    for mine, theirs in zip(ranks.tensors_of(twin).values(), ranks.tensors_of(policy).values(), strict=True):
-        ranks.local(mine).copy_(ranks.local(theirs))
-    return twin
 
 
 @torch.no_grad()
@@ -55,6 +39,6 @@ def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
     its own shards, wherever they are, and nothing is communicated.
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
-        ranks.local(mine).lerp_(ranks.local(theirs).to(ranks.local(mine)), 1 - weight)
+        local(mine).lerp_(local(theirs).to(local(mine)), 1 - weight)
     for buffer, source in zip(teacher.buffers(), policy.buffers(), strict=True):
         buffer.copy_(source)

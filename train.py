@@ -37,144 +37,85 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import metrics
-import plot
-import ranks
-from config import Config, ConfigError, parse
-from data import DataError
-from evaluate import Settings, accuracies
-from grpo import group_advantages, learning_rate, step_denominator
-from packing import MicroBatch, PackedLM, micro_batches
-from policy import ModelError, Objective, mean_per_rollout, optimizer_step, score
-from preparation import Run, claimed, describe_plan, prepare, to_save
-from prompts import PromptedPair, questions_of_step
-from rewards import View, Voter, build_groups, pseudo_labels, read_answers
-from rollout import Rollout, decode, request_seed
+from config import Config, UserError, parse
+from data import questions_of_step
+from evaluate import EvaluationSettings, accuracies
+from grpo import denominators, group_advantages, learning_rate, optimizer_step
+from lm import ranks
+from lm.packing import Rollout, micro_batches
+from lm.scoring import mean_per_rollout, score
+from prepare import Run, claimed, prepare, to_save
+from rewards import Group, label_groups, read_groups, with_means
+from rollout import ask, decode
+from store import checkpoint, curves
 from teacher import ema_weight, update
-from vllm_sampler import SamplerError
 
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One step of the algorithm; returns its metrics and a sample of its rollouts to read."""
-    config, variant, clock = run.config, run.variant, metrics.Clock()
+    config, row, clock = run.config, run.variant, metrics.Clock()
     method, sampling, optimisation = config.method, config.sampling, config.optimisation
-    chosen = questions_of_step(len(run.questions), config.data.questions_per_step, config.run.seed, step)
-    questions = [run.questions[i] for i in chosen]
-    golds = [question.pair.gold for question in questions]
-    measured: dict[str, float] = {}
+    questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
+    golds = [question.pair.gold for question in questions]  # label the baseline `gt`, and measure the others
 
-    # 1. The policy answers.
-    with clock("rollout"):
-        rollouts = sample_views(run, clock, run.policy, "policy", variant.policy_views, questions, step)
+    # 1. The policy answers every question G times, in the row's views.
+    said = ask(run.sampler, run.policy, "policy", row.policy_views, questions, step, config)
+    clock.lap("rollout", run.sampler.sync_seconds)
 
-    # 2. The teacher moves towards the policy that has just answered, then answers itself.
+    # 2. The teacher moves towards the policy that has just answered, then answers too.                        Eq. 11
     if run.teacher is not None:
-        with clock("teacher"):
-            w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
-            update(run.teacher, run.policy, w)  # teacher <- w teacher + (1 - w) policy
-            rollouts |= sample_views(run, clock, run.teacher, "teacher", variant.teacher_views, questions, step)
-            measured["ema_weight"] = w
+        w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
+        update(run.teacher, run.policy, w)  # teacher <- w teacher + (1 - w) policy
+        said |= ask(run.sampler, run.teacher, "teacher", row.teacher_views, questions, step, config)
+        clock.lap("teacher", run.sampler.sync_seconds)
 
-    # 3. Majority votes become pseudo-labels: of each view, by the vote that the variant's row names.
-    with clock("reward"):
-        answers = {
-            key: read_answers(decode(said, run.tokenizer), sampling.rollouts, method.answer_match)
-            for key, said in rollouts.items()
+    # 3. Every group votes; the row says whose vote labels which of the policy's groups.                  Eqs. 7-10
+    voted = ranks.on_first(
+        lambda: {
+            key: read_groups(decode(rollouts, run.tokenizer), sampling.rollouts, method.answer_match)
+            for key, rollouts in said.items()
         }
-        labels = pseudo_labels(variant, answers, golds)  # golds label the baseline `gt` alone
-
-    # 4. Rewards [views x Q][G], and advantages [N] within each group.
-    policy_rollouts = [rollout for view in variant.policy_views for rollout in rollouts["policy", view]]
-    with clock("reward"):
-        groups = build_groups(variant, answers, labels, method.answer_match, read_logits(run, policy_rollouts))
-        rewards = variant.reward(groups)
-        advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
-
-    # 5. One optimizer step over all micro-batches; the old policy of the ratio is the policy at hand. The KL term's
-    #    reference is the initial policy, or the teacher as it answered.
-    batches = in_micro_batches(run, policy_rollouts, advantages)
-    reference = None
-    if run.reference is not None:
-        with clock("reference"):
-            reference = score(run.reference, batches, sampling.temperature)
-    with clock("update"):
-        lr = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
-        loss = objective(run, rollouts)
-        measured |= optimizer_step(run.policy, run.optimizer, batches, advantages, reference, loss, lr)
-
-    with clock("metrics"):
-        measured |= metrics.step_metrics(variant, rollouts, answers, labels, golds, rewards)
-    measured |= clock.seconds
-    measured["tokens_per_second"] = metrics.sampled_tokens(rollouts) / sum(clock.seconds.values())
-    return measured, metrics.readable_sample(step, variant, questions[0].pair, groups, rewards)
-
-
-def sample_views(
-    run: Run,
-    clock: metrics.Clock,
-    model: PackedLM,
-    who: Voter,
-    views: tuple[View, ...],
-    questions: list[PromptedPair],
-    step: int,
-) -> dict[tuple[Voter, View], list[Rollout]]:
-    """G rollouts of `model` on every view of every question, in one call of the sampler: Q * G a view."""
-    if not views:
-        return {}
-    config, sampling = run.config, run.config.sampling
-    asked = [(view, question) for view in views for question in questions]
-    with run.sampler.holding(model.lm) as sample:  # with the weights that the model has now
-        rollouts = ranks.shared_out(sample)(
-            prompts=[question.prompts[view] for view, question in asked],
-            seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
-            n=sampling.rollouts,
-            temperature=sampling.temperature,
-            max_tokens=sampling.max_response_tokens,
-        )
-    if run.sampler.sync_seconds is not None:
-        clock.set_apart("sync", run.sampler.sync_seconds)
-    per_view = len(questions) * sampling.rollouts
-    return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
-
-
-def read_logits(run: Run, rollouts: list[Rollout]) -> dict[str, list[float]]:
-    """Mean statistics [N] of each of the policy's rollouts, if the row's reward asks for them."""
-    if not run.variant.reward_reads_logits:
-        return {}
-    batches = in_micro_batches(run, rollouts)
-    stats = score(run.policy, batches, run.config.sampling.temperature)
-    return mean_per_rollout(batches, stats, len(rollouts))
-
-
-def in_micro_batches(run: Run, rollouts: list[Rollout], advantages: torch.Tensor | None = None) -> list[MicroBatch]:
-    """This rank's share of the rollouts; given their advantages [N], without those that cannot change the gradient."""
-    rows = None
-    if advantages is not None and run.reference is None:
-        # Without a KL term those of advantage 0. One is kept for a step without any other: AdamW has to see a gradient
-        # of 0, not none.
-        rows = advantages.nonzero().flatten().tolist() or [0]
-    tokens = run.config.optimisation.tokens_per_micro_batch
-    return micro_batches(rollouts, tokens, run.device, rows, ranks.rank(), ranks.count())
-
-
-def objective(run: Run, rollouts: dict[tuple[Voter, View], list[Rollout]]) -> Objective:
-    """The loss of this step; each view is averaged by itself, and the views are added (Eq. 6)."""
-    method, sampling, denominators = run.config.method, run.config.sampling, []
-    for view in run.variant.policy_views:
-        said = rollouts["policy", view]
-        tokens = sum(len(rollout.response_ids) for rollout in said)
-        denominator = step_denominator(method.loss_agg, len(said), tokens, sampling.max_response_tokens)
-        denominators += [float(denominator)] * len(said)
-    return Objective(
-        temperature=sampling.temperature,
-        clip=method.clip,
-        kl_coef=run.variant.kl_coef,
-        tis_cap=method.tis_cap,
-        aggregation=method.loss_agg,
-        denominators=torch.tensor(denominators, device=run.device),
-        max_grad_norm=run.config.optimisation.max_grad_norm,
     )
+    groups = label_groups(row, voted, golds)
+
+    # 4. Rewards [views x Q][G] compare answers with labels; advantages [N] compare rewards within a group.    Eq. 3
+    rollouts = [rollout for view in row.policy_views for rollout in said["policy", view]]
+    if row.reward_reads_logits:
+        groups = read_logits(run, groups, rollouts)
+    rewards = ranks.on_first(lambda: row.reward(groups))
+    advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
+    clock.lap("reward")
+
+    # 5. One optimizer step; the KL term is anchored to the initial policy, or to the teacher as it answered. Eqs. 4-6
+    # Without an anchor, rollouts of advantage 0 change nothing; one is kept: AdamW has to see a gradient of 0, not none.
+    trained = None if run.reference else advantages.nonzero().flatten().tolist() or [0]
+    batches = micro_batches(
+        rollouts, optimisation.tokens_per_micro_batch, run.device, trained, ranks.rank(), ranks.count()
+    )
+    anchors = score(run.reference, batches, sampling.temperature) if run.reference else None
+    clock.lap("reference")
+    of_views = [said["policy", view] for view in row.policy_views]
+    denominator = denominators(method.loss_agg, of_views, sampling.max_response_tokens).to(run.device)
+    rate = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
+    measured = optimizer_step(
+        run.policy, run.optimizer, batches, advantages, anchors, denominator, row.kl_coef, rate, config
+    )
+    clock.lap("update")
+
+    measured |= ranks.on_first(lambda: metrics.step_metrics(row, voted, groups, golds, rewards))
+    clock.lap("metrics")
+    measured |= {"ema_weight": w} if run.teacher is not None else {}
+    measured["tokens_per_second"] = metrics.sampled_tokens(voted) / sum(clock.seconds.values())
+    return measured | clock.seconds, metrics.readable_sample(step, row, questions[0].pair, groups, rewards)
+
+
+def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[Group]:
+    """The groups with the policy's entropy and self-certainty of each rollout: one more forward pass."""
+    tokens = run.config.optimisation.tokens_per_micro_batch
+    batches = micro_batches(rollouts, tokens, run.device, None, ranks.rank(), ranks.count())
+    stats = score(run.policy, batches, run.config.sampling.temperature)
+    return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -182,14 +123,15 @@ def evaluate(run: Run) -> dict[str, float]:
     if run.benchmark is None:
         return {}
     sampling, clock = run.config.sampling, metrics.Clock()
-    settings = Settings(
+    settings = EvaluationSettings(
         k=run.config.data.eval_samples,
         temperature=sampling.temperature,
         max_tokens=sampling.max_response_tokens,
         seed=run.config.run.seed,
     )
-    with clock("evaluation"), run.sampler.holding(run.policy.lm) as sample:
+    with run.sampler.holding(run.policy.lm) as sample:
         accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, run.benchmark, run.eval_prompts, settings)
+    clock.lap("evaluation")
     return accuracy | clock.seconds
 
 
@@ -262,17 +204,16 @@ def save_checkpoint(run: Run, steps_taken: int) -> Path:
 def main() -> None:
     try:
         config = parse()
-        if config.memory.plan:
-            return print(describe_plan(config))
         folder = train(config)
-    except (ConfigError, DataError, ModelError, SamplerError, checkpoint.CheckpointError) as error:
-        raise SystemExit(f"error: {error}") from None
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
         raise SystemExit("error: the disk is full: make room, then go on with --resume auto") from None
     if ranks.is_first():
-        plot.draw([folder], folder / "curves.png")
+        curves.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))
     ranks.stop()
 

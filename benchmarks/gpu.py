@@ -31,15 +31,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import embedded
 import metrics
-import packing
+from embedded import start_model
+from embedded.word_problems import word_problems
 from grpo import group_advantages
-from packing import ChunkedHead, PackedLM, micro_batches
-from policy import Objective, build_optimizer, checkpoint_activations, optimizer_step, score
+from lm import packing
+from lm.model import Objective, build_optimizer, checkpoint_activations, optimizer_step, score
+from lm.packing import ChunkedHead, PackedLM, micro_batches
 from rollout import Rollout
 from teacher import frozen_copy
-from word_problems import word_problems
 
 # hidden, intermediate, layers, query heads, key heads, head_dim, vocabulary, tied: as published
 SHAPES = {
@@ -180,7 +180,7 @@ def train_trl(name: str, rollouts: list[Rollout], tokens: int, repeats: int) -> 
             reward_funcs=no_reward,
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": ["?"] * GROUP}),
-            processing_class=embedded.train_tokenizer(),
+            processing_class=start_model.train_tokenizer(),
         )
     optimizer = trainer.create_optimizer()
     inputs = [trl_inputs(rollouts[start : start + rows]) for start in range(0, len(rollouts), rows)]
@@ -311,7 +311,7 @@ def loop(
     with TemporaryDirectory() as temporary:
         place, half = folder or Path(temporary), steps // 2
         random_model(model).save_pretrained(place / "model")
-        embedded.train_tokenizer().save_pretrained(place / "model")
+        start_model.train_tokenizer().save_pretrained(place / "model")
         problems = islice(word_problems("train"), questions * steps)
         lines = [json.dumps({"question": problem["question"]}) + "\n" for problem in problems]
         (place / "questions.jsonl").write_text("".join(lines))

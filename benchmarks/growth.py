@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from grpo import group_advantages
-from packing import PackedLM, micro_batches
-from policy import Objective, build_optimizer, optimizer_step, score
+from lm.model import Objective, build_optimizer, optimizer_step, score
+from lm.packing import PackedLM, micro_batches
 from rollout import Rollout
 from teacher import frozen_copy
 

@@ -25,18 +25,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from gpu import random_model
 
-import embedded
 import metrics
-from packing import PackedLM, micro_batches
-from policy import score
+from embedded import start_model
+from lm.model import score
+from lm.packing import PackedLM, micro_batches
+from lm.vllm_engine import VLLMSampler, build_sampler
 from rollout import Rollout, TransformersSampler
-from vllm_sampler import VLLMSampler, build_sampler
 
 
 def load(name: str, device: torch.device) -> PreTrainedModel:
     if name.startswith("random-"):
         return random_model(name.removeprefix("random-"))
-    folder = embedded.model_folder() if name == "embedded" else name
+    folder = start_model.model_folder() if name == "embedded" else name
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
 
 

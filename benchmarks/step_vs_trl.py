@@ -119,14 +119,14 @@ def force_length(scores: Any, eos_ids: Sequence[int], lengths: Any, position: in
 
 
 def model_folder(settings: Settings) -> str:
-    import embedded
+    from embedded import start_model
 
-    return embedded.model_folder() if settings.model == "embedded" else settings.model
+    return start_model.model_folder() if settings.model == "embedded" else settings.model
 
 
 def write_questions(settings: Settings, folder: Path) -> None:
     """As many as all steps ask, so that every step has the same number."""
-    from word_problems import word_problems
+    from embedded.word_problems import word_problems
 
     rows = islice(word_problems("train"), settings.questions * (settings.warmup + settings.steps))
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
@@ -157,13 +157,13 @@ def our_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
 
     import metrics
-    import preparation
+    import prepare
     import rollout
     import train
-    from policy import stop_token_ids
+    from lm.model import stop_token_ids
 
     link.send(memory_gb("VmRSS"))
-    run, _ = preparation.prepare(our_config(settings, folder))
+    run, _ = prepare.prepare(our_config(settings, folder))
     torch.set_num_threads(settings.threads)
     lengths = torch.tensor(settings.lengths())
     eos_ids = stop_token_ids(run.policy.lm, run.tokenizer)
@@ -197,8 +197,7 @@ def trl_dataset(settings: Settings, folder: Path) -> Any:
     """Our questions in the order of our steps."""
     from datasets import Dataset
 
-    from data import load_pairs
-    from prompts import SYSTEM_PROMPT, questions_of_step
+    from data import SYSTEM_PROMPT, load_pairs, questions_of_step
 
     pairs = load_pairs(str(folder / "questions.jsonl"))
     steps = range(settings.warmup + settings.steps)
@@ -313,9 +312,8 @@ def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
     from floor import floor
 
-    from data import load_pairs
-    from policy import load
-    from prompts import prompt_ids
+    from data import load_pairs, prompt_ids
+    from lm.model import load
 
     link.send(memory_gb("VmRSS"))
     policy, tokenizer = load(model_folder(settings), torch.device("cpu"))

@@ -30,13 +30,13 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import plot
 import train
 from config import parse
-from embedded import model_folder
+from embedded.start_model import model_folder
+from embedded.word_problems import MISREAD_WORDING, STUDENTS, word_problems
 from metrics import collapse_signs
 from rewards import VARIANTS
-from word_problems import MISREAD_WORDING, STUDENTS, word_problems
+from tools import plot
 
 History = list[dict[str, Any]]
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-import algebra
-from algebra import counts
-from answers import equivalent, equivalent_many
+from answers import algebra
+from answers.algebra import counts
+from answers.equivalence import equivalent, equivalent_many
 
 ROOT = Path(algebra.__file__).parent
 

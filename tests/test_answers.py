@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from equivalence.equivalence import equivalent, equivalent_many, extract_boxed, normalise, vote_classes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import answers
-from answers import equivalent, equivalent_many, extract_boxed, normalise, vote_classes
+from answers import equivalence
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "equivalence"
 LATEX = st.lists(
@@ -249,11 +249,11 @@ def test_a_batch_is_not_answered_in_another_order() -> None:
 
 def test_equal_strings_and_numbers_start_no_process() -> None:
     script = (
-        "import answers; answers.ask_child = None; "
+        "import answers; equivalence.ask_child = None; "
         r"answers.equivalent_many([('x^2', ' x^2 '), ('1,000', '1000.0'), ('1/2', r'\dfrac12')]); "
         "import sys; assert 'math_verify' not in sys.modules and 'sympy' not in sys.modules"
     )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(answers.__file__).parent)
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(equivalence.__file__).parent)
 
 
 # -------------------------------------------------------------------------------------------------- voting

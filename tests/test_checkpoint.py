@@ -10,11 +10,10 @@ from pathlib import Path
 import pytest
 from test_train import SMALL, metrics_of, small
 
-import checkpoint
 import train
-from checkpoint import CheckpointError
-from config import ConfigError, parse
-from word_problems import word_problems
+from config import UserError, parse
+from embedded.word_problems import word_problems
+from store import checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(folder, capsys, 
     damage(newest / file)
     assert checkpoint.find("auto", str(folder)) == (folder / "checkpoints" / "step-000001").resolve()
     assert fault in capsys.readouterr().err
-    with pytest.raises(CheckpointError, match=fault):
+    with pytest.raises(UserError, match=fault):
         checkpoint.find(str(newest), None)
 
 
@@ -73,7 +72,7 @@ def test_resume_auto_starts_a_run_that_has_no_checkpoint_yet(tmp_path, finished)
 def test_nothing_intact_is_an_error_and_not_a_fresh_start(folder):
     for path in checkpoint.newest_first(folder / "checkpoints"):
         (path / "manifest.json").unlink()
-    with pytest.raises(CheckpointError, match="none of 2 checkpoints"):
+    with pytest.raises(UserError, match="none of 2 checkpoints"):
         checkpoint.find("auto", str(folder))
 
 
@@ -89,7 +88,7 @@ def test_a_full_disk_leaves_the_checkpoints_before_intact(tmp_path, monkeypatch)
 
     monkeypatch.setattr(train, "save_checkpoint", save_on_full_disk)
     try:
-        with pytest.raises(CheckpointError, match="step-000002 could not be written .*make room"):
+        with pytest.raises(UserError, match="step-000002 could not be written .*make room"):
             train.train(small(tmp_path / "run", "--steps", "2", "--save-every", "1"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (small_files, unlimited))
@@ -108,7 +107,7 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_a_disk_that_fills_up_during_a_run_leaves_the_last_whole_checkpoint(small_disk):
-    with pytest.raises(CheckpointError, match="could not be written .*make room"):
+    with pytest.raises(UserError, match="could not be written .*make room"):
         train.train(small(small_disk / "run", "--steps", "9", "--save-every", "1", "--keep", "0"))
     found = checkpoint.find("auto", str(small_disk / "run"))
     assert found is not None and checkpoint.fault_of(found) is None
@@ -129,7 +128,7 @@ def test_a_disk_that_is_full_from_the_start_is_one_sentence(small_disk, monkeypa
 
 def test_a_run_on_a_read_only_disk_is_refused_in_one_sentence(small_disk):
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    with pytest.raises(ConfigError, match="cannot be written to .*name another --out"):
+    with pytest.raises(UserError, match="cannot be written to .*name another --out"):
         train.train(small(small_disk / "run", "--steps", "1"))
 
 
@@ -149,16 +148,16 @@ def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
     folder = train.train(small(tmp_path / "run", *flags))
     rows[3]["question"] += " Tell me."
     file.write_text("\n".join(map(json.dumps, rows)))
-    with pytest.raises(CheckpointError, match=r"questions of .*data.jsonl.* have changed"):
+    with pytest.raises(UserError, match=r"questions of .*data.jsonl.* have changed"):
         train.train(parse([*SMALL, *flags, "--out", str(folder), "--resume", "auto"]))
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with train.claimed(tmp_path / "run"), pytest.raises(ConfigError, match="another run is writing to it"):
+    with train.claimed(tmp_path / "run"), pytest.raises(UserError, match="another run is writing to it"):
         train.train(small(tmp_path / "run", "--steps", "1"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence():
-    with pytest.raises(ConfigError, match="cannot be written to"), train.claimed(Path("/proc/self/run")):
+    with pytest.raises(UserError, match="cannot be written to"), train.claimed(Path("/proc/self/run")):
         pass

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import data
-from benchmark_data import Benchmark, load_benchmark
-from contamination import NEARLY, RUN, flat, numbers, overlaps, runs_of_words, without_overlap
-from data import DataError, Pair, Report, load_pairs
+from config import UserError
+from data import Benchmark, Pair, Report, load_benchmark, load_pairs
+from tools.contamination import NEARLY, RUN, flat, numbers, overlaps, runs_of_words, without_overlap
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = "A train leaves the station at 7 and drives for 3 hours at 60 miles an hour before it stops. How far is that?"
@@ -67,7 +67,7 @@ def test_decontaminated_set_keeps_a_copy_or_loses_the_rest() -> None:
     benchmark = Benchmark("own", [Pair("0", f"{LONG} And what is 100 squared?", gold="1")])
     assert [pair.id for pair in without_overlap(pairs, [benchmark], report)] == ["200", "other"]
     assert report.dropped["in a benchmark"] == 1
-    with pytest.raises(DataError, match="--decontaminate own leaves no training question"):
+    with pytest.raises(UserError, match="--decontaminate own leaves no training question"):
         without_overlap(pairs[:1], [benchmark], report)
 
 

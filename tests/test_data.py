@@ -1,4 +1,4 @@
-"""data.py, prompts.py and show.py: each test is named after the bug it prevents."""
+"""data.py, data.py and show.py: each test is named after the bug it prevents."""
 
 import json
 import re
@@ -18,9 +18,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 import data
-import prompts
-from data import DataError, Pair, Report, load_pairs
-from prompts import prompt_ids, prompt_pairs, prompt_text
+from config import UserError
+from data import Pair, Report, load_pairs, prompt_ids, prompt_pairs, prompt_text
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 ASY = "[asy] draw(circle((0,0),1)); [/asy]"
@@ -97,14 +96,14 @@ def test_a_gap_in_the_index_does_not_shift_the_pairs(tmp_path):
 
 def test_files_that_do_not_belong_together_are_not_joined(tmp_path):
     folder = write_published(tmp_path / "set", [published_row(0, "q", "1")], [published_row(0, "r", "2")])
-    with pytest.raises(DataError, match="set: question 0 has .* do not belong together"):
+    with pytest.raises(UserError, match="set: question 0 has .* do not belong together"):
         load_pairs(folder)
 
 
 def test_two_rewrite_files_are_not_chosen_from_silently(tmp_path):
     folder = write_published(tmp_path / "set", [published_row(0, "q")], [published_row(0, "r")])
     (tmp_path / "set" / "train_rewrite_other.parquet").write_bytes(b"")
-    with pytest.raises(DataError, match="2 train_rewrite"):
+    with pytest.raises(UserError, match="2 train_rewrite"):
         load_pairs(folder)
 
 
@@ -135,9 +134,9 @@ def test_a_name_is_looked_up_under_data_before_the_hub(tmp_path, monkeypatch):
 def test_being_offline_is_one_sentence_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(DataError, match=r"Co-rewarding-RephrasedMATH was not downloaded.*to data/math"):
+    with pytest.raises(UserError, match=r"Co-rewarding-RephrasedMATH was not downloaded.*to data/math"):
         load_pairs("math")
-    with pytest.raises(DataError, match=r"amc is not on the .* hub: copy data/AMC-TTT"):
+    with pytest.raises(UserError, match=r"amc is not on the .* hub: copy data/AMC-TTT"):
         load_pairs("amc")
 
 
@@ -365,33 +364,33 @@ def test_bad_input_is_one_sentence_that_names_the_culprit(tmp_path, name):
     content, message = BAD_FILES[name]
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(UserError, match=message) as caught:
         load_pairs(str(tmp_path / name))
     assert "\n" not in str(caught.value)
 
 
 def test_a_column_that_was_asked_for_must_exist(tmp_path):
     path = write_jsonl(tmp_path / "q.jsonl", [{"question": "q"}])
-    with pytest.raises(DataError, match="no column 'gold': choose with --answer-column from question"):
+    with pytest.raises(UserError, match="no column 'gold': choose with --answer-column from question"):
         load_pairs(path, answer="gold")
 
 
 def test_a_date_outside_the_calendar_is_no_traceback(tmp_path):
     when = pa.array([2**60], pa.timestamp("us"))
     pq.write_table(pa.table({"question": ["q"], "when": when}), tmp_path / "q.parquet")
-    with pytest.raises(DataError, match="q.parquet cannot be read as parquet: date value out of range"):
+    with pytest.raises(UserError, match="q.parquet cannot be read as parquet: date value out of range"):
         load_pairs(str(tmp_path / "q.parquet"))
 
 
 def test_one_set_in_two_formats_is_not_read_twice(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "q"}])
     (tmp_path / "train.csv").write_text("question\nq\n")
-    with pytest.raises(DataError, match=r"holds train\.csv and train\.jsonl: name the one to read"):
+    with pytest.raises(UserError, match=r"holds train\.csv and train\.jsonl: name the one to read"):
         load_pairs(str(tmp_path))
 
 
 def test_a_folder_without_a_set_is_named(tmp_path):
-    with pytest.raises(DataError, match="holds no train_original.parquet"):
+    with pytest.raises(UserError, match="holds no train_original.parquet"):
         load_pairs(str(tmp_path))
 
 
@@ -412,7 +411,7 @@ def loads_or_complains(source: Path) -> None:
     for keep_bad_rewrites in (False, True):
         try:
             pairs = load_pairs(str(source), keep_bad_rewrites=keep_bad_rewrites)
-        except DataError as complaint:
+        except UserError as complaint:
             assert str(complaint)
         else:
             assert pairs and all(pair.question.strip() and pair.rephrased != "" for pair in pairs)
@@ -456,9 +455,9 @@ def test_a_damaged_parquet_never_ends_in_a_traceback(tmp_path, data_):
 
 
 def test_the_prompt_is_the_paper_s_system_message_and_the_bare_question():
-    assert prompts.SYSTEM_PROMPT == "Let's think step by step and output the final answer within \\boxed{}."
+    assert data.SYSTEM_PROMPT == "Let's think step by step and output the final answer within \\boxed{}."
     tokenizer = byte_tokenizer()
-    expected = f"<bos><|system|>{prompts.SYSTEM_PROMPT}<|user|>What is 1+1?<|assistant|>"
+    expected = f"<bos><|system|>{data.SYSTEM_PROMPT}<|user|>What is 1+1?<|assistant|>"
     assert prompt_text(tokenizer, "What is 1+1?") == expected
     ids = prompt_ids(tokenizer, "What is 1+1?")
     assert isinstance(ids, list) and all(isinstance(i, int) for i in ids)
@@ -472,24 +471,24 @@ def test_the_bos_is_not_doubled():
 
 @pytest.mark.parametrize("template", [NO_SYSTEM, DEAF_TO_SYSTEM])
 def test_a_template_without_a_system_role_does_not_lose_the_instruction(template):
-    assert prompt_text(byte_tokenizer(template), "q") == f"<bos><|user|>{prompts.SYSTEM_PROMPT}\n\nq<|assistant|>"
+    assert prompt_text(byte_tokenizer(template), "q") == f"<bos><|user|>{data.SYSTEM_PROMPT}\n\nq<|assistant|>"
 
 
 def test_a_tokenizer_without_a_chat_template_is_named_with_the_cure():
-    with pytest.raises(DataError, match="tiny/byte has no chat template: .*--chat-template FILE.jinja"):
+    with pytest.raises(UserError, match="tiny/byte has no chat template: .*--chat-template FILE.jinja"):
         prompt_ids(byte_tokenizer(None), "q")
     assert prompt_ids(byte_tokenizer(None), "q", CHATML) == prompt_ids(byte_tokenizer(), "q")
 
 
 @pytest.mark.parametrize("template", ["{% if %}", "constant", "{{ raise_exception('never') }}"])
 def test_a_template_that_cannot_ask_a_question_is_refused(template):
-    with pytest.raises(DataError, match="tiny/byte cannot be used"):
+    with pytest.raises(UserError, match="tiny/byte cannot be used"):
         prompt_ids(byte_tokenizer(template), "q")
 
 
 def test_an_unreadable_chat_template_file_is_named(tmp_path):
-    with pytest.raises(DataError, match="absent.jinja cannot be read"):
-        prompts.read_chat_template(str(tmp_path / "absent.jinja"))
+    with pytest.raises(UserError, match="absent.jinja cannot be read"):
+        data.read_chat_template(str(tmp_path / "absent.jinja"))
 
 
 def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
@@ -506,7 +505,7 @@ def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
 
 
 def test_nothing_left_is_an_error_that_says_how_long_the_prompts_are():
-    with pytest.raises(DataError, match=r"fits --max-prompt-tokens 5 \(tokens of x: min \d+, median \d+, max \d+\)"):
+    with pytest.raises(UserError, match=r"fits --max-prompt-tokens 5 \(tokens of x: min \d+, median \d+, max \d+\)"):
         prompt_pairs([Pair("0", "q")], byte_tokenizer(), 5)
 
 
@@ -515,7 +514,7 @@ def test_only_a_run_on_rephrasings_loses_pairs_without_them():
     assert len(prompt_pairs(pairs, byte_tokenizer(), 512)) == 2
     assert [e.pair.id for e in prompt_pairs(pairs, byte_tokenizer(), 512, views=("x", "x'"), report=report)] == ["1"]
     assert report.dropped["no rephrasing"] == 1
-    with pytest.raises(DataError, match="make rephrasings with `python data.py rephrase`"):
+    with pytest.raises(UserError, match="make rephrasings with `python data.py rephrase`"):
         prompt_pairs(pairs[:1], byte_tokenizer(), 512, views=("x", "x'"))
 
 
@@ -523,7 +522,7 @@ def test_a_run_that_needs_gold_says_so():
     pairs, report = [Pair("0", "q"), Pair("1", "p", gold="1")], Report()
     assert [e.pair.id for e in prompt_pairs(pairs, byte_tokenizer(), 512, needs_gold=True, report=report)] == ["1"]
     assert report.dropped["no gold"] == 1
-    with pytest.raises(DataError, match="--answer-column"):
+    with pytest.raises(UserError, match="--answer-column"):
         prompt_pairs(pairs[:1], byte_tokenizer(), 512, needs_gold=True)
 
 
@@ -533,29 +532,29 @@ def test_a_run_that_needs_gold_says_so():
 @given(n=st.integers(1, 300), per_step=st.integers(1, 200), seed=st.integers(0, 5), epoch=st.integers(0, 4))
 @settings(deadline=None)
 def test_no_epoch_drops_or_repeats_a_question(n, per_step, seed, epoch):
-    steps = prompts.steps_per_epoch(n, per_step)
-    batches = [prompts.questions_of_step(n, per_step, seed, epoch * steps + k) for k in range(steps)]
+    steps = data.steps_per_epoch(n, per_step)
+    batches = [data.questions_of_step(n, per_step, seed, epoch * steps + k) for k in range(steps)]
     assert sorted(i for batch in batches for i in batch) == list(range(n))
     sizes = {len(batch) for batch in batches}
     assert max(sizes) <= per_step and max(sizes) - min(sizes) <= 1
 
 
 def test_a_set_smaller_than_a_step_is_one_step():
-    assert prompts.steps_per_epoch(83, 128) == 1
-    assert sorted(prompts.questions_of_step(83, 128, 0, 7)) == list(range(83))
+    assert data.steps_per_epoch(83, 128) == 1
+    assert sorted(data.questions_of_step(83, 128, 0, 7)) == list(range(83))
 
 
 def test_the_order_is_the_same_in_every_version_and_on_every_machine():
-    assert prompts.epoch_order(10, seed=0, epoch=0) == (0, 4, 2, 3, 8, 7, 6, 9, 5, 1)
+    assert data.epoch_order(10, seed=0, epoch=0) == (0, 4, 2, 3, 8, 7, 6, 9, 5, 1)
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {prompts.epoch_order(50, seed, epoch) for seed in range(4) for epoch in range(4)}
+    orders = {data.epoch_order(50, seed, epoch) for seed in range(4) for epoch in range(4)}
     assert len(orders) == 16
 
 
 def test_every_place_is_equally_likely():
-    first = Counter(prompts.epoch_order(5, seed, 0)[0] for seed in range(2000))
+    first = Counter(data.epoch_order(5, seed, 0)[0] for seed in range(2000))
     assert all(330 < first[i] < 470 for i in range(5))
 
 

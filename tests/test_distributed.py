@@ -14,8 +14,8 @@ import torch
 from test_train import ROOT, SMALL, metrics_of, small, weights_of
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-import checkpoint
 import train
+from store import checkpoint
 
 FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-micro-batch", "150"]
 

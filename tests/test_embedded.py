@@ -3,10 +3,9 @@
 import random
 import re
 
-import embedded
-from prompts import SYSTEM_PROMPT, prompt_ids
-from rewards import equivalent
-from word_problems import (
+from data import SYSTEM_PROMPT, prompt_ids
+from embedded import start_model
+from embedded.word_problems import (
     FAMILIES,
     MISREAD_WORDING,
     PROBLEMS,
@@ -18,6 +17,7 @@ from word_problems import (
     solution,
     word_problems,
 )
+from rewards import equivalent
 
 
 def test_held_out_problems_occur_in_no_wording_of_training():
@@ -66,7 +66,7 @@ def test_wordings_permute_the_operands():
 
 
 def test_the_tokenizer_keeps_numbers_whole_and_encodes_anything():
-    tokenizer = embedded.train_tokenizer()
+    tokenizer = start_model.train_tokenizer()
     assert len(tokenizer("\\boxed{17}").input_ids) == 3
     assert len(tokenizer("3*4=12; 5+12=17.").input_ids) == 12
     for text in ("\\frac{1}{2} é 漢字 \n", "Ann has 12 pens."):
@@ -76,21 +76,21 @@ def test_the_tokenizer_keeps_numbers_whole_and_encodes_anything():
 
 
 def test_the_tokenizer_is_the_same_every_time():
-    assert embedded.train_tokenizer().get_vocab() == embedded.train_tokenizer().get_vocab()
+    assert start_model.train_tokenizer().get_vocab() == start_model.train_tokenizer().get_vocab()
 
 
 def test_the_warm_up_runs_once_and_again_when_its_recipe_changes(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(embedded, "CLEAN_STEPS", 1)
-    monkeypatch.setattr(embedded, "FLAWED_STEPS", 1)
+    monkeypatch.setattr(start_model, "CLEAN_STEPS", 1)
+    monkeypatch.setattr(start_model, "FLAWED_STEPS", 1)
     warmed_up = []
-    real = embedded.warm_up
-    monkeypatch.setattr(embedded, "warm_up", lambda *args: warmed_up.append(args[-1]) or real(*args))
-    first = embedded.model_folder()
-    assert embedded.model_folder() == first and warmed_up == [0]
-    assert embedded.model_folder(seed=1) != first and warmed_up == [0, 1]
-    monkeypatch.setattr(embedded, "CLEAN_STEPS", 2)
-    assert embedded.model_folder() not in (first, None) and warmed_up == [0, 1, 0]
+    real = start_model.warm_up
+    monkeypatch.setattr(start_model, "warm_up", lambda *args: warmed_up.append(args[-1]) or real(*args))
+    first = start_model.model_folder()
+    assert start_model.model_folder() == first and warmed_up == [0]
+    assert start_model.model_folder(seed=1) != first and warmed_up == [0, 1]
+    monkeypatch.setattr(start_model, "CLEAN_STEPS", 2)
+    assert start_model.model_folder() not in (first, None) and warmed_up == [0, 1, 0]
     assert not [folder for folder in (tmp_path / "co-rewarding").iterdir() if folder.name.startswith("tmp")]
 
 

@@ -17,14 +17,14 @@ import pytest
 import torch
 
 import evaluate
-from benchmark_data import SOURCES, Benchmark, load_benchmark, option_letter, python_literal
-from data import DataError, Pair
-from embedded import new_model, train_tokenizer
+from config import UserError
+from data import Pair
+from embedded.start_model import new_model, train_tokenizer
 from evaluate import Answered, Settings, pass_at_k, question_values, result_of, run
-from policy import ModelError
-from results import compare, estimate, table
 from rewards import are_equal, equivalent
 from rollout import Rollout
+from sources.benchmarks import SOURCES, Benchmark, load_benchmark, option_letter, python_literal
+from store.results import compare, estimate, table
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_sets = pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")
@@ -187,7 +187,7 @@ def untrained(tmp_path: Path) -> str:
 
 
 def test_answers_run_past_the_positions_that_the_model_knows(tmp_path: Path, untrained: str) -> None:
-    with pytest.raises(ModelError, match="the model knows 512 positions; ask for shorter .* --max-tokens"):
+    with pytest.raises(UserError, match="the model knows 512 positions; ask for shorter .* --max-tokens"):
         run(settings_of(tmp_path, model=untrained, max_tokens=512))
 
 
@@ -205,14 +205,14 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untr
 def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser: Guesser) -> None:
     run(settings_of(tmp_path))
     with pytest.raises(
-        DataError, match=r"answers of other settings: temperature \(was 0.8, is 1.0\); name another --out"
+        UserError, match=r"answers of other settings: temperature \(was 0.8, is 1.0\); name another --out"
     ):
         run(settings_of(tmp_path, temperature=1.0))
     changed = tmp_path / "changed"
     changed.mkdir()
     path = write_questions(changed / "own.jsonl")
     Path(path).write_text(Path(path).read_text().replace("2 modulo", "4 modulo"))
-    with pytest.raises(DataError, match="own.jsonl, line 9 answers another question"):
+    with pytest.raises(UserError, match="own.jsonl, line 9 answers another question"):
         run(settings_of(tmp_path, benchmarks=(path,)))
 
 
@@ -220,9 +220,9 @@ def test_failed_start_blocks_its_folder(tmp_path: Path, guesser: Guesser, monkey
     """A mistyped model leaves a folder with settings and no answers."""
 
     def fail(*_: Any) -> None:
-        raise ModelError("no such model")
+        raise UserError("no such model")
 
-    with monkeypatch.context() as patched, pytest.raises(ModelError):
+    with monkeypatch.context() as patched, pytest.raises(UserError):
         patched.setattr(evaluate, "load", fail)
         run(settings_of(tmp_path, model="leters"))
     assert run(settings_of(tmp_path)).exists()
@@ -231,7 +231,7 @@ def test_failed_start_blocks_its_folder(tmp_path: Path, guesser: Guesser, monkey
 def test_foreign_file_is_taken_for_answers(tmp_path: Path, guesser: Guesser) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "own.jsonl").write_text('{"question": "1+1?"}\n')
-    with pytest.raises(DataError, match="holds .jsonl files but no settings.json of theirs"):
+    with pytest.raises(UserError, match="holds .jsonl files but no settings.json of theirs"):
         run(settings_of(tmp_path))
     assert (tmp_path / "out" / "own.jsonl").read_text() == '{"question": "1+1?"}\n'
 
@@ -285,9 +285,9 @@ def test_compared_results_have_other_questions_or_settings(tmp_path: Path) -> No
     other = json.loads(Path(after).read_text())
     other["benchmarks"]["own"]["fingerprint"] = "0"
     Path(after).write_text(json.dumps(other))
-    with pytest.raises(DataError, match=r"own has other questions in .*before.json than in .*after.json"):
+    with pytest.raises(UserError, match=r"own has other questions in .*before.json than in .*after.json"):
         compare(before, after)
-    with pytest.raises(DataError, match=r"nowhere.json is no result.json"):
+    with pytest.raises(UserError, match=r"nowhere.json is no result.json"):
         compare("nowhere.json", after)
 
 
@@ -390,15 +390,15 @@ def test_own_file_is_cleared_of_its_duplicates(tmp_path: Path) -> None:
 
 
 def test_bad_benchmark_is_found_after_the_model_was_loaded(tmp_path: Path, guesser: Guesser) -> None:
-    with pytest.raises(DataError, match="nonsense is no file, no folder and no benchmark: choose from math500, gsm8k"):
+    with pytest.raises(UserError, match="nonsense is no file, no folder and no benchmark: choose from math500, gsm8k"):
         run(settings_of(tmp_path, benchmarks=("nonsense",)))
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text('{"question": "1+1?"}\n{"question": "1+2?", "answer": 3}\n')
-    with pytest.raises(DataError, match="1 of 2 questions have no gold answer"):
+    with pytest.raises(UserError, match="1 of 2 questions have no gold answer"):
         run(settings_of(tmp_path, benchmarks=(str(unlabelled),)))
     (tmp_path / "copy").mkdir()
     same_name = write_questions(tmp_path / "copy" / "own.jsonl")
-    with pytest.raises(DataError, match="two would write to one file"):
+    with pytest.raises(UserError, match="two would write to one file"):
         run(settings_of(tmp_path, benchmarks=(str(tmp_path / "own.jsonl"), same_name)))
     assert not guesser.requests
 
@@ -408,7 +408,7 @@ def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pyte
         raise ConnectionError
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(DataError, match=r"HuggingFaceH4/MATH-500 .* \(ConnectionError\): put math500.jsonl below"):
+    with pytest.raises(UserError, match=r"HuggingFaceH4/MATH-500 .* \(ConnectionError\): put math500.jsonl below"):
         load_benchmark("math500", str(tmp_path))
 
 
@@ -422,7 +422,7 @@ def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pyte
     ],
 )
 def test_senseless_flag_is_obeyed(flags: dict[str, Any], complaint: str) -> None:
-    with pytest.raises(DataError, match=complaint):
+    with pytest.raises(UserError, match=complaint):
         evaluate.check(Settings(**{"model": "letters", **flags}))
 
 

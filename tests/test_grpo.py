@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 from grpo import aggregate, group_advantages, k3, learning_rate, policy_loss, step_denominator, token_weights
-from packing import PackedLM, pack
+from lm.packing import PackedLM, pack
 from rollout import Rollout
 
 AGGREGATIONS = ["token", "sequence", "dr-grpo"]

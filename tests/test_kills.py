@@ -14,12 +14,12 @@ import pytest
 from test_train import SMALL, assert_same_weights, metrics_of, small, weights_of
 from tiny import byte_tokenizer, tiny_lm
 
-import checkpoint
-import embedded
 import train
 from config import parse
-from packing import PackedLM
-from policy import build_optimizer
+from embedded import start_model
+from lm.model import build_optimizer
+from lm.packing import PackedLM
+from store import checkpoint
 from teacher import frozen_copy
 
 FLAGS = ["--steps", "4", "--save-every", "1"]
@@ -34,7 +34,7 @@ def in_a_child(task: Callable[[], object]) -> multiprocessing.Process:
 
 @pytest.mark.parametrize("variant", ["I", "II", "III"])
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, variant):
-    embedded.model_folder()  # made here, it is not counted as the run's time
+    start_model.model_folder()  # made here, it is not counted as the run's time
     begin = time.monotonic()
     undisturbed = train.train(small(tmp_path / "undisturbed", "--variant", variant, *FLAGS))
     duration, rng, killed = time.monotonic() - begin, random.Random(variant), 0

@@ -9,8 +9,8 @@ from tiny import CPU, EOS, VOCABULARY, gradients, largest_gap, naive_stats, tiny
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import packing
-from packing import ChunkedHead, PackedLM, micro_batches, pack
+from lm import packing
+from lm.packing import ChunkedHead, PackedLM, micro_batches, pack
 from rollout import Rollout
 
 TEMPERATURE = 0.7

@@ -9,12 +9,12 @@ from tiny import CPU, tiny_lm
 from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-import plan
 from config import Config
-from packing import PackedLM, micro_batches
-from policy import Objective, build_optimizer, checkpoint_activations, optimizer_step
+from lm.model import Objective, build_optimizer, checkpoint_activations, optimizer_step
+from lm.packing import PackedLM, micro_batches
 from rewards import VARIANTS
 from rollout import Rollout
+from tools import plan
 
 PROMPT, RESPONSE, ROWS = 20, 236, 8
 

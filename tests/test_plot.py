@@ -6,8 +6,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pytest
 
-import plot
-from plot import PlotError, by_name, draw, smooth
+from config import UserError
+from tools import plot
+from tools.plot import by_name, draw, smooth
 
 
 def write_run(folder: Path, *records: dict[str, float]) -> Path:
@@ -54,5 +55,5 @@ def test_a_run_without_labels_is_drawn_without_them(tmp_path):
 def test_a_folder_that_is_no_run_is_named(tmp_path, content, sentence):
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(PlotError, match=sentence):
+    with pytest.raises(UserError, match=sentence):
         draw([tmp_path], tmp_path / "curves.png")

@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny import CPU, EOS, gradients, largest_gap, naive_stats, tiny_lm, tiny_rollouts, twin_of
 
+from config import UserError
 from grpo import step_denominator
-from packing import PackedLM, micro_batches, pack
-from policy import (
-    ModelError,
+from lm.model import (
     Objective,
     build_optimizer,
     check_length,
@@ -22,6 +21,7 @@ from policy import (
     score,
     verify_head,
 )
+from lm.packing import PackedLM, micro_batches, pack
 from rollout import Rollout, TransformersSampler
 
 # ---------------------------------------------------------------- names
@@ -43,12 +43,12 @@ def test_bare_names_of_known_families_get_their_owner(name, hub_name):
 
 @pytest.mark.parametrize("name", ["nonsense", "./missing/folder", "/missing/folder", "a/b/c", "~/model"])
 def test_nonsense_is_refused_before_anything_is_downloaded(name):
-    with pytest.raises(ModelError, match="neither a folder nor a hub name"):
+    with pytest.raises(UserError, match="neither a folder nor a hub name"):
         resolve(name)
 
 
 def test_a_folder_is_taken_as_it_is_and_an_empty_one_refused(tmp_path):
-    with pytest.raises(ModelError, match=r"no config\.json"):
+    with pytest.raises(UserError, match=r"no config\.json"):
         resolve(str(tmp_path))
     (tmp_path / "config.json").write_text("{}")
     assert resolve(str(tmp_path)) == str(tmp_path)
@@ -56,7 +56,7 @@ def test_a_folder_is_taken_as_it_is_and_an_empty_one_refused(tmp_path):
 
 def test_a_broken_folder_is_one_clear_sentence(tmp_path):
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(ModelError, match="transformers cannot load"):
+    with pytest.raises(UserError, match="transformers cannot load"):
         load(str(tmp_path), CPU)
 
 
@@ -125,13 +125,13 @@ def test_a_family_that_is_accepted_is_sampled_and_scored_alike(family):
 @pytest.mark.parametrize("family", REFUSED)
 def test_a_family_that_packing_gets_wrong_is_refused_by_name(family):
     policy = PackedLM(tiny_lm(family, **REFUSED[family]))
-    with pytest.raises(ModelError, match=f"family '{family}'"):
+    with pytest.raises(UserError, match=f"family '{family}'"):
         verify_head(policy, family)
 
 
 def test_a_response_past_the_positions_that_a_model_knows_is_refused():
     check_length(tiny_lm(), 256)
-    with pytest.raises(ModelError, match="257 tokens together: the model knows 256 positions; ask for shorter resp"):
+    with pytest.raises(UserError, match="257 tokens together: the model knows 256 positions; ask for shorter resp"):
         check_length(tiny_lm(), 257)
 
 
@@ -143,7 +143,7 @@ def test_positions_that_depend_on_the_longest_neighbour_are_refused():
         alone, beside = (PackedLM(lm)(pack([short, other], [0, 1], CPU), 1.0).logp[0, :13] for other in (short, long))
     assert not torch.allclose(alone, beside, atol=1e-3), "transformers does it by itself now: drop the check"
     check_length(lm, 16)
-    with pytest.raises(ModelError, match="knows 16 positions"):
+    with pytest.raises(UserError, match="knows 16 positions"):
         check_length(lm, 17)
 
 

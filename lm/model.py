@@ -1,44 +1,50 @@
-"""The trained model: load it, score rollouts with it, take one optimizer step."""
+"""A causal language model of transformers: find it, load it, check it, shard it, copy it.
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+On several GPUs every rank holds a shard of each weight (FSDP2), and a GPU by itself is a group of one; on a CPU alone
+nothing is sharded. The first rank alone reads weights, and no rank ever holds another whole model.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 import transformers
-from torch import Tensor
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-import embedded
-import grpo
-import ranks
-from packing import MicroBatch, PackedLM, TokenLoss, TokenStats, pack
-from rollout import Rollout, skeleton
-from word_problems import STUDENTS
+from config import EMBEDDED_MODELS, UserError
+from embedded import start_model
+from lm import ranks
+from lm.packing import Rollout, pack
+from lm.scoring import PackedLM
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
-
-
-class ModelError(ValueError):
-    """A model that cannot be used, with the cure in one sentence."""
 
 
 def resolve(name: str) -> str:
     """A local folder or a hub name; a bare name of a known family gets its owner: Qwen3-8B-Base, Qwen/Qwen3-8B-Base."""
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
-            raise ModelError(f"--model {name}: the folder has no config.json; give one written by save_pretrained")
+            raise UserError(f"--model {name}: the folder has no config.json; give one written by save_pretrained")
         return name
     if name.count("/") == 1 and not name.startswith((".", "/", "~")):
         return name
     owner = next((owner for family, owner in HUB_OWNERS.items() if name.startswith(family)), None)
     if "/" in name or owner is None:
-        raise ModelError(f"--model {name}: neither a folder nor a hub name; write it as OWNER/NAME or give a path")
+        raise UserError(f"--model {name}: neither a folder nor a hub name; write it as OWNER/NAME or give a path")
     return f"{owner}/{name}"
 
 
@@ -48,23 +54,23 @@ def load_pretrained(
     """A model of transformers and its tokenizer; without `weights` the model is on the meta device and costs nothing.
 
     Raises:
-        ModelError: transformers cannot load it.
+        UserError: transformers cannot load it.
     """
     transformers.utils.logging.disable_progress_bar()
-    if name in STUDENTS:
-        ranks.on_first(partial(embedded.model_folder, name))  # makes it, where it does not exist
-    path = embedded.model_folder(name) if name in STUDENTS else resolve(name)
+    if name in EMBEDDED_MODELS:
+        ranks.on_first(partial(start_model.model_folder, name))  # makes it, where it does not exist
+    path = start_model.model_folder(name) if name in EMBEDDED_MODELS else resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if weights:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype), tokenizer
-        return skeleton(AutoConfig.from_pretrained(path), dtype), tokenizer
+            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False), tokenizer
+        return skeleton(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype), tokenizer
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"--model {name}: transformers cannot load {path} ({reason})") from error
+        raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
 
 
-def load(name: str, device: torch.device, offload: bool = False) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+def load_policy(name: str, device: torch.device, offload: bool = False) -> tuple[PackedLM, PreTrainedTokenizerBase]:
     """The model to train, with float32 master weights (bfloat16 compute on a GPU), and its tokenizer.
 
     In a group of processes the first reads the weights, and each keeps its shards: on `device`, or with `offload` in
@@ -77,7 +83,7 @@ def load(name: str, device: torch.device, offload: bool = False) -> tuple[Packed
         return policy.to(device), tokenizer
     weights = ranks.tensors_of(policy)
     shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
-    ranks.spread(weights, policy)
+    ranks.fill_from_first(weights, policy)
     return policy, tokenizer
 
 
@@ -101,14 +107,14 @@ def verify_head(policy: PackedLM, name: str) -> None:
     try:
         gap = packing_gap(policy.lm)
     except (AttributeError, RuntimeError, TypeError, ValueError) as error:
-        raise ModelError(
+        raise UserError(
             f"--model {name}: the family '{family}' does not run without padding ({str(error).splitlines()[0]}); "
             "use a model of another family"
         ) from error
     if not gap < 1e-3:
-        raise ModelError(
+        raise UserError(
             f"--model {name}: packed log-probs of the family '{family}' are {gap:.2g} nats off its own; it changes "
-            "its logits, positions or attention in a way that packing.py does not know"
+            "its logits, positions or attention in a way that lm/packing.py does not know"
         )
 
 
@@ -127,6 +133,37 @@ def packing_gap(lm: PreTrainedModel) -> float:
     return float((packed_logp - own_logp).abs().max())
 
 
+@contextmanager
+def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
+    training, attention = lm.training, lm.config._attn_implementation
+    lm.eval().set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        lm.train(training).set_attn_implementation(attention)
+
+
+def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A model on the meta device, where tensors have names and shapes and take no memory."""
+    with torch.device("meta"):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
+    return lm
+
+
+@torch.no_grad()
+def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
+    if ranks.mesh_of(lm) is None:
+        return lm
+    ordinary: PreTrainedModel = skeleton(lm.config).eval()
+    ordinary.load_state_dict({name: ranks.full(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True)
+    for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
+        owner, _, attribute = name.rpartition(".")
+        setattr(ordinary.get_submodule(owner), attribute, buffer.to(ordinary.device))
+    return ordinary
+
+
 def check_length(lm: PreTrainedModel, tokens: int) -> None:
     """Refuse sequences that are longer than the model knows positions; or than those up to which its positions do not
     depend on the length of a batch: it would read one sequence in two ways, sampled and packed."""
@@ -135,7 +172,7 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
     if rope.get("rope_type") in ("dynamic", "longrope"):
         known = rope.get("original_max_position_embeddings") or known
     if tokens > known:
-        raise ModelError(
+        raise UserError(
             f"prompt and response of {tokens} tokens together: the model knows {known} positions; "
             "ask for shorter responses (--max-response-tokens, in evaluate.py --max-tokens) or drop long prompts"
         )
@@ -148,13 +185,8 @@ def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
         named.append(lm.generation_config.eos_token_id)
     ids = {i for entry in named if entry is not None for i in (entry if isinstance(entry, list) else [entry])}
     if not ids:
-        raise ModelError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
+        raise UserError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
     return sorted(ids)
-
-
-def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the float32 master weights; the learning rate is set at every step."""
-    return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
 def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
@@ -174,9 +206,10 @@ def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
         module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
 
 
-def decoder_layers(lm: PreTrainedModel) -> list[torch.nn.Module]:
-    names = lm._no_split_modules or ()
-    return [module for module in lm.modules() if type(module).__name__ in names]
+def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
+    """By the names of their classes' bases: FSDP has made classes of its own by then (FSDPQwen3DecoderLayer)."""
+    names = set(lm._no_split_modules or ())
+    return [module for module in lm.modules() if names & {base.__name__ for base in type(module).__mro__}]
 
 
 def checkpoint_activations(model: PackedLM) -> None:
@@ -187,90 +220,14 @@ def checkpoint_activations(model: PackedLM) -> None:
 
 
 @torch.no_grad()
-def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) -> list[TokenStats]:
-    """Statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
-    return [model(batch, temperature) for batch in batches]
-
-
-def mean_per_rollout(
-    batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int
-) -> dict[str, list[float]]:
-    """Each statistic's mean over the response tokens of each rollout, those of other ranks included."""
-    names = TokenStats._fields[:-1]
-    means = torch.zeros(len(names), rollouts, device=batches[0].mask.device)
-    for batch, stat in zip(batches, stats, strict=True):
-        tokens = batch.mask.sum(dim=1).clamp(min=1)
-        means[:, batch.rows] += torch.stack(stat[:-1]).sum(dim=2) / tokens
-    return dict(zip(names, ranks.total(means).tolist(), strict=True))
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What Eq. 4 needs besides log-probs."""
-
-    temperature: float
-    clip: float
-    kl_coef: float
-    tis_cap: float  # 0: no truncated importance weight
-    aggregation: grpo.Aggregation
-    denominators: Tensor  # [N] of each rollout's view, see grpo.step_denominator
-    max_grad_norm: float
-
-
-def token_loss(batch: MicroBatch, advantages: Tensor, reference_logp: Tensor | None, objective: Objective) -> TokenLoss:
-    """The loss of response tokens as a function of their log-probs (Eqs. 4 and 5), each a row of one token here;
-    advantages are [N], `reference_logp` is [B, T]."""
-    rows, mask = batch.rows[:, None].expand_as(batch.mask)[batch.mask], batch.mask  # [R]
-    weight = grpo.token_weights(mask, objective.aggregation, objective.denominators[batch.rows])[mask]
-    sampler_logp = batch.sampler_logp[mask]
-    anchor = None if reference_logp is None else reference_logp[mask]
-
-    def loss(logp: Tensor, tokens: slice) -> Tensor:
-        logp, importance = logp[:, None], None
-        if objective.tis_cap:
-            importance = grpo.truncated_importance_weight(logp, sampler_logp[tokens, None], objective.tis_cap)
-        # One optimizer step per batch of rollouts: the old policy is the policy at hand, its log-probs need no pass.
-        old_logp, every_token = logp.detach(), torch.ones_like(logp)
-        value = grpo.policy_loss(logp, old_logp, advantages[rows[tokens]], every_token, objective.clip, importance)
-        if anchor is not None:
-            value = value + objective.kl_coef * grpo.k3(logp, anchor[tokens, None])
-        return value.squeeze(1) * weight[tokens]
-
-    return loss
-
-
-def optimizer_step(
-    policy: PackedLM,
-    optimizer: torch.optim.Optimizer,
-    batches: Sequence[MicroBatch],
-    advantages: Tensor,
-    reference: Sequence[TokenStats] | None,
-    objective: Objective,
-    learning_rate: float,
-) -> dict[str, float]:
-    """One step on the loss of all ranks' micro-batches (Eq. 6); advantages are [N], `reference` is None without a KL
-    term.
-
-    A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
-    """
-    per_token: list[dict[str, Tensor]] = []
-    for i, batch in enumerate(batches):
-        reference_logp = reference[i].logp if reference else None
-        stats = policy(batch, objective.temperature, token_loss(batch, advantages, reference_logp, objective))
-        stats.loss.backward()
-        seen = {"entropy": stats.entropy, "mismatch": (stats.logp - batch.sampler_logp).abs()}
-        seen |= {} if reference_logp is None else {"kl": grpo.k3(stats.logp, reference_logp)}
-        per_token.append({name: value[batch.mask] for name, value in seen.items()})
-        del stats  # its graph holds the head's gradient, which need not outlive this micro-batch
-    grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), objective.max_grad_norm)).item()
-    if finite := math.isfinite(grad_norm):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    measured = {name: torch.cat([seen[name] for seen in per_token]) for name in per_token[0]}
-    mismatch = measured.pop("mismatch")
-    metrics = {"grad_norm": grad_norm, "lr": learning_rate, "mismatch_mean": ranks.mean(mismatch)}
-    metrics["mismatch_max"] = ranks.largest(mismatch.max().item() if len(mismatch) else 0.0)
-    metrics |= {name: ranks.mean(values) for name, values in measured.items()}
-    return metrics | {"skipped_steps": float(not finite)}
+def frozen_copy(policy: PackedLM, offload: bool = False) -> PackedLM:
+    """An equal model in float32 that is never trained: the teacher, or the initial policy as a reference. Of a sharded
+    policy shard by shard, on the same device or with `offload` in the CPU's (pinned) memory."""
+    mesh = ranks.mesh_of(policy)
+    if mesh is None:
+        return copy.deepcopy(policy).float().requires_grad_(False).eval()
+    twin = PackedLM(unfilled(policy.lm), policy.compute_dtype).requires_grad_(False)
+    shard(twin, mesh, offload)
+    for mine, theirs in zip(ranks.tensors_of(twin).values(), ranks.tensors_of(policy).values(), strict=True):
+        ranks.local(mine).copy_(ranks.local(theirs))
+    return twin

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from data import DataError
+from config import UserError
 
 Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
 
@@ -25,7 +25,7 @@ def read_result(path: str) -> dict[str, Any]:
         result = json.loads(Path(path).read_text())
         return {"settings": dict(result["settings"]), "benchmarks": dict(result["benchmarks"])}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise DataError(f"{path} is no result.json of an evaluation: {problem!r}") from problem
+        raise UserError(f"{path} is no result.json of an evaluation: {problem!r}") from problem
 
 
 def written(number: Estimate, name: str, sign: str = "") -> str:
@@ -66,12 +66,12 @@ def compare(before_path: str, after_path: str) -> str:
     before, after = read_result(before_path), read_result(after_path)
     shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
     if not shared:
-        raise DataError(f"{before_path} and {after_path} have no benchmark in common")
+        raise UserError(f"{before_path} and {after_path} have no benchmark in common")
     rows = [["", "", "before", "after", "difference"]]
     for benchmark in shared:
         a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
         if a["fingerprint"] != b["fingerprint"]:
-            raise DataError(
+            raise UserError(
                 f"{benchmark} has other questions in {before_path} than in {after_path}: evaluate one again"
             )
         for name in [name for name in a["numbers"] if name in b["numbers"]]:

@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 
-from algebra import ask_child, ask_children
+from answers.algebra import ask_child, ask_children
 
 MAX_CHARACTERS = 400  # longer answers are compared as strings; the longest gold of MATH and OpenRS has 159
 

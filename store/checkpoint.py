@@ -17,7 +17,6 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -32,23 +31,20 @@ from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 from torch.distributed.checkpoint.state_dict_saver import save as save_shards
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-import ranks
-from packing import PackedLM
-from prompts import PromptedPair
+from config import UserError
+from lm import ranks
+from lm.scoring import PackedLM
+from store.files import changes
 
 HARMLESS = {
     f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb", "profile")
 }
 HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
-HARMLESS |= {f"memory.{name}" for name in ("activation_checkpointing", "offload_optimizer", "offload_teacher", "plan")}
+HARMLESS |= {f"memory.{name}" for name in ("activation_checkpointing", "offload_optimizer", "offload_teacher")}
 # These change rounding, as another number of processes does.
 HARMLESS |= {"sampling.engine_memory", "optimisation.tokens_per_micro_batch"}
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be written or continued, with the reason in one sentence."""
 
 
 @dataclass
@@ -66,14 +62,6 @@ class Training:
         return {"policy": self.policy} | ({"teacher": self.teacher} if self.teacher is not None else {})
 
 
-def fingerprint(questions: Sequence[PromptedPair]) -> str:
-    """Of everything that a run reads of its data: it changes with the file, the chat template and the tokenizer."""
-    digest = hashlib.sha256()
-    for question in questions:
-        digest.update(repr((question.pair.id, sorted(question.prompts.items()), question.pair.gold)).encode())
-    return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- writing
 
 
@@ -82,7 +70,7 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
     the last `keep` (0: none) and every `keep_every`-th step. All processes must call this.
 
     Raises:
-        CheckpointError: the disk is full, say; the checkpoints before are untouched.
+        UserError: the disk is full, say; the checkpoints before are untouched.
     """
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
@@ -97,7 +85,7 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
         ranks.on_first(partial(prune, folder, keep, keep_every))
     except (OSError, SafetensorError, CheckpointException) as error:
         reasons = [str(e) for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        raise CheckpointError(
+        raise UserError(
             f"the checkpoint {final} could not be written ({str(reasons[0]).splitlines()[0]}): make room, then go on "
             "with --resume auto; those before it are intact"
         ) from error
@@ -130,7 +118,7 @@ def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path
 def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
     """From here on the checkpoint exists."""
     (aside / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
-    (aside / "manifest.json").write_text(json.dumps(describe(aside), indent=2) + "\n")
+    (aside / "manifest.json").write_text(json.dumps(manifest_of(aside), indent=2) + "\n")
     for path in [*aside.rglob("*"), aside]:
         sync(path)
     replaced = final.with_suffix(".replaced.incomplete")
@@ -153,7 +141,7 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def describe(folder: Path) -> dict[str, list[Any]]:
+def manifest_of(folder: Path) -> dict[str, list[Any]]:
     """{file: [bytes, SHA-256]} of all files but the manifest."""
 
     def describe_file(path: Path) -> list[Any]:
@@ -183,22 +171,22 @@ def newest_first(folder: Path) -> list[Path]:
 # ---------------------------------------------------------------- reading
 
 
-def find(resume: str, out: str | None) -> Path | None:
+def find_checkpoint(resume: str, out: str | None) -> Path | None:
     """The checkpoint that --resume names; `auto` is the newest intact one of the run in --out, None if that has none
     yet, so that one command both starts a run and continues it."""
     if resume != "auto":
         if fault := fault_of(Path(resume)):
-            raise CheckpointError(f"--resume {resume}: {fault}")
+            raise UserError(f"--resume {resume}: {fault}")
         return Path(resume).resolve()
     if out is None:
-        raise CheckpointError("--resume auto: say of which run, with --out runs/NAME")
+        raise UserError("--resume auto: say of which run, with --out runs/NAME")
     candidates = newest_first(Path(out) / "checkpoints")
     for path in candidates:
         if not (fault := fault_of(path)):
             return path.resolve()
         print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
     if candidates:
-        raise CheckpointError(f"--resume auto: none of {len(candidates)} checkpoints in {out} is intact")
+        raise UserError(f"--resume auto: none of {len(candidates)} checkpoints in {out} is intact")
     return None
 
 
@@ -206,7 +194,7 @@ def fault_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was written."""
     try:
         written = json.loads((path / "manifest.json").read_text())
-        present = describe(path)
+        present = manifest_of(path)
     except (OSError, ValueError):
         return "it holds no checkpoint (no readable manifest.json in it)"
     for file, (size, digest) in written.items():
@@ -217,23 +205,19 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def flat(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """{"data.source": ..., "sampling.rollouts": ...}, as JSON gives them back."""
-    plain = json.loads(json.dumps(settings))
-    return {f"{group}.{name}": value for group, values in plain.items() for name, value in values.items()}
-
-
-def load(path: Path, training: Training) -> int:
+def restore(path: Path, training: Training) -> int:
     """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
     saved = json.loads((path / "trainer.json").read_text())
-    before, now = flat(saved["settings"]), flat(training.settings)
-    if differing := sorted(key for key in now if key not in HARMLESS and before.get(key) != now[key]):
-        changes = ", ".join(f"{key} (was {before.get(key)}, is {now[key]})" for key in differing)
-        raise CheckpointError(f"--resume {path}: made with other settings: {changes}")
+    before, now = (
+        {f"{group}.{name}": value for group, values in settings.items() for name, value in values.items()}
+        for settings in (saved["settings"], training.settings)
+    )
+    if differing := changes(before, now, HARMLESS):
+        raise UserError(f"--resume {path}: made with other settings: {differing}")
     if saved["questions"] != training.questions:
-        raise CheckpointError(
-            f"--resume {path}: the questions of {now['data.source']}, or the tokens of their prompts, have changed "
-            "since; restore the file, or start a new run from the checkpoint's policy/ with --model"
+        raise UserError(
+            f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
+            "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
         )
     for name, model in training.models().items():
         load_model(path / name, model)
@@ -246,4 +230,4 @@ def load(path: Path, training: Training) -> int:
 def load_model(folder: Path, model: PackedLM) -> None:
     """The first process reads, and gives the others their shards."""
     saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if ranks.is_first() else None
-    ranks.spread(ranks.tensors_of(saved) if saved else {}, model.lm)
+    ranks.fill_from_first(ranks.tensors_of(saved) if saved else {}, model.lm)

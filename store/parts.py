@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from data import DataError
+from config import UserError
 
 Row = dict[str, Any]
 Model = TypeVar("Model")
@@ -36,9 +36,9 @@ def claim(out: Path, settings: dict[str, str]) -> Path:
         before = json.loads(record.read_text(encoding="utf-8"))
         if changed := sorted(name for name in before | settings if before.get(name) != settings.get(name)):
             changes = ", ".join(f"{name} (was {before.get(name)}, is {settings.get(name)})" for name in changed)
-            raise DataError(f"{folder} was begun with other settings: {changes}; name another --out, or delete it")
+            raise UserError(f"{folder} was begun with other settings: {changes}; name another --out, or delete it")
     elif out.exists():
-        raise DataError(f"{out} is there already, and {folder} is not: name another --out")
+        raise UserError(f"{out} is there already, and {folder} is not: name another --out")
     else:
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(record, json.dumps(settings, indent=2) + "\n")

@@ -5,24 +5,24 @@ clean solutions teach it the arithmetic, then solutions with mistakes of several
 """
 
 import hashlib
+import math
 import os
 import random
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from grpo import learning_rate
-from packing import PackedLM, pack
-from prompts import SYSTEM_PROMPT, prompt_ids
-from rollout import Rollout
-from word_problems import PROBLEMS, PROBLEMS_OF, STUDENTS, Student, demonstration, solution
+from config import SYSTEM_PROMPT
+from embedded.word_problems import PROBLEMS, PROBLEMS_OF, STUDENTS, Student, demonstration, solution
 
 CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
 CHAT_TEMPLATE = (
@@ -83,58 +83,69 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
 
 def demonstrations(
     tokenizer: PreTrainedTokenizerFast, student: Student, rng: random.Random, count: int, careful: bool
-) -> list[Rollout]:
-    """Solutions to random training problems, as if they had been sampled."""
-    rollouts = []
+) -> dict[str, Tensor]:
+    """Solutions to random training problems [B, L]; only they have labels, not the prompts and not the padding."""
+    input_ids, labels = [], []
     for problem in rng.choices(PROBLEMS_OF["train"], k=count):
         wording = rng.randrange(4)
-        prompt = prompt_ids(tokenizer, problem.text(wording, rng))
-        text = demonstration(student, problem, wording, careful, rng)
-        response = tokenizer(text + "<|end|>").input_ids
-        rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished=True))
-    return rollouts
+        question = problem.text(wording, rng)
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
+        prompt = tokenizer(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        ).input_ids
+        response = tokenizer(demonstration(student, problem, wording, careful, rng) + "<|end|>").input_ids
+        input_ids.append(torch.tensor(prompt + response))
+        labels.append(torch.tensor([-100] * len(prompt) + response))
+    return {  # padding on the right needs no mask under causal attention
+        "input_ids": nn.utils.rnn.pad_sequence(input_ids, batch_first=True),
+        "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
 
 
-def warm_up(model: PackedLM, tokenizer: PreTrainedTokenizerFast, student: Student, seed: int) -> None:
+def warm_up(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, student: Student, seed: int) -> None:
     """Imitation: clean solutions teach the arithmetic, then a few flawed ones the mistakes (from the start, mistakes
     take four times as long to learn from)."""
     rng = random.Random(f"warm-up {seed}")
     steps = [(True, i, CLEAN_STEPS, 4e-3) for i in range(CLEAN_STEPS)]
     steps += [(False, i, FLAWED_STEPS, 2e-3) for i in range(FLAWED_STEPS)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     for careful, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
+        rising, falling = (
+            (step + 1) / math.ceil(0.05 * total),
+            0.5 * (1 + math.cos(math.pi * (step / total - 0.05) / 0.95)),
+        )
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, total, peak, warmup=0.05, schedule="cosine")
-        rollouts = demonstrations(tokenizer, student, rng, 64, careful)
-        batch = pack(rollouts, range(len(rollouts)), torch.device("cpu"))
-        tokens = batch.mask.sum()
-        model(batch, temperature=1.0, token_loss=lambda logp, _, tokens=tokens: -logp / tokens).loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            group["lr"] = peak * min(rising, falling if step > 0.05 * total else 1.0)
+        lm(**demonstrations(tokenizer, student, rng, 64, careful), use_cache=False).loss.backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Sums depend on how many threads share them: the same model on every machine needs the same number."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def model_folder(name: str = "embedded", seed: int = 0) -> str:
     """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
-    files = ("embedded.py", "word_problems.py", "prompts.py", "packing.py", "grpo.py")
-    sources = [Path(__file__).with_name(file).read_bytes() for file in files]
-    key = [
-        sources,
-        CLEAN_STEPS,
-        FLAWED_STEPS,
-        STUDENTS[name],
-        seed,
-        torch.__version__,
-        transformers.__version__,
-        torch.get_num_threads(),
-    ]
+    sources = [Path(__file__).with_name(file).read_bytes() for file in ("start_model.py", "word_problems.py")]
+    recipe = [SYSTEM_PROMPT, CLEAN_STEPS, FLAWED_STEPS, STUDENTS[name], seed]
+    key = [sources, recipe, torch.__version__, transformers.__version__]
     folder = name + "-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "co-rewarding"
     if not (cache / folder).is_dir():
         cache.mkdir(parents=True, exist_ok=True)
         tokenizer = train_tokenizer()
         lm = new_model(tokenizer, seed)
-        warm_up(PackedLM(lm), tokenizer, STUDENTS[name], seed)
+        with one_thread():
+            warm_up(lm, tokenizer, STUDENTS[name], seed)
         aside = tempfile.mkdtemp(dir=cache)  # so that a killed or a second process never leaves half a model
         lm.save_pretrained(aside)
         tokenizer.save_pretrained(aside)

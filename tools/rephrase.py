@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from tyro.conf import OmitArgPrefixes
 
-from answers import extract_boxed
-from data import DataError, Pair, Report, load_pairs
-from faults import TEMPLATE_ECHO, strict_fault
-from parts import Row, claim, make_parts, read_part, stand_alone, write_whole
-from prompts import prompt_ids, read_chat_template
+from answers.equivalence import extract_boxed
+from config import UserError
+from data import Pair, Report, load_pairs, prompt_ids, read_chat_template
 from rewards import are_equal, majority_vote
+from sources.faults import TEMPLATE_ECHO, strict_fault
+from store.parts import Row, claim, make_parts, read_part, stand_alone, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -142,8 +142,8 @@ def chat_model(name: str, reply_tokens: int, batch: int, settings: Settings) -> 
     """A model, loaded when the context is entered, for replies of so many tokens, `batch` at a time."""
     import torch
 
-    from policy import ModelError, load_pretrained, stop_token_ids
-    from vllm_sampler import SamplerError, build_sampler, choose_sampler
+    from lm.model import load_pretrained, stop_token_ids
+    from lm.vllm_engine import build_sampler, choose_sampler
 
     on_gpu = torch.cuda.is_available()
     dtype = torch.bfloat16 if on_gpu else torch.float32
@@ -165,8 +165,8 @@ def chat_model(name: str, reply_tokens: int, batch: int, settings: Settings) -> 
         )
         with sampler.holding(lm) as sample:
             yield ChatModel(tokenizer, sample, longest_prompt, template)
-    except (ModelError, SamplerError) as problem:
-        raise DataError(str(problem)) from problem
+    except UserError as problem:
+        raise UserError(str(problem)) from problem
 
 
 # ---------------------------------------------------------------- questions -> rewrites

@@ -1,9 +1,6 @@
 """Benchmarks: where their questions are, and how answers to them are read.
 
-    load_benchmark("math500")        # by name: from the folder of data, else from the Hugging Face hub
-    load_benchmark("mine.jsonl")     # one's own questions with answers, in any form that data.py reads
-
-A benchmark is never checked, repaired or cleared of duplicates: everybody is asked the same questions.
+data.load_benchmark reads them.
 """
 
 import ast
@@ -11,19 +8,14 @@ import pprint
 import re
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
-from data import EMBEDDED, PUBLISHED, DataError, Pair, load_pairs
-from rewards import Match, extract_boxed
+from answers.equivalence import extract_boxed
+from config import UserError
 
-
-@dataclass(frozen=True)
-class Benchmark:
-    name: str
-    pairs: list[Pair]  # each with a gold answer
-    read: Callable[[str], str] = str.strip  # what a boxed answer says; golds have been read already
-    match: Match = "math"  # how two read answers are compared
+Row = dict[str, Any]  # the other columns of a question
 
 
 @dataclass(frozen=True)
@@ -35,24 +27,24 @@ class Files:
     answer: str = "answer"
 
 
-def as_written(pair: Pair) -> str:
-    return pair.question
+def as_written(question: str, _: Row) -> str:
+    return question
 
 
-def body_and_question(pair: Pair) -> str:
+def body_and_question(question: str, row: Row) -> str:
     """SVAMP tells its story in one column, often without its full stop, and asks in another."""
-    body = pair.meta["Body"].strip()
-    return f"{body if body.endswith('.') else body + '.'} {pair.question.strip()}"
+    body = row["Body"].strip()
+    return f"{body if body.endswith('.') else body + '.'} {question.strip()}"
 
 
-def multiple_choice(pair: Pair) -> str:
-    options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", pair.meta["options"], strict=False)]
-    return "\n".join([pair.question, *options, "Answer with the letter of the correct option."])
+def multiple_choice(question: str, row: Row) -> str:
+    options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", row["options"], strict=False)]
+    return "\n".join([question, *options, "Answer with the letter of the correct option."])
 
 
-def output_prediction(pair: Pair) -> str:
-    call = f"What does f({pair.meta['input']}) return? Answer with a Python literal."
-    return f"```python\n{pair.question}\n```\n{call}"
+def output_prediction(question: str, row: Row) -> str:
+    call = f"What does f({row['input']}) return? Answer with a Python literal."
+    return f"```python\n{question}\n```\n{call}"
 
 
 def inside_box(answer: str) -> str:
@@ -80,9 +72,9 @@ class Source:
     local: Files  # below the folder of data; the first match counts
     hub: str  # data set on the Hugging Face hub
     hub_files: Files  # all of them count
-    ask: Callable[[Pair], str] = as_written
+    ask: Callable[[str, Row], str] = as_written
     read: Callable[[str], str] = str.strip
-    match: Match = "math"
+    match: Literal["exact", "math"] = "math"
 
 
 # fmt: off
@@ -143,29 +135,6 @@ SOURCES = {
 # fmt: on
 
 
-def load_benchmark(
-    name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
-) -> Benchmark:
-    """A benchmark by its name in SOURCES, or any source of data.py; the columns are those of one's own file."""
-    source = SOURCES.get(name)
-    if source:
-        files, columns = find_files(name, source, Path(data_dir))
-    elif name in {*EMBEDDED, *PUBLISHED} or Path(name).exists():
-        files, columns = [name], Files(name, question_column, answer_column)
-    else:
-        raise DataError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
-    pairs: list[Pair] = []
-    for file in files:
-        pairs += load_pairs(file, question=columns.question, answer=columns.answer, keep_bad_rewrites=True)
-    if missing := sum(pair.gold is None for pair in pairs):
-        cure = "take them out, or name the column of answers with --answer-column"
-        raise DataError(f"{name}: {missing:,} of {len(pairs):,} questions have no gold answer: {cure}")
-    if not source:
-        return Benchmark(Path(name).stem.replace(":", "-"), pairs)
-    pairs = [replace(pair, question=source.ask(pair), gold=source.read(str(pair.gold))) for pair in pairs]
-    return Benchmark(name, pairs, source.read, source.match)
-
-
 def find_files(name: str, source: Source, data_dir: Path) -> tuple[list[str], Files]:
     if found := sorted(map(str, data_dir.rglob(source.local.pattern))):
         return found[:1], source.local
@@ -179,4 +148,4 @@ def find_files(name: str, source: Source, data_dir: Path) -> tuple[list[str], Fi
     except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
         reason = type(problem).__name__
     cure = f"put {source.local.pattern} below {data_dir}, or say where it is with --data-dir"
-    raise DataError(f"{name}: {source.hub} could not be had from the Hugging Face hub ({reason}): {cure}")
+    raise UserError(f"{name}: {source.hub} could not be had from the Hugging Face hub ({reason}): {cure}")

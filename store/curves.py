@@ -1,21 +1,18 @@
 """Curves of one run or a comparison of several, from metrics.jsonl to a PNG.
 
-    python plot.py runs/II-embedded-seed0 runs/entropy-embedded-seed0 --out comparison.png
-
 Runs whose folders differ only in their seed are drawn as one line, their mean, inside a band from lowest to highest.
 """
 
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import matplotlib
-import tyro
-from tyro.conf import Positional
+
+from config import UserError
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -35,21 +32,17 @@ DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
 Curve = dict[int, float]  # step -> value
 
 
-class PlotError(ValueError):
-    """A run that cannot be drawn, in one sentence."""
-
-
 def read_run(folder: Path) -> list[dict[str, Any]]:
     """Its metrics, a record a step."""
     file = folder / "metrics.jsonl"
     try:
         history = [json.loads(line) for line in file.read_text().splitlines()]
     except FileNotFoundError:
-        raise PlotError(f"{folder} is not a run: it holds no metrics.jsonl") from None
+        raise UserError(f"{folder} is not a run: it holds no metrics.jsonl") from None
     except ValueError as problem:
-        raise PlotError(f"{file} is damaged: {problem}") from None
+        raise UserError(f"{file} is damaged: {problem}") from None
     if not history:
-        raise PlotError(f"{file} is empty: the run has not finished a step")
+        raise UserError(f"{file} is empty: the run has not finished a step")
     return history
 
 
@@ -118,15 +111,3 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
         figure.savefig(file, dpi=160)
         plt.close(figure)
     return file
-
-
-def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: str = "") -> None:
-    """Draw accuracy, reward, label accuracy, length, entropy and vote share of runs against training steps."""
-    try:
-        print(f"written: {draw(runs, out, title)}")
-    except PlotError as problem:
-        sys.exit(f"error: {problem}")
-
-
-if __name__ == "__main__":
-    tyro.cli(main, description=__doc__)

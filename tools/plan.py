@@ -14,7 +14,6 @@ and the allocator's fragmentation; USABLE leaves room for them.
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -23,10 +22,10 @@ import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
-import ranks
 from config import Config
-from packing import LOGITS_PER_CHUNK
-from policy import compute_dtype, decoder_layers
+from lm import ranks
+from lm.model import compute_dtype, decoder_layers
+from lm.packing import LOGITS_PER_CHUNK
 from rewards import Variant, View
 from rollout import ROWS_PER_CALL, skeleton
 
@@ -261,10 +260,3 @@ def wants_checkpointing(lm: PreTrainedModel, config: Config, variant: Variant, d
         return config.memory.activation_checkpointing == "on"
     of = architecture(lm, compute_dtype(device))
     return recomputes(of, config, variant, ranks.count(), memory_of(device))
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that a device has, in use or not; of a CPU those of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,6 @@
 """Several processes as one: `torchrun --nproc-per-node N train.py ...` starts them, and here they share the work out.
 
-Sampling is shared out by prompts, training by micro-batches, memory by FSDP (policy.shard). What is small is known to
+Sampling is shared out by prompts, training by micro-batches, memory by FSDP (model.shard). What is small is known to
 every rank: rollouts, votes, rewards, metrics. So the code of a step reads as if it ran alone, and gives the same
 numbers. With one process every function here does nothing, or what its argument says.
 
@@ -133,7 +133,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def spread(weights: dict[str, Tensor], model: nn.Module) -> None:
+def fill_from_first(weights: dict[str, Tensor], model: nn.Module) -> None:
     """Fill a model, sharded or not, with the weights that rank 0 has; the other ranks' `weights` are not read. One
     tensor at a time: no rank needs memory for another whole model."""
     for name, mine in tensors_of(model).items():
@@ -158,3 +158,10 @@ def shared_out(sample: Callable[..., list[T]]) -> Callable[..., list[T]]:
         return everyones(sample(prompts=prompts[share], seeds=seeds[share], **settings))
 
     return sample_share
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that a device has, in use or not; of a CPU those of the machine."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -1,6 +1,6 @@
 """vLLM as the sampler, inside the trainer's process: the second one behind the interface of rollout.py.
 
-    sampler = build_sampler(choose_sampler("auto"), lm, ...)
+    sampler = VLLMSampler(lm, ...)
     with sampler.holding(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
         rollouts = sample(prompts, seeds, n=8, ...)
                                                               # asleep again: training has the GPU's memory
@@ -10,7 +10,6 @@ neither stale nor half-loaded. The first load is checked against the model's own
 has an engine of its own, or `tensor_parallel` neighbours share one. The calls below are the same in vLLM 0.24 to 0.33.
 """
 
-import importlib.util
 import math
 import os
 import random
@@ -20,63 +19,24 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, distributed
 from transformers import PretrainedConfig, PreTrainedModel
 
-import ranks
-from plan import memory_of
-from policy import check_length
-from rollout import Rollout, Sample, Sampler, TransformersSampler, plain_attention, skeleton, whole
+from config import UserError
+from lm import ranks
+from lm.decoding import Sample
+from lm.model import plain_attention, skeleton, whole
+from lm.packing import Rollout
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
 CPU_SEQUENCES = 256  # sampled at once on a CPU
 CHECKED_PROMPT, CHECKED_RESPONSE = 160, 32  # tokens of the check after the first load
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
 CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.3}
-
-
-class SamplerError(RuntimeError):
-    """A sampler that cannot start, or weights that it did not take, with the reason in one sentence."""
-
-
-def choose_sampler(name: Literal["auto", "vllm", "hf"]) -> Literal["vllm", "hf"]:
-    """What --sampler means on this machine; says so in one line."""
-    installed = importlib.util.find_spec("vllm") is not None
-    if name == "vllm" and not installed:
-        raise SamplerError(
-            "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
-            "or take --sampler hf"
-        )
-    if name == "auto":
-        chosen: Literal["vllm", "hf"] = "vllm" if installed and torch.cuda.is_available() else "hf"
-        reason = f"vLLM {'' if installed else 'not '}installed, {'a' if torch.cuda.is_available() else 'no'} GPU"
-    else:
-        chosen, reason = name, f"--sampler {name}"
-    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
-    return chosen
-
-
-def build_sampler(
-    chosen: Literal["vllm", "hf"],
-    lm: PreTrainedModel,
-    eos_ids: Sequence[int],
-    compute_dtype: torch.dtype,
-    *,
-    max_sequence_tokens: int,
-    rows: int,
-    engine_memory: float = 0.5,
-    tensor_parallel: int = 1,
-) -> Sampler:
-    """A sampler for models shaped like `lm`: up to `rows` sequences at once, of prompt and response together up to
-    `max_sequence_tokens`. The last two arguments are vLLM's, see config.Sampling."""
-    check_length(lm, max_sequence_tokens)
-    if chosen == "hf":
-        return TransformersSampler(eos_ids, compute_dtype)
-    return VLLMSampler(lm, eos_ids, compute_dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)
 
 
 class VLLMSampler:
@@ -117,14 +77,14 @@ class VLLMSampler:
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         if self._held:
-            raise SamplerError("the engine holds a model already: leave its `with` first")
+            raise UserError("the engine holds a model already: leave its `with` first")
         begin = time.perf_counter()
         with undisturbed_host(self.on_gpu):
             self._wake("weights")
             self._load(lm)
             self._wake("kv_cache")
             if not self.llm.reset_prefix_cache():
-                raise SamplerError("vLLM did not reset its prefix cache: prefixes of older weights would be reused")
+                raise UserError("vLLM did not reset its prefix cache: prefixes of older weights would be reused")
         self.sync_seconds = time.perf_counter() - begin
         self._held = True
         try:
@@ -166,9 +126,9 @@ class VLLMSampler:
         try:
             self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         except Exception as error:
-            raise SamplerError(f"vLLM did not take the weight {name}: {error}") from error
+            raise UserError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
-            raise SamplerError(f"vLLM stopped loading before the weight {left[0]}")
+            raise UserError(f"vLLM stopped loading before the weight {left[0]}")
         self._checked = checked
 
     def _sample(
@@ -181,7 +141,7 @@ class VLLMSampler:
         top_p: float = 1.0,
     ) -> list[Rollout]:
         if not self._held:
-            raise SamplerError("sampling outside of `holding`: the engine's weights belong to no model")
+            raise UserError("sampling outside of `holding`: the engine's weights belong to no model")
         rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
         if self._group is None:
             return self._generate(rows, temperature, max_tokens, top_p)
@@ -230,7 +190,7 @@ class VLLMSampler:
         (rollout,) = self._sample([prompt], [0], n=1, temperature=1.0, max_tokens=tokens)
         gap = (own_logp(lm, rollout, self.dtype) - torch.tensor(rollout.logp)).abs().mean().item()
         if not gap < CHECK_BOUND[self.dtype]:
-            raise SamplerError(
+            raise UserError(
                 f"after loading its weights into vLLM, log-probs of the family '{lm.config.model_type}' are {gap:.2g} "
                 f"nats off the model's own (bound {CHECK_BOUND[self.dtype]}): take --sampler hf, or another vLLM"
             )
@@ -258,7 +218,7 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
                 **settings,
             )
         except ValueError as error:  # settings that vLLM refuses
-            raise SamplerError(f"vLLM does not start: {error}") from error
+            raise UserError(f"vLLM does not start: {error}") from error
 
 
 def cpu_limits(
@@ -272,7 +232,9 @@ def cpu_limits(
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return {
-        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory_of(torch.device("cpu")))),
+        "kv_cache_memory_bytes": min(
+            blocks * CPU_BLOCK * token_bytes, int(share * ranks.memory_of(torch.device("cpu")))
+        ),
         "max_num_seqs": sequences,
         "enforce_eager": True,
         # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.
@@ -311,7 +273,7 @@ def tensor_parallel_group(size: int) -> Any:
         return None
     processes = distributed.get_world_size() if distributed.is_initialized() else 1
     if processes % size:
-        raise SamplerError(
+        raise UserError(
             f"--tensor-parallel {size} needs processes that share an engine, a multiple of {size}, and there are "
             f"{processes}: start with torchrun --nproc-per-node"
         )
@@ -326,7 +288,7 @@ def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) ->
     for name in needed | given:
         if given.get(name) != needed.get(name):
             there, wanted = (shapes.get(name, "missing") for shapes in (given, needed))
-            raise SamplerError(f"weight {name}: the model's is {there}, the architecture's {wanted}")
+            raise UserError(f"weight {name}: the model's is {there}, the architecture's {wanted}")
     return weights
 
 

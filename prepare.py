@@ -6,26 +6,32 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-import checkpoint
-import plan
-import ranks
-from benchmark_data import Benchmark, load_benchmark
-from config import Config, ConfigError
-from contamination import without_overlap
-from data import Pair, Report, load_pairs
-from packing import PackedLM
-from policy import build_optimizer, checkpoint_activations, load, load_pretrained, stop_token_ids
-from prompts import PromptedPair, prompt_pairs, read_chat_template, steps_per_epoch
+from config import EMBEDDED_MODELS, Config, UserError
+from data import (
+    Benchmark,
+    Pair,
+    PromptedPair,
+    Report,
+    load_benchmark,
+    load_pairs,
+    prompt_pairs,
+    read_chat_template,
+    steps_per_epoch,
+    without_overlap,
+)
+from grpo import build_optimizer
+from lm import ranks
+from lm.decoding import Sampler
+from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
+from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
-from rollout import Sampler
-from teacher import frozen_copy
-from vllm_sampler import build_sampler, choose_sampler
-from word_problems import STUDENTS
+from rollout import choose_engine, open_sampler
+from store import checkpoint
+from store.files import fingerprint
 
 
 @dataclass
@@ -50,13 +56,14 @@ class Run:
 
 def prepare(config: Config) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
-    device, variant, sampler = ranks.start(), chosen_variant(config), choose_sampler(config.sampling.sampler)
-    resumed = ranks.on_first(partial(checkpoint.find, config.run.resume, config.run.out)) if config.run.resume else None
+    device, variant, engine = ranks.start(), chosen_variant(config), choose_engine(config.sampling.sampler)
+    find = partial(checkpoint.find_checkpoint, config.run.resume, config.run.out)
+    resumed = ranks.on_first(find) if config.run.resume else None
     folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
-    if config.model.name in STUDENTS:
+    if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
-    policy, tokenizer = load(config.model.name, device, config.memory.offload_optimizer)
+    policy, tokenizer = load_policy(config.model.name, device, config.memory.offload_optimizer)
     questions = to_questions(config, variant, tokenizer, pairs, report)
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
     if benchmark:
@@ -66,8 +73,18 @@ def prepare(config: Config) -> tuple[Run, int]:
 
     teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
     initial = frozen_copy(policy, config.memory.offload_teacher) if variant.has_frozen_reference else None
-    if plan.wants_checkpointing(policy.lm, config, variant, device):
+    if config.memory.activation_checkpointing == "on":
         checkpoint_activations(policy)
+    sampler = open_sampler(
+        engine,
+        policy.lm,
+        ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
+        policy.compute_dtype,
+        max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
+        rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
+        engine_memory=config.sampling.engine_memory,
+        tensor_parallel=config.sampling.tensor_parallel,
+    )
     run = Run(
         config=config,
         folder=folder,
@@ -82,18 +99,9 @@ def prepare(config: Config) -> tuple[Run, int]:
         teacher=teacher,
         reference=initial or (teacher if variant.kl_coef > 0 else None),
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
-        sampler=build_sampler(
-            sampler,
-            policy.lm,
-            ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
-            policy.compute_dtype,
-            max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
-            rows=plan.rollouts_of_a_step(config, variant.policy_views),
-            engine_memory=config.sampling.engine_memory,
-            tensor_parallel=config.sampling.tensor_parallel,
-        ),
+        sampler=sampler,
     )
-    return run, checkpoint.load(resumed, to_save(run)) if resumed else 0
+    return run, checkpoint.restore(resumed, to_save(run)) if resumed else 0
 
 
 def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
@@ -144,17 +152,6 @@ def to_questions(
     return questions
 
 
-def describe_plan(config: Config) -> str:
-    """What the run would need, from the data, the tokenizer and the architecture alone."""
-    variant = chosen_variant(config)
-    pairs, report, _ = read_data(config)
-    lm, tokenizer = load_pretrained(config.model.name, torch.float32, weights=False)
-    questions = to_questions(config, variant, tokenizer, pairs, report)
-    prompt_tokens = fmean(len(prompt) for question in questions for prompt in question.prompts.values())
-    steps = total_steps(config, len(questions))
-    return plan.describe(plan.architecture(lm), config, variant, len(questions), prompt_tokens, steps)
-
-
 @contextmanager
 def claimed(folder: Path) -> Iterator[None]:
     """Make the run's folder, and keep other runs out of it for as long as this one lives, however it ends."""
@@ -166,11 +163,9 @@ def claimed(folder: Path) -> Iterator[None]:
                 file = held.enter_context((folder / ".lock").open("w"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(
-                    f"{folder}: another run is writing to it; wait for it, or name another --out"
-                ) from None
+                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
             except OSError as error:
-                raise ConfigError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
 
         ranks.on_first(claim)
         yield
@@ -178,7 +173,15 @@ def claimed(folder: Path) -> Iterator[None]:
 
 def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
-    method, variant = config.method, VARIANTS[config.method.variant]
+    method = config.method
+    if method.variant not in VARIANTS:
+        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(VARIANTS)}")
+    variant = VARIANTS[method.variant]
+    if method.views is not None and not variant.is_baseline:
+        raise UserError(
+            f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
+            "try --variant majority"
+        )
     if method.views is not None:
         variant = on_views(variant, VIEWS[method.views])
     if method.kl_coef is not None:
@@ -190,7 +193,7 @@ def new_folder(config: Config) -> Path:
     """A folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
         if config.run.resume != "auto" and (Path(config.run.out) / "metrics.jsonl").exists():
-            raise ConfigError(
+            raise UserError(
                 f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
             )
         return Path(config.run.out)
@@ -208,7 +211,7 @@ def total_steps(config: Config, questions: int) -> int:
 
 
 def to_save(run: Run) -> checkpoint.Training:
-    questions = checkpoint.fingerprint(run.questions)
+    questions = fingerprint([(each.pair.id, sorted(each.prompts.items()), each.pair.gold) for each in run.questions])
     return checkpoint.Training(
         run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), questions=questions
     )

@@ -1,0 +1,1 @@
+"""The built-in task and its start model, both made on the spot."""

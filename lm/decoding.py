@@ -1,0 +1,168 @@
+"""Sampling with the trainer's own model: any device, any family of transformers.
+
+Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T response tokens, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import DynamicCache, PreTrainedModel
+
+from lm.model import plain_attention, whole
+from lm.packing import Rollout
+
+ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
+
+Sample = Callable[..., list[Rollout]]
+
+
+class Sampler(Protocol):
+    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
+
+    def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
+        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
+        ...
+
+    def close(self) -> None:
+        """End what the sampler runs, if anything; after the last communication between ranks."""
+        ...
+
+
+def nucleus(logp: Tensor, top_p: float) -> Tensor:
+    """The distribution [N, V] cut to its likeliest tokens, as many as it takes to hold top_p together, renormalised."""
+    sorted_logp, tokens = logp.sort(dim=-1, descending=True)
+    before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
+    cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
+    return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
+
+
+def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """The token [N] where the cumulative distribution of `logits` [N, V] passes each row's uniform number [N], and its
+    log-prob [N]; the likeliest token at temperature 0."""
+    logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
+    if top_p < 1:
+        logp = nucleus(logp, top_p)
+    if temperature == 0:
+        token = logp.argmax(dim=-1, keepdim=True)
+    else:
+        cumulative = logp.exp().cumsum(dim=-1)
+        # right=True never stops on a token of probability 0, except past the end by rounding
+        token = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)
+        token = token.clamp(max=logp.shape[-1] - 1)
+    return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
+
+
+def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """[count, N]: each row's own stream, whatever else is in the batch."""
+    streams = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return torch.stack(streams, dim=1).to(device)
+
+
+class Decoding:
+    """The next token's logits [N, V] of a batch of sequences, G = n for each prompt, which grows by a token a step."""
+
+    def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
+        self.lm, self.cache = lm, DynamicCache(config=lm.config)
+        # Padding on the left, so that all rows grow at the same end.
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
+        padded = [torch.tensor(prompt) for prompt in prompts]
+        input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
+        columns = torch.arange(input_ids.shape[1], device=lm.device)
+        self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
+        logits = self._next_logits(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        self.cache.batch_repeat_interleave(n)
+        self.mask, self.logits = self.mask.repeat_interleave(n, dim=0), logits.repeat_interleave(n, dim=0)
+
+    def step(self, token: Tensor, kept: Tensor) -> None:
+        """Append a token [N] to each sequence, and go on with those of `kept` [N] alone."""
+        if not kept.all():
+            self.cache.batch_select_indices(kept.nonzero().squeeze(1))
+        self.mask = F.pad(self.mask[kept], (0, 1), value=1)
+        self.logits = self._next_logits(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
+
+    def _next_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
+        logits: Tensor = self.lm(
+            input_ids,
+            attention_mask=self.mask,
+            position_ids=position_ids,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits
+        return logits[:, -1]
+
+
+class TransformersSampler:
+    """The trainer's own model, or a copy where that is sharded, with a key-value cache of transformers: any device, any
+    family.
+
+    A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
+    does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
+    """
+
+    sync_seconds: float | None = None
+
+    def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
+        self.eos_ids = list(eos_ids)
+        self.compute_dtype = compute_dtype
+
+    def close(self) -> None:
+        pass
+
+    @contextmanager
+    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        lm = whole(lm, self.compute_dtype)
+
+        def sample(
+            prompts: Sequence[list[int]],
+            seeds: Sequence[int],
+            n: int,
+            temperature: float,
+            max_tokens: int,
+            top_p: float = 1.0,
+        ) -> list[Rollout]:
+            per_call = max(1, ROWS_PER_CALL // n)
+            calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
+            settings = n, temperature, max_tokens, top_p
+            with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+                groups = [self._sample(lm, prompts[c], seeds[c], *settings) for c in calls]
+            return [rollout for group in groups for rollout in group]
+
+        with plain_attention(lm):
+            yield sample
+
+    @torch.no_grad()
+    def _sample(
+        self,
+        lm: PreTrainedModel,
+        prompts: Sequence[list[int]],
+        seeds: Sequence[int],
+        n: int,
+        temperature: float,
+        max_tokens: int,
+        top_p: float,
+    ) -> list[Rollout]:
+        uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
+        response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row
+        logps: list[list[float]] = [[] for _ in response_ids]
+        active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
+        stop_ids = torch.tensor(self.eos_ids, device=lm.device)
+        decoding = Decoding(lm, prompts, n)
+        for position in range(max_tokens):
+            token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
+            for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
+                response_ids[row].append(token_id)
+                logps[row].append(its_logp)
+            goes_on = torch.isin(token, stop_ids, invert=True)
+            active = active[goes_on]
+            if len(active) == 0 or position + 1 == max_tokens:
+                break
+            decoding.step(token, goes_on)
+        return [
+            Rollout(prompts[row // n], ids, logps[row], finished=ids[-1] in self.eos_ids)
+            for row, ids in enumerate(response_ids)
+        ]

@@ -1,0 +1,125 @@
+"""Log-probs of responses without logits in memory: ordinary autograd, whatever the objective.
+
+The head works on response positions only, a chunk of tokens at a time, forward and backward, so that a tensor
+[tokens, vocabulary] never exists whole.
+
+Shapes: B sequences, S tokens of a micro-batch end to end, T longest response, R response tokens, H hidden,
+V vocabulary.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lm import ranks
+from lm.packing import MicroBatch
+
+# In float32 256 MiB on a GPU; on a CPU 32 MiB, where larger ones leave the cache and smaller ones add up too often.
+LOGITS_PER_CHUNK = 2**26 if torch.cuda.is_available() else 2**23
+
+
+class TokenStats(NamedTuple):
+    """Per response token [B, T], 0 where the mask is; of the distribution at the sampling temperature. Log-probs alone
+    carry a gradient."""
+
+    logp: Tensor
+    entropy: Tensor  # nats
+    self_certainty: Tensor  # logsumexp(z) - mean(z)
+
+
+def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
+def token_statistics(logits: Tensor, target: Tensor) -> Tensor:
+    """TokenStats [3, n] of logits [n, V] at the sampling temperature, which are overwritten, and target [n, 1]."""
+    log_p = logits.log_softmax(dim=-1)
+    logp = log_p.gather(-1, target).squeeze(-1)
+    self_certainty = -log_p.mean(dim=-1)  # = logsumexp(z) - mean(z)
+    entropy = -torch.exp(log_p, out=logits).mul_(log_p).sum(dim=-1)
+    return torch.stack([logp, entropy, self_certainty])
+
+
+class ChunkedHead(torch.autograd.Function):
+    """(hidden [R, H], weight [V, H], targets [R], temperature) -> log-probs, entropy, self-certainty, each [R].
+
+    Log-probs alone carry a gradient, d log p(y) / d z = (onehot(y) - softmax(z)) / temperature. Logits are computed
+    again in the backward pass: a fourth matrix product instead of three is the price of never keeping them. Sums over
+    the vocabulary and over tokens are float32; the weight may be more precise than `hidden`, whose dtype the products
+    have, and then gets its gradient unrounded.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(hidden, weight, targets)
+        ctx.temperature, weight = temperature, weight.to(hidden.dtype)
+        statistics = hidden.new_empty(len(TokenStats._fields), len(hidden), dtype=torch.float32)
+        for chunk in token_chunks(len(hidden), len(weight)):
+            logits = (hidden[chunk] @ weight.T).float().div_(temperature)
+            statistics[:, chunk] = token_statistics(logits, targets[chunk, None])
+        logp, *others = statistics
+        ctx.mark_non_differentiable(*others)
+        return logp.clone(), *others
+
+    @staticmethod
+    def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden, full_weight, targets = ctx.saved_tensors
+        weight = full_weight.to(hidden.dtype)
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        for chunk in token_chunks(len(hidden), len(weight)):
+            scale = grad_logp[chunk, None] / ctx.temperature
+            p = (hidden[chunk] @ weight.T).float().div_(ctx.temperature).softmax(dim=-1)
+            grad_logits = p.mul_(-scale).scatter_add_(-1, targets[chunk, None], scale).to(hidden.dtype)
+            del p  # the next chunk's logits come before this name is bound again
+            grad_hidden[chunk] = grad_logits @ weight
+            if hidden.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.T, hidden[chunk])
+            else:
+                grad_weight += grad_logits.T @ hidden[chunk]
+        return grad_hidden, grad_weight.to(full_weight.dtype), None, None
+
+
+class PackedLM(nn.Module):
+    """A causal language model of transformers that returns statistics of packed responses instead of logits."""
+
+    def __init__(self, lm: PreTrainedModel, compute_dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        lm.set_attn_implementation("packed")
+        self.lm = lm
+        self.compute_dtype = compute_dtype
+
+    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
+        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
+
+    def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
+        with self.autocast(batch.input_ids.device):  # the weights may be elsewhere, see model.shard
+            hidden = self.lm.base_model(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
+            ).last_hidden_state[0]  # [S, H]
+        hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
+        weight = self.lm.get_output_embeddings().weight
+        statistics = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature)
+        zeros = torch.zeros_like(batch.sampler_logp)
+        return TokenStats._make(zeros.masked_scatter(batch.mask, statistic) for statistic in statistics)
+
+
+@torch.no_grad()
+def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) -> list[TokenStats]:
+    """Statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
+    return [model(batch, temperature) for batch in batches]
+
+
+def mean_per_rollout(
+    batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int
+) -> dict[str, list[float]]:
+    """Each statistic's mean over the response tokens of each rollout, those of other ranks included."""
+    means = torch.zeros(len(TokenStats._fields), rollouts, device=batches[0].mask.device)
+    for batch, stat in zip(batches, stats, strict=True):
+        tokens = batch.mask.sum(dim=1).clamp(min=1)
+        means[:, batch.rows] += torch.stack(stat).sum(dim=2) / tokens
+    return dict(zip(TokenStats._fields, ranks.total(means).tolist(), strict=True))

@@ -1,0 +1,1 @@
+"""Where questions come from: files, benchmarks, and what can be wrong with them."""

@@ -1,0 +1,1 @@
+"""What stays on disk: checkpoints, parts of long work, results, curves."""

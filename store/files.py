@@ -1,0 +1,59 @@
+"""Files that are there whole or not at all, lines of JSON, and whether two pieces of work had the same settings."""
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from config import UserError
+
+Row = dict[str, Any]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Aside, then renamed: never half a file, whatever happens."""
+    aside = path.with_name(f"{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
+    os.replace(aside, path)
+
+
+def to_lines(rows: Iterable[Row]) -> str:
+    """JSON lines, as people read them."""
+    return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+
+
+def append_rows(path: Path, rows: Iterable[Row]) -> None:
+    with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(to_lines(rows))
+
+
+def read_rows(path: Path) -> list[Row]:
+    r"""Its whole lines: half of one, which a kill may have left at the end, is no row. Split at "\n" alone:
+    `splitlines` also cuts at U+2028 and its like, which JSON allows inside a string.
+
+    Raises:
+        UserError: a line that is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as problem:
+            raise UserError(
+                f"{path}, line {number} is damaged ({problem}): repair it, or move the file away"
+            ) from problem
+    return rows
+
+
+def fingerprint(*things: object) -> str:
+    """Of whatever has a repr; equal things, equal fingerprints, on every machine."""
+    return blake2b(repr(things).encode(errors="backslashreplace"), digest_size=8).hexdigest()
+
+
+def changes(before: Mapping[str, Any], now: Mapping[str, Any], harmless: Iterable[str] = ()) -> str:
+    """The settings that differ, as a sentence's end: `rollouts (was 8, is 16)`; empty if none do."""
+    before, now = json.loads(json.dumps([before, now], default=str))
+    differing = [name for name in sorted({*before, *now} - set(harmless)) if before.get(name) != now.get(name)]
+    return ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in differing)

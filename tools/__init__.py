@@ -1,0 +1,1 @@
+"""Commands beside training; no file of the program imports them."""
