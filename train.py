@@ -211,7 +211,8 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise SystemExit("error: the disk is full: make room, then go on with --resume auto") from None
+        print("error: the disk is full: make room, then go on with --resume auto", file=sys.stderr)
+        raise SystemExit(2) from None
     if ranks.is_first():
         curves.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))

@@ -34,12 +34,11 @@ sys.path.insert(0, str(ROOT))
 import metrics
 from embedded import start_model
 from embedded.word_problems import word_problems
-from grpo import group_advantages
+from grpo import build_optimizer, group_advantages, optimizer_step
 from lm import packing
-from lm.model import Objective, build_optimizer, checkpoint_activations, optimizer_step, score
-from lm.packing import ChunkedHead, PackedLM, micro_batches
-from rollout import Rollout
-from teacher import frozen_copy
+from lm.model import Objective, checkpoint_activations, frozen_copy
+from lm.packing import Rollout, micro_batches
+from lm.scoring import ChunkedHead, PackedLM, score
 
 # hidden, intermediate, layers, query heads, key heads, head_dim, vocabulary, tied: as published
 SHAPES = {

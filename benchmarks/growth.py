@@ -25,11 +25,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from grpo import group_advantages
-from lm.model import Objective, build_optimizer, optimizer_step, score
-from lm.packing import PackedLM, micro_batches
-from rollout import Rollout
-from teacher import frozen_copy
+from grpo import build_optimizer, group_advantages, optimizer_step
+from lm.model import Objective, frozen_copy
+from lm.packing import Rollout, micro_batches
+from lm.scoring import PackedLM, score
 
 DEVICE = torch.device("cpu")
 PROMPT = 32  # tokens

@@ -27,10 +27,11 @@ from gpu import random_model
 
 import metrics
 from embedded import start_model
-from lm.model import score
-from lm.packing import PackedLM, micro_batches
-from lm.vllm_engine import VLLMSampler, build_sampler
-from rollout import Rollout, TransformersSampler
+from lm.decoding import TransformersSampler
+from lm.packing import Rollout, micro_batches
+from lm.scoring import PackedLM, score
+from lm.vllm_engine import VLLMSampler
+from rollout import open_sampler
 
 
 def load(name: str, device: torch.device) -> PreTrainedModel:
@@ -106,7 +107,7 @@ def main(
     never = [lm.config.vocab_size - 1]  # a stop token that is as good as never sampled
     rows = questions * rollouts
     longest = prompt_tokens + response_tokens
-    sampler = build_sampler(
+    sampler = open_sampler(
         "vllm", lm, never, dtype, max_sequence_tokens=longest, rows=rows, engine_memory=engine_memory
     )
     assert isinstance(sampler, VLLMSampler)

@@ -9,8 +9,8 @@ import pytest
 
 import data
 from config import UserError
-from data import Benchmark, Pair, Report, load_benchmark, load_pairs
-from tools.contamination import NEARLY, RUN, flat, numbers, overlaps, runs_of_words, without_overlap
+from data import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
+from sources.overlap import NEARLY, RUN, flat, numbers, overlaps, runs_of_words
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = "A train leaves the station at 7 and drives for 3 hours at 60 miles an hour before it stops. How far is that?"

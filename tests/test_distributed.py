@@ -51,7 +51,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
     assert process.returncode != 0, "a scheduler has to see that the run is not finished"
     assert "go on with --resume" in (tmp_path / "errors").read_text()
     steps_taken = len(metrics_of(tmp_path / "run"))
-    found = checkpoint.find("auto", str(tmp_path / "run"))
+    found = checkpoint.find_checkpoint("auto", str(tmp_path / "run"))
     assert found is not None and checkpoint.step_of(found) == steps_taken
 
 

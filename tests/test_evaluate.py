@@ -18,12 +18,12 @@ import torch
 
 import evaluate
 from config import UserError
-from data import Pair
+from data import Benchmark, Pair, load_benchmark
 from embedded.start_model import new_model, train_tokenizer
 from evaluate import Answered, Settings, pass_at_k, question_values, result_of, run
+from lm.packing import Rollout
 from rewards import are_equal, equivalent
-from rollout import Rollout
-from sources.benchmarks import SOURCES, Benchmark, load_benchmark, option_letter, python_literal
+from sources.benchmarks import SOURCES, option_letter, python_literal
 from store.results import compare, estimate, table
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -1,20 +1,49 @@
 """grpo.py: each test is named after the bug it prevents."""
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import byte_tokenizer, gradients, largest_gap, stopping_lm
+from tiny import (
+    CPU,
+    EOS,
+    byte_tokenizer,
+    config_with,
+    gradients,
+    largest_gap,
+    naive_stats,
+    stopping_lm,
+    tiny_lm,
+    tiny_rollouts,
+    tiny_run,
+    twin_of,
+)
 from transformers import AutoModelForCausalLM
 
 import grpo
-from grpo import aggregate, group_advantages, k3, learning_rate, policy_loss, step_denominator, token_weights
-from lm.packing import PackedLM, pack
-from rollout import Rollout
+import train
+from config import Config
+from data import Pair
+from grpo import (
+    aggregate,
+    build_optimizer,
+    denominators,
+    group_advantages,
+    k3,
+    learning_rate,
+    optimizer_step,
+    policy_loss,
+)
+from lm.packing import Rollout, micro_batches, pack
+from lm.scoring import PackedLM, score
+from rewards import VARIANTS
 
 AGGREGATIONS = ["token", "sequence", "dr-grpo"]
 
@@ -171,7 +200,7 @@ def test_gradients_of_the_whole_loss_by_finite_differences(how):
     def loss(z: torch.Tensor) -> torch.Tensor:
         logp = z.log_softmax(-1).gather(-1, tokens).squeeze(-1)
         per_token = policy_loss(logp, old_logp, advantages, mask, 0.2, weights) + 0.1 * k3(logp, ref_logp)
-        return aggregate(per_token, mask, how, step_denominator(how, 3, 7, 9))
+        return aggregate(per_token, mask, how, {"token": 7, "sequence": 3, "dr-grpo": 27}[how])
 
     assert torch.autograd.gradcheck(loss, z)
 
@@ -180,18 +209,19 @@ def test_gradients_of_the_whole_loss_by_finite_differences(how):
 
 PER_TOKEN = torch.tensor([[1.0, 2.0, 3.0], [4.0, 50.0, 60.0]])  # 50 and 60 are padding
 MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
+TWO = [Rollout([1], [2, 2, 2], [0.0] * 3, False), Rollout([1], [2], [0.0], False)]
 
 
 @pytest.mark.parametrize(("how", "expected"), [("token", 10 / 4), ("sequence", (2 + 4) / 2), ("dr-grpo", 10 / (2 * 5))])
 def test_aggregations_by_hand(how, expected):
-    denominator = step_denominator(how, sequences=2, tokens=4, max_tokens=5)
+    denominator = denominators(how, [TWO], max_tokens=5)
     assert aggregate(PER_TOKEN, MASK, how, denominator).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
 def test_a_mean_is_that_of_the_step_and_not_of_a_micro_batch(how):
-    denominator = step_denominator(how, sequences=2, tokens=4, max_tokens=5)
-    parts = [aggregate(PER_TOKEN[i : i + 1], MASK[i : i + 1], how, denominator) for i in range(2)]
+    denominator = denominators(how, [TWO], max_tokens=5)
+    parts = [aggregate(PER_TOKEN[i : i + 1], MASK[i : i + 1], how, denominator[i : i + 1]) for i in range(2)]
     assert sum(parts).item() == pytest.approx(aggregate(PER_TOKEN, MASK, how, denominator).item())
 
 
@@ -226,7 +256,7 @@ def test_the_loss_is_that_of_verls_published_formulas(how):
         torch.from_numpy, (logp, old_logp, ref_logp, advantages, weights, mask)
     )
     per_token = policy_loss(logp, old_logp, advantages, mask, 0.2, weights) + 0.1 * k3(logp, ref_logp)
-    loss = aggregate(per_token, mask, how, step_denominator(how, 5, int(mask.sum()), 9))
+    loss = aggregate(per_token, mask, how, {"token": int(mask.sum()), "sequence": 5, "dr-grpo": 45}[how])
     assert loss.item() == pytest.approx(expected, rel=1e-12)
 
 
@@ -250,6 +280,257 @@ def test_learning_rate_without_warm_up_or_without_decay():
     assert learning_rate(0, 10, 1.0, 0.0, "cosine") == 1.0
     assert [learning_rate(step, 4, 1.0, 0.5, "constant") for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
     assert learning_rate(0, 1, 1.0, 0.1, "cosine") == 1.0  # one step: no warm-up to speak of
+
+
+# ---------------------------------------------------------------- one optimizer step
+
+
+def step_config(**settings: Any) -> Config:
+    return config_with(**(dict(temperature=0.7, tis_cap=0.0, max_grad_norm=1e9) | settings))
+
+
+def two_views(rollouts: list[Rollout], how: str) -> torch.Tensor:
+    """Denominators: the first half of the rollouts is one view, the second another."""
+    half = len(rollouts) // 2
+    return denominators(how, [rollouts[:half], rollouts[half:]], 20)
+
+
+def seen_gradients(
+    policy: PackedLM, reference: PackedLM, rollouts: list[Rollout], tokens: int, kl_coef: float, config: Config
+) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
+    """Gradients that reach the optimizer, metrics, and the number of micro-batches."""
+    advantages = torch.linspace(-1.5, 2, len(rollouts))
+    batches, seen = micro_batches(rollouts, tokens, CPU), {}
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.update(gradients(policy.lm))
+
+    optimizer = Watching(policy.parameters(), lr=0.0)
+    anchors, denominator = score(reference, batches, 0.7), two_views(rollouts, config.method.loss_agg)
+    measured = optimizer_step(policy, optimizer, batches, advantages, anchors, denominator, kl_coef, 1.0, config)
+    return seen, measured, len(batches)
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_gradients_do_not_depend_on_how_the_step_is_split(how):
+    """Averaging per-micro-batch means as if they were equal is the bug of the official code and of two peers."""
+    rollouts = tiny_rollouts(10, longest=16)
+    rollouts = [replace(r, logp=[-4.0] * len(r.logp)) for r in rollouts]
+    policy, reference = PackedLM(tiny_lm("qwen3", tied=True)), PackedLM(tiny_lm("qwen3", tied=True, seed=3))
+    config = step_config(loss_agg=how, tis_cap=2.0)
+    splits = [seen_gradients(policy, reference, rollouts, tokens, 0.3, config) for tokens in (10_000, 40, 1)]
+    assert splits[0][2] == 1 and 2 < splits[1][2] < 10 and splits[2][2] == 10  # micro-batches
+    for gradient, measured, _ in splits[1:]:
+        assert largest_gap(splits[0][0], gradient) < 1e-5
+        assert measured == pytest.approx(splits[0][1], rel=1e-4)
+
+
+@pytest.mark.parametrize("how", AGGREGATIONS)
+def test_the_gradient_of_a_step_is_that_of_the_naive_loss(how):
+    """Every sequence alone, whole logits, float64, the loss spelled out."""
+    rollouts, lm, reference = tiny_rollouts(6), tiny_lm("qwen2", tied=True), tiny_lm("qwen2", tied=True, seed=3)
+    config = step_config(loss_agg=how)
+    gradient, measured, _ = seen_gradients(PackedLM(lm), PackedLM(reference), rollouts, 50, 0.3, config)
+
+    twin, twin_reference, loss, kls, entropies = twin_of(lm), twin_of(reference), 0.0, [], []
+    for row, rollout in enumerate(rollouts):
+        logp, entropy, _ = naive_stats(twin, rollout, 0.7)
+        d = naive_stats(twin_reference, rollout, 0.7)[0].detach() - logp
+        k3 = d.exp() - d - 1
+        advantage = torch.linspace(-1.5, 2, 6)[row].item()
+        per_token = -advantage * (logp - logp.detach()).exp() + 0.3 * k3
+        view = rollouts[:3] if row < 3 else rollouts[3:]
+        scale = {
+            "token": 1 / sum(len(r.response_ids) for r in view),
+            "sequence": 1 / len(view) / len(rollout.response_ids),
+            "dr-grpo": 1 / len(view) / 20,
+        }[how]
+        loss = loss + per_token.sum() * scale
+        kls, entropies = [*kls, *k3.tolist()], [*entropies, *entropy.tolist()]
+    loss.backward()
+    assert largest_gap(gradients(twin), {name: g.double() for name, g in gradient.items()}) < 1e-5
+    norm = math.sqrt(sum(g.square().sum().item() for g in gradients(twin).values()))
+    assert measured["grad_norm"] == pytest.approx(norm, rel=1e-4)
+    assert measured["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
+    assert measured["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def test_the_stop_token_gets_its_gradient_although_it_is_the_pad_token():
+    lm, rollouts = (
+        tiny_lm(),
+        [Rollout([5, 6], [7, EOS], [0.0] * 2, True), Rollout([5, 6], [8, 9, 10], [0.0] * 3, False)],
+    )
+    policy, seen = PackedLM(lm), {}
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure=None):
+            seen.update(gradients(lm))
+
+    batches = micro_batches(rollouts, 1000, CPU)
+    optimizer, advantages = Watching(policy.parameters(), lr=0.0), torch.tensor([1.0, 0.0])
+    denominator, config = torch.tensor([5.0, 5.0]), step_config(temperature=1.0)
+    optimizer_step(policy, optimizer, batches, advantages, None, denominator, 0.0, 1.0, config)
+    twin = twin_of(lm)
+    (-naive_stats(twin, rollouts[0], 1.0)[0].sum() / 5).backward()  # log p(7) + log p(stop)
+    assert largest_gap(gradients(twin), {name: g.double() for name, g in seen.items()}) < 1e-5
+    # the step makes the stop token likelier: its row of the head moves along the hidden state that predicts it
+    with torch.no_grad():
+        hidden = twin.base_model(torch.tensor([[5, 6, 7]])).last_hidden_state[0, -1]
+    assert seen["lm_head.weight"][EOS].double() @ hidden < -0.1
+
+
+def test_importance_weights_correct_the_surrogate_but_not_the_kl():
+    rollouts = [Rollout([5, 6], [7, 8], [-100.0, -100.0], False)]  # ratio far over the cap: the weight is the cap
+    lm, reference = tiny_lm(), PackedLM(tiny_lm(seed=3))
+
+    def gradient(tis_cap: float, advantage: float, kl_coef: float) -> dict[str, torch.Tensor]:
+        policy, seen = PackedLM(lm), {}
+
+        class Watching(torch.optim.SGD):
+            def step(self, closure=None):
+                seen.update(gradients(lm))
+
+        batches = micro_batches(rollouts, 1000, CPU)
+        config, scored = step_config(temperature=1.0, tis_cap=tis_cap), score(reference, batches, 1.0)
+        optimizer, advantages = Watching(policy.parameters(), lr=0.0), torch.tensor([advantage])
+        optimizer_step(policy, optimizer, batches, advantages, scored, torch.tensor([2.0]), kl_coef, 1.0, config)
+        return seen
+
+    plain, kl = gradient(0.0, 1.0, 0.0), gradient(0.0, 0.0, 0.5)
+    weighted = gradient(2.0, 1.0, 0.5)
+    assert largest_gap({name: 2 * plain[name] + kl[name] for name in plain}, weighted) < 1e-5
+
+
+# ---------------------------------------------------------------- steps that must not be taken
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(poison):
+    policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(4)
+    optimizer, batches = build_optimizer(policy, (0.9, 0.999), 0.01), micro_batches(rollouts, 40, CPU)
+    advantages, of_views = torch.tensor([1.0, -1.0, 0.5, -0.5]), two_views(rollouts, "token")
+
+    def step(advantages: torch.Tensor, rate: float) -> dict[str, float]:
+        return optimizer_step(policy, optimizer, batches, advantages, None, of_views, 0.0, rate, step_config())
+
+    assert step(advantages, 1e-3)["skipped_steps"] == 0.0
+    before = copy.deepcopy((policy.state_dict(), optimizer.state_dict()))
+
+    poisoned = advantages.clone()
+    poisoned[2] = poison
+    measured = step(poisoned, 5e-3)
+    assert measured["skipped_steps"] == 1.0 and not math.isfinite(measured["grad_norm"])
+    assert all(p.grad is None for p in policy.parameters())
+    weights, state = before
+    assert all(torch.equal(weights[name], value) for name, value in policy.state_dict().items())
+    now = optimizer.state_dict()
+    assert now["param_groups"] == state["param_groups"]
+    for index, entry in state["state"].items():
+        assert all(torch.equal(entry[key], now["state"][index][key]) for key in entry)
+
+    assert step(advantages, 1e-3)["skipped_steps"] == 0.0
+    assert any(not torch.equal(weights[name], value) for name, value in policy.state_dict().items())
+
+
+def test_a_long_gradient_is_scaled_down_and_reported_as_it_was():
+    policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(4)
+    whole, measured, _ = seen_gradients(policy, policy, rollouts, 100, 0.0, step_config())
+    clipped, again, _ = seen_gradients(policy, policy, rollouts, 100, 0.0, step_config(max_grad_norm=0.01))
+    norm = measured["grad_norm"]
+    assert norm > 0.1 and again["grad_norm"] == pytest.approx(norm)
+    assert largest_gap(whole, {name: g * norm / 0.01 for name, g in clipped.items()}) < 1e-4
+
+
+def test_the_step_is_adamw_at_the_rate_of_this_step():
+    """The first step of AdamW is lr * sign(g), less lr * weight decay of the weight."""
+    policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(4)
+    gradient, _, _ = seen_gradients(policy, policy, rollouts, 100, 0.0, step_config())
+    before = {name: p.detach().clone() for name, p in policy.lm.named_parameters()}
+    optimizer = build_optimizer(policy, (0.9, 0.999), 0.01)
+    batches = micro_batches(rollouts, 100, CPU)
+    advantages, of_views = torch.linspace(-1.5, 2, 4), two_views(rollouts, "token")
+    measured = optimizer_step(policy, optimizer, batches, advantages, None, of_views, 0.0, 1e-3, step_config())
+    assert measured["lr"] == 1e-3 and "kl" not in measured
+    for name, parameter in policy.lm.named_parameters():
+        clear = gradient[name].abs() > 1e-5  # well over AdamW's eps of 1e-8
+        expected = before[name] * (1 - 1e-3 * 0.01) - 1e-3 * gradient[name].sign()
+        assert torch.allclose(parameter[clear], expected[clear], atol=2e-6)
+
+
+def test_the_gap_between_sampler_and_trainer_is_measured():
+    rollouts = [Rollout([5, 6], [7, 8, 9], [0.0] * 3, False)]
+    policy = PackedLM(tiny_lm())
+    (stats,) = score(policy, [pack(rollouts, [0], CPU)], 1.0)
+    sampled = (stats.logp[0] + torch.tensor([0.0, 0.3, -0.6])).tolist()
+    batches = [pack([replace(rollouts[0], logp=sampled)], [0], CPU)]
+    optimizer = build_optimizer(policy, (0.9, 0.999), 0.0)
+    one, three, config = torch.tensor([1.0]), torch.tensor([3.0]), step_config(temperature=1.0)
+    measured = optimizer_step(policy, optimizer, batches, one, None, three, 0.0, 0.0, config)
+    assert measured["mismatch_mean"] == pytest.approx(0.3, abs=1e-5)
+    assert measured["mismatch_max"] == pytest.approx(0.6, abs=1e-5)
+
+
+# ---------------------------------------------------------------- rollouts without advantage
+
+
+def test_leaving_out_rollouts_without_advantage_changes_no_weight():
+    rollouts, advantages = tiny_rollouts(8), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, -0.5])
+    weights = []
+    for rows in (range(8), advantages.nonzero().flatten().tolist()):
+        policy = PackedLM(tiny_lm())
+        batches = micro_batches(rollouts, 30, CPU, rows)
+        optimizer, denominator = build_optimizer(policy, (0.9, 0.99), 0.0), torch.full((8,), 40.0)
+        optimizer_step(policy, optimizer, batches, advantages, None, denominator, 0.0, 1e-3, step_config())
+        weights.append({name: p.detach() for name, p in policy.lm.named_parameters()})
+    assert largest_gap(*weights) < 1e-5
+
+
+def test_a_step_without_a_kl_term_trains_on_telling_rollouts_alone(monkeypatch):
+    trained = []
+    step = train.optimizer_step
+
+    def watched(policy, optimizer, batches, *rest):
+        trained.append(sorted(row for batch in batches for row in batch.rows.tolist()))
+        return step(policy, optimizer, batches, *rest)
+
+    monkeypatch.setattr(train, "optimizer_step", watched)
+    rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
+    row = replace(VARIANTS["majority"], kl_coef=0.0, reward=lambda groups: rewards)
+    run = tiny_run(row, [Pair(str(i), f"question {i}", None, None, {}) for i in range(2)])
+    for reference, expected in ((None, [0, 1, 2, 3]), (run.reference, list(range(8)))):
+        run.reference = reference
+        train.train_step(run, 0)
+        assert trained[-1] == expected
+    rewards[0] = [0.0] * 4
+    run.reference = None
+    train.train_step(run, 0)
+    assert trained[-1] == [0]  # the optimizer sees a gradient of 0
+
+
+# ---------------------------------------------------------------- other objectives need no other head
+
+
+def test_a_sequence_level_objective_takes_a_few_lines_and_no_other_head():
+    """GSPO (arXiv 2507.18071): the ratio of a whole sequence, to the power of 1 / length, clipped."""
+    rollouts, lm, old = tiny_rollouts(6), tiny_lm(), tiny_lm(seed=5)
+    advantages, batch = torch.linspace(-1, 2, 6), pack(rollouts, range(6), CPU)
+    (old_stats,) = score(PackedLM(old), [batch], 1.0)
+
+    logp = PackedLM(lm)(batch, 1.0).logp  # [B, T]
+    length = batch.mask.sum(1)
+    log_ratio = ((logp - old_stats.logp) * batch.mask).sum(1) / length  # [B]
+    per_sequence = policy_loss(log_ratio[:, None], torch.zeros(6, 1), advantages, torch.ones(6, 1), clip=0.5)
+    per_sequence.mean().backward()
+
+    twin, old_twin, losses = twin_of(lm), twin_of(old), []
+    for rollout, advantage in zip(rollouts, advantages.double(), strict=True):
+        new, before = naive_stats(twin, rollout, 1.0)[0], naive_stats(old_twin, rollout, 1.0)[0].detach()
+        ratio = (new.sum() - before.sum()).div(len(new)).exp()
+        losses.append(-torch.minimum(advantage * ratio, advantage * ratio.clamp(0.5, 1.5)))
+    torch.stack(losses).mean().backward()
+    assert largest_gap(gradients(twin), {name: g.double() for name, g in gradients(lm).items()}) < 1e-5
+    assert not torch.allclose(log_ratio, torch.zeros(6), atol=0.1)
 
 
 # ---------------------------------------------------------------- a peer's trainer on the same rollouts
@@ -327,18 +608,11 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
     assert torch.allclose(advantages, seen["advantages"], atol=1e-6) and advantages.abs().max() > 0.5
     assert len(set(mask.sum(1).tolist())) > 2
     batch = pack(rollouts, range(8), torch.device("cpu"))
-    old_logp, ref_logp = (
-        seen[f"{who}_per_token_logps"][:, : batch.mask.shape[1]][batch.mask] for who in ("old", "ref")
-    )
-    advantage = advantages[:, None].expand_as(batch.mask)[batch.mask]
-    weight = token_weights(batch.mask, how, step_denominator(how, 8, int(mask.sum()), 9))[batch.mask]
-
-    def token_loss(logp, tokens):
-        alone = logp[:, None]  # each token a row
-        surrogate = policy_loss(alone, old_logp[tokens, None], advantage[tokens], torch.ones_like(alone))
-        return (surrogate + 0.04 * k3(alone, ref_logp[tokens, None])).squeeze(1) * weight[tokens]
-
-    loss = PackedLM(lm)(batch, 0.7, token_loss).loss
+    width = batch.mask.shape[1]
+    old_logp, ref_logp = (seen[f"{who}_per_token_logps"][:, :width] for who in ("old", "ref"))
+    logp = PackedLM(lm)(batch, 0.7).logp
+    per_token = policy_loss(logp, old_logp, advantages, batch.mask) + 0.04 * k3(logp, ref_logp)
+    loss = aggregate(per_token, batch.mask, how, denominators(how, [rollouts], 9))
     loss.backward()
     assert loss.item() == pytest.approx(seen["loss"].item(), rel=1e-4)
     assert largest_gap(seen["gradients"], gradients(lm)) < 1e-4

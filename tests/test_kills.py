@@ -17,10 +17,10 @@ from tiny import byte_tokenizer, tiny_lm
 import train
 from config import parse
 from embedded import start_model
-from lm.model import build_optimizer
-from lm.packing import PackedLM
+from grpo import build_optimizer
+from lm.model import frozen_copy
+from lm.scoring import PackedLM
 from store import checkpoint
-from teacher import frozen_copy
 
 FLAGS = ["--steps", "4", "--save-every", "1"]
 
@@ -90,7 +90,7 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path)
 
         process = in_a_child(task)
         process.join()
-        newest = checkpoint.find("auto", str(run))
+        newest = checkpoint.find_checkpoint("auto", str(run))
         found.append(checkpoint.step_of(newest))
         latest = (run / "checkpoints" / "latest").resolve()
         assert checkpoint.fault_of(latest) is None, "latest points to a damaged or missing checkpoint"

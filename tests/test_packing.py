@@ -1,17 +1,16 @@
-"""packing.py against its naive twin, one sequence at a time with whole logits: each test is named after the bug it
+"""lm/packing.py against its naive twin, one sequence at a time with whole logits: each test is named after the bug it
 prevents."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, EOS, VOCABULARY, gradients, largest_gap, naive_stats, tiny_lm, tiny_rollouts, twin_of
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from tiny import CPU, EOS, gradients, largest_gap, naive_stats, tiny_lm, tiny_rollouts, twin_of
 
 from lm import packing
-from lm.packing import ChunkedHead, PackedLM, micro_batches, pack
-from rollout import Rollout
+from lm.packing import Rollout, micro_batches, pack
+from lm.scoring import PackedLM
 
 TEMPERATURE = 0.7
 
@@ -57,13 +56,12 @@ def test_packed_statistics_and_gradients_are_those_of_each_sequence_alone(any_lm
     weight = torch.randn(7, 12, generator=torch.Generator().manual_seed(0))
     packed = PackedLM(any_lm)
     batch = pack(rollouts, range(7), CPU)
-    weights = weight[:, : batch.mask.shape[1]][batch.mask]
-    stats = packed(batch, TEMPERATURE, lambda logp, tokens: logp * weights[tokens])
-    stats.loss.backward()
+    stats = packed(batch, TEMPERATURE)
+    (stats.logp * weight[:, : batch.mask.shape[1]]).sum().backward()
     for row, rollout in enumerate(rollouts):
         length = len(rollout.response_ids)
         expected = naive_stats(twin, rollout, TEMPERATURE)
-        for stat, twin_stat in zip(stats[:3], expected, strict=True):
+        for stat, twin_stat in zip(stats, expected, strict=True):
             assert torch.allclose(stat[row, :length].double(), twin_stat, atol=2e-5)
             assert not stat[row, length:].any()
         (expected[0] * weight[row, :length]).sum().backward()
@@ -89,94 +87,32 @@ def test_a_sliding_window_shorter_than_the_sequence_is_not_ignored(window):
         assert torch.allclose(stats.logp[row, : len(expected)].double(), expected, atol=2e-5)
 
 
-# ---------------------------------------------------------------- the chunked head
+# ---------------------------------------------------------------- attention
 
 
-def naive_head(hidden, weight, targets, temperature):
-    z = hidden @ weight.T / temperature
-    logp = z.log_softmax(-1)
-    return logp.gather(-1, targets[:, None])[:, 0], -(logp.exp() * logp).sum(-1), z.logsumexp(-1) - z.mean(-1)
+def reference_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
+    """What torch.nn.attention.varlen says it computes, one sequence at a time with a mask."""
+    assert bounds.dtype == torch.int32 and (bounds is bounds_k) and longest == longest_k == int(bounds.diff().max())
+    outputs = []
+    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
+        distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
+        left = window_size[0] if window_size[0] >= 0 else end
+        seen = (distance >= -window_size[1]) & (distance <= left)
+        outputs.append(F.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa))
+    return torch.cat([output.transpose(0, 1) for output in outputs])
 
 
-def head_inputs(dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(n, 5, generator=generator, dtype=dtype).requires_grad_() for n in (11, 13))
-    return hidden, weight, torch.randint(13, (11,), generator=generator)
-
-
-def curved_loss(logp, tokens):
-    """Of a slope that differs from token to token and depends on the log-prob, as the KL term's does."""
-    return torch.linspace(-1, 2, 11, dtype=logp.dtype)[tokens] * logp.square()
-
-
-@pytest.mark.parametrize("logits_per_chunk", [1, 13, 40, 2**25])  # 1, 1, 3 and all 11 tokens at a time
-def test_the_chunked_head_is_the_naive_one_forward_and_backward(monkeypatch, logits_per_chunk):
-    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", logits_per_chunk)
-    hidden, weight, targets = head_inputs()
-    expected = naive_head(hidden, weight, targets, TEMPERATURE)
-    expected_loss = curved_loss(expected[0], slice(None)).sum()
-    loss, stats = ChunkedHead.apply(hidden, weight, targets, TEMPERATURE, curved_loss)
-    assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-5)
-    for one, other in zip(stats, expected, strict=True):
-        assert torch.allclose(one.double(), other, atol=1e-5)
-    naive = torch.autograd.grad(3 * expected_loss, (hidden, weight))
-    for one, other in zip(torch.autograd.grad(3 * loss, (hidden, weight)), naive, strict=True):
-        assert torch.allclose(one, other, atol=1e-4)
-
-
-def test_the_gradient_of_the_chunked_head_by_finite_differences(monkeypatch):
-    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", 40)
-    hidden, weight, targets = head_inputs()
-
-    def loss(hidden, weight):
-        return ChunkedHead.apply(hidden, weight, targets, TEMPERATURE, curved_loss)[0]
-
-    # the head works in float32: differences over 1e-3 carry an error of about 1e-3
-    assert torch.autograd.gradcheck(loss, (hidden, weight), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=1e-6)
-
-
-def test_only_the_loss_carries_a_gradient():
-    loss, stats = ChunkedHead.apply(*head_inputs(), TEMPERATURE, curved_loss)
-    assert loss.requires_grad and not any(stat.requires_grad for stat in stats)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers the most entries that any tensor made under it has."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        sizes = [leaf.numel() for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
-        self.entries = max([self.entries, *sizes])
-        return out
-
-
-def test_logits_of_all_tokens_never_exist_whole(monkeypatch):
-    vocabulary, chunk = 2_000, 16
-    monkeypatch.setattr(packing, "LOGITS_PER_CHUNK", chunk * vocabulary)
-    lm, rollouts = tiny_lm(vocab_size=vocabulary), tiny_rollouts(60, longest=12)
-    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    batch, packed = pack(rollouts, range(60), CPU), PackedLM(lm)
-    embeddings = lm.get_output_embeddings().weight.numel()
-    allowed = max(embeddings, chunk * vocabulary)
-    assert 3 * allowed < tokens * vocabulary
-    with LargestTensor() as largest:
-        packed(batch, TEMPERATURE, lambda logp, _: logp).loss.backward()
-    assert embeddings <= largest.entries <= allowed
-    with LargestTensor() as largest:  # that the watcher does watch
-        lm.set_attn_implementation("eager")
-        lm(batch.input_ids)
-    assert largest.entries >= batch.input_ids.numel() * vocabulary
-
-
-def test_bfloat16_compute_keeps_float32_statistics():
-    lm, rollouts = tiny_lm("qwen3", tied=True), tiny_rollouts(6)
-    batch = pack(rollouts, range(6), CPU)
-    exact = PackedLM(lm)(batch, TEMPERATURE)
-    rounded = PackedLM(lm, torch.bfloat16)(batch, TEMPERATURE, lambda logp, _: logp)
-    assert rounded.logp.dtype == torch.float32
-    assert (exact.logp - rounded.logp).abs().max() < 0.3
-    assert ((rounded.entropy >= 0) & (rounded.entropy <= torch.tensor(float(VOCABULARY)).log())).all()
-    rounded.loss.backward()
-    assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lm.parameters())
+@pytest.mark.parametrize("family, settings", [("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 3})])
+def test_flash_attention_of_variable_length_gets_what_it_expects(monkeypatch, family, settings):
+    """A GPU's path on a CPU, with a stand-in for the kernel: bounds, layout, causality and window."""
+    batch, seen = pack(tiny_rollouts(5), range(5), CPU), {}
+    for flash in (False, True):
+        monkeypatch.setattr(packing, "runs_flash", lambda _, flash=flash: flash)
+        monkeypatch.setattr(packing, "varlen_attn", reference_varlen)
+        lm = tiny_lm(family, **settings)
+        loss = PackedLM(lm)(batch, 1.0).logp.sum()
+        loss.backward()
+        seen[flash] = loss.item(), gradients(lm)
+    assert seen[True][0] == pytest.approx(seen[False][0], rel=1e-5)
+    assert largest_gap(seen[True][1], seen[False][1]) < 1e-5

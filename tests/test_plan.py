@@ -10,10 +10,11 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from config import Config
-from lm.model import Objective, build_optimizer, checkpoint_activations, optimizer_step
-from lm.packing import PackedLM, micro_batches
+from grpo import build_optimizer, optimizer_step
+from lm.model import Objective, checkpoint_activations
+from lm.packing import Rollout, micro_batches
+from lm.scoring import PackedLM
 from rewards import VARIANTS
-from rollout import Rollout
 from tools import plan
 
 PROMPT, RESPONSE, ROWS = 20, 236, 8

@@ -16,7 +16,8 @@ import torch
 
 from config import UserError
 from data import load_pairs
-from rollout import TransformersSampler, draw, nucleus, request_seed, uniform_numbers
+from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
+from rollout import request_seed
 from sources.faults import lost_numbers, numbers, strict_fault
 from store.parts import stand_alone
 from tools import rephrase

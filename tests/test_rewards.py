@@ -10,21 +10,22 @@ from tiny import ScriptedSampler, tiny_lm, tiny_rollouts, tiny_run
 
 import train
 from data import Pair
-from lm.model import mean_per_rollout, score
-from lm.packing import PackedLM, micro_batches
+from lm.packing import micro_batches
+from lm.scoring import PackedLM, mean_per_rollout, score
 from rewards import (
     VARIANTS,
     VIEWS,
     Group,
+    Response,
     Variant,
     Vote,
-    build_groups,
     equivalent,
     extract_boxed,
+    label_groups,
     majority_vote,
     on_views,
-    pseudo_labels,
-    read_answers,
+    read_groups,
+    with_means,
 )
 
 # ---------------------------------------------------------------- answers
@@ -134,9 +135,13 @@ def said(*answers: str) -> list[str]:
     return [rf"I say \boxed{{{answer}}}" if answer else "I do not know" for answer in answers]
 
 
+def read(texts: list[str], group_size: int) -> list[Group]:
+    return read_groups([Response(text, 1, True) for text in texts], group_size, "exact")
+
+
 # Two questions, three rollouts; every source votes for something of its own, "" is no box.
-ANSWERS = {
-    key: read_answers(said(*texts), 3, "exact")
+VOTED = {
+    key: read(said(*texts), 3)
     for key, texts in {
         ("policy", "x"): ["1", "1", "2", "", "", ""],
         ("policy", "x'"): ["2", "2", "1", "5", "6", "6"],
@@ -160,24 +165,22 @@ BY_HAND = {
 def test_labels_come_from_the_source_that_the_variant_names(name):
     expected_labels, expected_rewards = BY_HAND[name]
     row = VARIANTS[name]
-    labels = pseudo_labels(row, ANSWERS, GOLDS)
-    assert labels == expected_labels
-    groups = build_groups(row, ANSWERS, labels, "exact", {})
+    groups = label_groups(row, VOTED, GOLDS)
+    assert [group.label for group in groups] == [label for view in row.policy_views for label in expected_labels[view]]
     assert row.reward(groups) == expected_rewards
-    assert [group.label for group in groups] == [label for view in row.policy_views for label in labels[view]]
 
 
 def group(boxed: list[str | None], label: str | None, match: str = "exact") -> Group:
-    return Group([""] * len(boxed), boxed, label, 1.0, match, {})
+    size = len(boxed)
+    return Group([""] * size, boxed, [1] * size, [True] * size, majority_vote(boxed), match, label, 1.0)
 
 
 def test_gold_compares_as_mathematics_and_pseudo_labels_as_strings():
     boxed = [r"\frac{1}{2}", "1/2", "0.5", " 0.5", "2", None]
     assert VARIANTS["majority"].reward([group(boxed, "0.5")]) == [[0, 0, 1, 0, 0, 0]]
     assert VARIANTS["majority"].reward([group(boxed, "0.5", "math")]) == [[1, 1, 1, 1, 0, 0]]
-    answers = {("policy", "x"): read_answers([rf"\boxed{{{b}}}" for b in boxed if b] + [""], 6, "exact")}
-    labels = pseudo_labels(VARIANTS["gt"], answers, ["0.5"])
-    assert VARIANTS["gt"].reward(build_groups(VARIANTS["gt"], answers, labels, "exact", {})) == [[1, 1, 1, 1, 0, 0]]
+    voted = {("policy", "x"): read([rf"\boxed{{{b}}}" for b in boxed if b] + [""], 6)}
+    assert VARIANTS["gt"].reward(label_groups(VARIANTS["gt"], voted, ["0.5"])) == [[1, 1, 1, 1, 0, 0]]
     assert equivalent(r"\frac12", "0.5") and not equivalent("0.5", "2")
 
 
@@ -187,8 +190,7 @@ def test_a_group_without_a_label_has_no_reward_even_where_nobody_answered():
 
 def test_the_certainty_of_a_label_is_that_of_the_vote_that_gave_it_and_not_of_the_answers_it_labels():
     def shares(name: str) -> list[float]:
-        labels = pseudo_labels(VARIANTS[name], ANSWERS, ["2.0", None])
-        return [group.vote_share for group in build_groups(VARIANTS[name], ANSWERS, labels, "exact", {})]
+        return [group.label_share for group in label_groups(VARIANTS[name], VOTED, ["2.0", None])]
 
     assert shares("I") == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
     assert shares("II") == pytest.approx([2 / 3, 1])
@@ -211,7 +213,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     batches = micro_batches(rollouts, 25, torch.device("cpu"))
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
     means = mean_per_rollout(batches, score(policy, batches, 0.7), len(rollouts))
-    answers = {("policy", view): read_answers([""] * 3, 3, "exact") for view in ("x", "x'")}
+    voted = {("policy", view): read([""] * 3, 3) for view in ("x", "x'")}
 
     policy.lm.set_attn_implementation("eager")
     entropy, certainty = [], []
@@ -226,7 +228,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
         row = on_views(VARIANTS[name], VIEWS["both"])
-        groups = build_groups(row, answers, {}, "exact", means)
+        groups = with_means(label_groups(row, voted, [None]), means)
         rewards = [reward for rewards in row.reward(groups) for reward in rewards]
         assert rewards == pytest.approx(expected, abs=1e-4)
 
@@ -248,9 +250,9 @@ def step_of(variant: str | Variant, pairs: list[Pair], monkeypatch: pytest.Monke
     seen: dict = {}
     original = train.optimizer_step
 
-    def watched(policy, optimizer, batches, advantages, reference, objective, lr):
-        seen.update(advantages=advantages, denominators=objective.denominators)
-        return original(policy, optimizer, batches, advantages, reference, objective, lr)
+    def watched(policy, optimizer, batches, advantages, anchors, denominators, *rest):
+        seen.update(advantages=advantages, denominators=denominators)
+        return original(policy, optimizer, batches, advantages, anchors, denominators, *rest)
 
     monkeypatch.setattr(train, "optimizer_step", watched)
     seen["metrics"], seen["samples"] = train.train_step(

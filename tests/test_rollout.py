@@ -4,13 +4,16 @@ from collections import Counter
 
 import pytest
 import torch
-from tiny import CPU, EOS, VOCABULARY, naive_stats, stopping_lm, tiny_lm, twin_of
+from tiny import CPU, EOS, VOCABULARY, byte_tokenizer, naive_stats, stopping_lm, tiny_lm, twin_of
 from transformers import GenerationConfig, PreTrainedModel
 
 import metrics
-from lm.model import score, stop_token_ids
-from lm.packing import PackedLM, micro_batches
-from rollout import Rollout, TransformersSampler, draw, request_seed, uniform_numbers
+from lm.decoding import TransformersSampler, draw, uniform_numbers
+from lm.model import stop_token_ids
+from lm.packing import Rollout, micro_batches
+from lm.scoring import PackedLM, score
+from rewards import read_groups
+from rollout import decode, request_seed
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 SEEDS = [request_seed(0, 0, i, "x", "policy") for i in range(len(PROMPTS))]
@@ -165,8 +168,8 @@ def test_truncation_is_marked_and_counted():
     assert 0 < len(cut) < len(rollouts)
     assert all(len(rollout.response_ids) == 4 for rollout in cut)
     assert all(rollout.finished == (rollout not in cut) for rollout in rollouts)
-    seen = metrics.response_metrics(rollouts, [None] * len(rollouts))
-    assert seen["truncated"] == len(cut) / len(rollouts)
+    groups = read_groups(decode(rollouts, byte_tokenizer()), 8, "exact")
+    assert metrics.STATISTICS["truncated"](groups) == len(cut) / len(rollouts)
 
 
 def test_a_stop_token_as_the_last_token_allowed_is_no_truncation():
@@ -220,5 +223,26 @@ def test_rollouts_are_those_of_the_models_present_weights():
 def test_many_rows_are_sampled_in_several_calls_with_the_same_result(monkeypatch):
     lm = stopping_lm()
     whole = sample(lm)
-    monkeypatch.setattr("rollout.ROWS_PER_CALL", 5)
+    monkeypatch.setattr("lm.decoding.ROWS_PER_CALL", 5)
     assert ids(sample(lm)) == ids(whole)
+
+
+def test_a_sampler_that_drops_finished_rows_says_what_a_single_row_says():
+    """Compaction mixed up with the order of rows would give one rollout another's tokens."""
+    lm = stopping_lm()
+    prompts, seeds = [[5, 6, 7], [8], [9, 10]], [100, 200, 300]
+    with TransformersSampler([EOS]).holding(lm) as sample:
+        together = sample(prompts, seeds, n=4, temperature=1.0, max_tokens=12)
+        alone = [
+            sample([prompt], [seed + g], n=1, temperature=1.0, max_tokens=12)[0]
+            for prompt, seed in zip(prompts, seeds, strict=True)
+            for g in range(4)
+        ]
+    assert [r.response_ids for r in together] == [r.response_ids for r in alone]
+    assert len({len(r.response_ids) for r in together}) > 3
+    twin = twin_of(lm)
+    for rollout in together:
+        sequence = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        logits = twin(sequence).logits[0, len(rollout.prompt_ids) - 1 :]
+        expected = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(rollout.response_ids)[:, None])[:, 0]
+        assert rollout.logp == pytest.approx(expected.tolist(), abs=1e-4)

@@ -11,10 +11,11 @@ from torch import nn
 
 import train
 from data import Pair
-from lm.packing import PackedLM
+from lm.decoding import TransformersSampler
+from lm.model import frozen_copy
+from lm.scoring import PackedLM
 from rewards import VARIANTS
-from rollout import TransformersSampler
-from teacher import ema_weight, frozen_copy, update
+from teacher import ema_weight, update
 
 # ---------------------------------------------------------------- schedule
 
@@ -69,7 +70,7 @@ def test_weights_zero_and_one_are_exact_to_the_bit():
 
 def test_tied_embeddings_are_averaged_once():
     policy = tiny_lm("qwen3", tied=True, seed=1)
-    teacher = frozen_copy(tiny_lm("qwen3", tied=True, seed=2))
+    teacher = frozen_copy(PackedLM(tiny_lm("qwen3", tied=True, seed=2))).lm
     before, target = teacher.get_input_embeddings().weight.clone(), policy.get_input_embeddings().weight
     assert teacher.get_output_embeddings().weight is teacher.get_input_embeddings().weight
     update(teacher, policy, 0.9)
@@ -90,8 +91,8 @@ def test_the_teacher_is_float32_because_bfloat16_rounds_its_motion_away():
     policy = nn.Linear(64, 64, bias=False)
     with torch.no_grad():
         policy.weight.copy_(policy.weight.bfloat16())  # so that both teachers start at the same place
-    teacher, coarse = frozen_copy(policy.bfloat16()), frozen_copy(policy).bfloat16()
-    policy, start = policy.float(), teacher.weight.double()
+    teacher, coarse = copy.deepcopy(policy), copy.deepcopy(policy).bfloat16()
+    start = teacher.weight.double()
     exact = start
     for _ in range(100):
         with torch.no_grad():
@@ -107,6 +108,9 @@ def test_the_teacher_is_float32_because_bfloat16_rounds_its_motion_away():
 def test_the_teacher_is_a_copy_that_is_never_trained():
     policy = PackedLM(tiny_lm().train())
     teacher = frozen_copy(policy)
+    assert {parameter.dtype for parameter in frozen_copy(PackedLM(tiny_lm().bfloat16())).parameters()} == {
+        torch.float32
+    }
     theirs = {parameter.data_ptr() for parameter in policy.parameters()}
     assert not any(p.requires_grad or p.data_ptr() in theirs for p in teacher.parameters())
     assert not teacher.training and policy.training

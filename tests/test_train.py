@@ -172,7 +172,7 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--variant", "IV"], "--variant IV choose from I, II, III"),
+        (["--variant", "IV"], "--variant IV is not known: choose from I, II, III"),
         (["--variant", "II", "--views", "both"], "--views both is for baselines"),
         (["--model", "Qwen3-8B-Base"], "--data  is missing"),
         (["--rollouts", "1"], "--rollouts 1 must be at least 2"),
@@ -183,7 +183,7 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
 )
 def test_impossible_settings_are_named_before_any_work(flags, sentence):
     with pytest.raises(UserError) as problem:
-        parse(flags)
+        prepare.chosen_variant(parse(flags))
     assert sentence in str(problem.value)
 
 
@@ -196,12 +196,13 @@ def test_impossible_settings_are_named_before_any_work(flags, sentence):
         (["--resume", "auto"], "--resume auto: say of which run"),
     ],
 )
-def test_bad_input_ends_in_one_sentence_and_writes_nothing(tmp_path, monkeypatch, flags, sentence):
+def test_bad_input_ends_in_one_sentence_and_writes_nothing(tmp_path, monkeypatch, capsys, flags, sentence):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["train.py", *flags])
     with pytest.raises(SystemExit) as ended:
         train.main()
-    assert sentence in str(ended.value.code) and "\n" not in str(ended.value.code)
+    *_, last_line = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and last_line.startswith("error: ") and sentence in last_line
     assert not list(tmp_path.iterdir())
 
 

