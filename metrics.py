@@ -43,10 +43,10 @@ class Clock:
         self.last = now
 
 
-def peak_memory_gb() -> float:
-    """Of the GPU if there is one, else of the process."""
+def peak_memory_gb(sleeping_bytes: int = 0) -> float:
+    """Of the trainer on the GPU if there is one, else of the process."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
+        return (torch.cuda.max_memory_allocated() - sleeping_bytes) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -211,16 +211,19 @@ class RunLog:
         self.history = read_rows(self.metrics_file)
         self.alarms: set[str] = set()
         self.writers: list[Callable[[int, dict[str, float]], None]] = []
+        self.closers: list[Callable[[], None]] = []
         if config["run"]["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
             board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
             self.writers.append(lambda step, metrics: to_board(board, step, metrics))
+            self.closers.append(board.close)
         if config["run"]["wandb"]:
             import wandb
 
             wandb.init(project="co-rewarding", name=folder.name, dir=str(folder), config=config, resume="allow")
             self.writers.append(lambda step, metrics: wandb.log(metrics, step=step))
+            self.closers.append(wandb.finish)
 
     def headline(self) -> dict[str, str]:
         """The numbers that matter, for the progress bar."""
@@ -243,6 +246,10 @@ class RunLog:
         append_rows(self.rollouts_file, samples)
         for writer in self.writers:
             writer(int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"})
+
+    def close(self) -> None:
+        for close in self.closers:
+            close()
 
 
 def to_board(board: Any, step: int, metrics: dict[str, float]) -> None:

@@ -88,7 +88,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     clock.lap("reward")
 
     # 5. One optimizer step; the KL term is anchored to the initial policy, or to the teacher as it answered. Eqs. 4-6
-    # Without an anchor, rollouts of advantage 0 change nothing; one is kept: AdamW has to see a gradient of 0, not none.
+    # Without an anchor, rollouts of advantage 0 change nothing; one is kept: AdamW must see a gradient of 0, not none.
     trained = None if run.reference else advantages.nonzero().flatten().tolist() or [0]
     batches = micro_batches(
         rollouts, optimisation.tokens_per_micro_batch, run.device, trained, ranks.rank(), ranks.count()
@@ -156,7 +156,7 @@ def loop(run: Run, first_step: int) -> Path:
             run.folder / "trace.json", config.run.profile and step == first_step + 1 and log is not None
         ):
             seen, sample = train_step(run, step)
-        seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb())
+        seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         if log:
             log.write({"step": step} | evaluated | seen, sample)
             bar.set_postfix(log.headline())
@@ -173,6 +173,8 @@ def loop(run: Run, first_step: int) -> Path:
     evaluated = evaluate(run)
     if log and evaluated:
         log.write({"step": run.total_steps} | evaluated, [])
+    if log:
+        log.close()
     return run.folder
 
 
@@ -221,3 +223,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # finished: whatever a library does at the interpreter's exit must not make it look like a failure

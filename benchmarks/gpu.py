@@ -1,63 +1,120 @@
-"""What one GPU makes of the trainer: Qwen3's shapes with random weights, nothing downloaded, tables in Markdown.
+"""What one GPU makes of the program, in the order that teaches most: Qwen3's shapes with random weights, no download.
 
-    python benchmarks/gpu.py training                          # 0.6B, 1.7B, 4B; responses of 1,000 and 3,000 tokens
-    python benchmarks/gpu.py training --models 0.6B --response-tokens 16000 --spread 0       # prime-rl's setting
-    python benchmarks/gpu.py head                              # the head beside its three bare matrix products
-    python benchmarks/gpu.py loop --model 1.7B --steps 20      # variant II end to end, then resumed
+    python benchmarks/gpu.py                                   # every part, about ten minutes; figures in gpu.json
+    python benchmarks/gpu.py --parts sanity training --models 1.7B
+    python benchmarks/gpu.py --models tiny --response-tokens 20 --tokens 800      # all of it on a CPU, in seconds
 
-With `--models tiny` (`--model tiny`, `--hidden 64 --vocabulary 500 --tokens 300`) all of it runs on a CPU in seconds.
-TRL, where it is installed, gets the same rollouts in micro-batches of as many tokens. MFU counts 6 operations for each
-weight of the body and token, the same for the head and each response token, and 6 x length^2 x heads x head_dim for
-each layer's causal attention of a sequence, forward and backward.
+    sanity      three steps of II with the sampler at hand: log-probs against the trainer's, sleeping and waking, memory
+    learning    II on the embedded task, in bfloat16: does it learn as it does on a CPU in float32?
+    training    a training phase and a reference pass: tokens/s, MFU, memory; TRL on the same rollouts, if installed
+    head        the chunked head beside its four bare products; attention without padding beside padded attention
+    resume      train.py as a command, then again from the checkpoint in the middle: what differs
+
+Each part is a process of its own and ends in one line of figures; one that fails does not end the others. MFU counts 6
+operations for each weight of the body and token, the same for the head and each response token, and 6 x length^2 x
+heads x head_dim for each layer's causal attention of a sequence, forward and backward; what is computed again to save
+memory does not count.
 """
 
 import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
-from embedded import start_model
+from config import Config, parse
+from embedded.start_model import train_tokenizer
 from embedded.word_problems import word_problems
-from grpo import build_optimizer, group_advantages, optimizer_step
-from lm import packing
-from lm.model import Objective, checkpoint_activations, frozen_copy
-from lm.packing import Rollout, micro_batches
+from grpo import build_optimizer, denominators, group_advantages, optimizer_step
+from lm import ranks, scoring
+from lm.model import checkpoint_activations, frozen_copy, shard
+from lm.packing import MicroBatch, Rollout, micro_batches, packed_attention
 from lm.scoring import ChunkedHead, PackedLM, score
+from prepare import prepare
+from store.files import read_rows, write_whole
+from train import train_step
 
 # hidden, intermediate, layers, query heads, key heads, head_dim, vocabulary, tied: as published
 SHAPES = {
-    "tiny": (64, 160, 2, 4, 2, 16, 700, True),
+    "tiny": (64, 160, 2, 4, 2, 32, 700, True),
     "0.6B": (1024, 3072, 28, 16, 8, 128, 151_936, True),
     "1.7B": (2048, 6144, 28, 16, 8, 128, 151_936, True),
     "4B": (2560, 9728, 36, 32, 8, 128, 151_936, True),
     "8B": (4096, 12288, 36, 32, 8, 128, 151_936, False),
 }
 BF16_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362}  # dense
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+ON_GPU = torch.cuda.is_available()
+DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 GROUP = 8
-PRIME_RL = "prime-rl's trainer, published: Qwen3-0.6B, 16k tokens, one H100: 11,900 tokens/s, MFU 11.1 %"
+Figures = dict[str, Any]
 
 
-def config_of(name: str) -> Qwen3Config:
+@dataclass(frozen=True)
+class Settings:
+    parts: tuple[str, ...] = ("sanity", "learning", "training", "head", "resume")
+    """what to measure"""
+    models: tuple[str, ...] = ("0.6B", "1.7B")
+    """shapes; the first alone for all but `training`"""
+    response_tokens: int = 1000
+    """mean length of responses (those of `training` are spread over a quarter to seven quarters of it)"""
+    tokens: int = 65_536
+    """of a step of `training`"""
+    tokens_per_micro_batch: int = 16_384
+    steps: int = 60
+    """of `learning`"""
+    repeats: int = 3
+    peak_tflops: float | None = None
+    """of the device in bfloat16 (None: known for some)"""
+    seconds: int = 300
+    """after which a part is ended"""
+    out: Path = Path("gpu.json")
+
+
+def main(settings: Settings) -> None:
+    """Each part in a process of its own, which prints its figures as one line of JSON."""
+    device = torch.cuda.get_device_name() if ON_GPU else f"CPU, {torch.get_num_threads()} threads"
+    result: Figures = {"device": device, "torch": torch.__version__, "settings": asdict(settings) | {"out": ""}}
+    print(f"{device}, torch {torch.__version__}, {DTYPE}", flush=True)
+    for part in settings.parts:
+        begin = time.perf_counter()
+        flags = ["--models", *settings.models, "--parts", part]
+        for name in ("response_tokens", "tokens", "tokens_per_micro_batch", "steps", "repeats"):
+            flags += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
+        command = [sys.executable, __file__, *flags, "--out", "-"]
+        try:
+            done = subprocess.run(command, stdout=subprocess.PIPE, timeout=settings.seconds)
+            lines = done.stdout.decode(errors="replace").splitlines()
+            figures = json.loads(lines[-1]) if done.returncode == 0 else {"failed": f"exit code {done.returncode}"}
+        except (subprocess.TimeoutExpired, ValueError, IndexError) as problem:
+            figures = {"failed": str(problem)}
+        result[part] = figures | {"seconds": round(time.perf_counter() - begin, 1)}
+        print(f"{part}: {json.dumps(result[part])}", flush=True)
+        write_whole(settings.out, json.dumps(result, indent=1) + "\n")
+
+
+# ---------------------------------------------------------------- shapes and rollouts
+
+
+def random_model(name: str) -> PreTrainedModel:
     hidden, intermediate, layers, heads, key_heads, head_dim, vocabulary, tied = SHAPES[name]
-    return Qwen3Config(
+    config = Qwen3Config(
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=intermediate,
@@ -71,22 +128,144 @@ def config_of(name: str) -> Qwen3Config:
         eos_token_id=0,
         pad_token_id=0,
     )
-
-
-def random_model(name: str) -> PreTrainedModel:
     torch.manual_seed(0)
-    with DEVICE:
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config_of(name), dtype=torch.float32)
+    with torch.device("cuda" if ON_GPU else "cpu"):
+        lm: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return lm
 
 
-def random_rollouts(tokens: int, prompt: int, response: int, spread: float, vocabulary: int) -> list[Rollout]:
-    """Whole groups with about `tokens` tokens; lengths are spread evenly over response x (1 - spread .. 1 + spread)."""
+def random_rollouts(tokens: int, prompt: int, response: int, vocabulary: int) -> list[Rollout]:
+    """Whole groups with about `tokens` tokens; responses are spread evenly over 0.25 to 1.75 times `response`."""
     count = max(1, round(tokens / (prompt + response) / GROUP)) * GROUP
-    lengths = [max(1, round(response * (1 + spread * (2 * i / (count - 1) - 1)))) for i in range(count)]
+    lengths = [max(1, round(response * (0.25 + 1.5 * i / (count - 1)))) for i in range(count)]
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0)).tolist()
     ids = [torch.randint(vocabulary, (prompt + lengths[i],)).tolist() for i in order]
     return [Rollout(row[:prompt], row[prompt:], [-1.0] * (len(row) - prompt), finished=True) for row in ids]
+
+
+def run_flags(place: Path, settings: Settings, steps: int) -> list[str]:
+    """Of a run on a random model of the first shape, saved in `place` with questions."""
+    random_model(settings.models[0]).save_pretrained(place / "model")
+    train_tokenizer().save_pretrained(place / "model")
+    lines = [json.dumps({"question": problem["question"]}) + "\n" for problem in word_problems("train")[: 16 * steps]]
+    (place / "questions.jsonl").write_text("".join(lines))
+    flags = {"model": place / "model", "data": place / "questions.jsonl", "out": place / "run", "steps": steps}
+    flags |= {"questions-per-step": 16, "max-response-tokens": settings.response_tokens}
+    return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+
+
+def seconds_of(work: Callable[[], Any], repeats: int) -> float:
+    """Median, after one that does not count."""
+    taken = []
+    for _ in range(repeats + 1):
+        torch.cuda.synchronize() if ON_GPU else None
+        begin = time.perf_counter()
+        work()
+        torch.cuda.synchronize() if ON_GPU else None
+        taken.append(time.perf_counter() - begin)
+    return median(taken[1:])
+
+
+def fresh_peak() -> None:
+    if ON_GPU:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def used_gb() -> float:
+    """Of the whole device, as its driver sees it."""
+    free, total = torch.cuda.mem_get_info() if ON_GPU else (0, 0)
+    return round((total - free) / 1e9, 2)
+
+
+# ---------------------------------------------------------------- the parts
+
+
+def sanity(settings: Settings) -> Figures:
+    """Policy and teacher by turns hold the engine: six loads, six awakenings."""
+    with TemporaryDirectory() as folder:
+        begin = time.perf_counter()
+        run, _ = prepare(parse(["--variant", "II", *run_flags(Path(folder), settings, 3)]))
+        figures: Figures = {
+            "sampler": type(run.sampler).__name__,
+            "start_seconds": round(time.perf_counter() - begin, 1),
+        }
+        figures |= {"used_gb": [used_gb()], "steps": []}
+        for step in range(3):
+            fresh_peak()
+            seen, _ = train_step(run, step)
+            shown = {key: round(value, 4) for key, value in seen.items() if key.startswith(("seconds", "mismatch"))}
+            shown |= {key: seen[key] for key in ("tokens_per_second", "grad_norm", "response_tokens")}
+            figures["steps"].append(shown | {"peak_gb": round(metrics.peak_memory_gb(run.sampler.sleeping_bytes), 2)})
+            figures["used_gb"].append(used_gb())
+        run.sampler.close()
+    return figures
+
+
+def learning(settings: Settings) -> Figures:
+    """Sampled held-out accuracy before and after, and the gap between sampler and trainer."""
+    with TemporaryDirectory() as folder:
+        flags = ["--steps", str(settings.steps), "--eval-every", "0", "--out", f"{folder}/run"]
+        command = [sys.executable, str(ROOT / "train.py"), *flags]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        history = read_rows(Path(folder, "run", "metrics.jsonl"))
+    accuracy = [round(row["eval_accuracy"], 3) for row in history if "eval_accuracy" in row]
+    steps = [row for row in history if "reward" in row]
+    means = {key: fmean(row[key] for row in steps) for key in ("mismatch_mean", "mismatch_max", "label_accuracy")}
+    seconds = fmean(sum(v for k, v in row.items() if k.startswith("seconds")) for row in steps[1:])
+    return {"accuracy": accuracy, "step_seconds": round(seconds, 3)} | means
+
+
+def training(settings: Settings) -> Figures:
+    figures: Figures = {}
+    for name in settings.models:
+        rollouts = random_rollouts(settings.tokens, 150, settings.response_tokens, SHAPES[name][6])
+        for recompute in (True, False):
+            key = f"{name}{', recomputed' if recompute else ''}"
+            try:
+                figures[key] = train_ours(name, rollouts, settings, recompute)
+            except torch.OutOfMemoryError:
+                figures[key] = "out of memory"
+        if find_spec("trl"):
+            try:
+                figures[f"{name}, TRL"] = train_trl(name, rollouts, settings)
+            except torch.OutOfMemoryError:
+                figures[f"{name}, TRL"] = "out of memory"
+    return figures
+
+
+def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute: bool) -> Figures:
+    """As `prepare` and `train_step` do it: sharded over a group of one on a GPU."""
+    device, lm = ranks.start(), random_model(name)
+    work = operations(lm, rollouts)
+    policy = PackedLM(lm, DTYPE)
+    if ranks.in_group():
+        shard(policy, init_device_mesh(device.type, (ranks.count(),)))
+    reference = frozen_copy(policy)
+    if recompute:
+        checkpoint_activations(policy)
+    optimizer, config = build_optimizer(policy, (0.9, 0.999), 0.01), Config()
+    advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).to(device)
+    denominator = denominators("token", [rollouts], 0).to(device)
+    batches = micro_batches(rollouts, settings.tokens_per_micro_batch, device)
+    anchors = score(reference, batches, 1.0)
+    fresh_peak()
+    scoring_seconds = seconds_of(lambda: score(reference, batches, 1.0), settings.repeats)
+    seconds = seconds_of(
+        lambda: optimizer_step(policy, optimizer, batches, advantages, anchors, denominator, 0.001, 1e-6, config),
+        settings.repeats,
+    )
+    tokens = sum(map(len, rollouts))
+    known = next(
+        (tflops for kind, tflops in BF16_TFLOPS.items() if ON_GPU and kind in torch.cuda.get_device_name()), None
+    )
+    peak = settings.peak_tflops or known
+    return {
+        "tokens_per_second": round(tokens / seconds),
+        "mfu": round(work / seconds / peak / 1e12, 3) if peak else None,
+        "reference_tokens_per_second": round(tokens / scoring_seconds),
+        "peak_gb": round(metrics.peak_memory_gb(), 1),
+    }
 
 
 def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
@@ -99,91 +278,37 @@ def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     return float(6 * (products + squares))
 
 
-def seconds_of(work: Callable[[], Any], repeats: int) -> float:
-    """Median, after one that does not count."""
-    taken = []
-    for _ in range(repeats + 1):
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        work()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize()
-        taken.append(time.perf_counter() - begin)
-    return median(taken[1:])
-
-
-def fresh_peak() -> None:
-    if DEVICE.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-
-
-def print_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
-    print(f"{device}, torch {torch.__version__}, {str(DTYPE).removeprefix('torch.')}\n")
-    print("\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows]))
-
-
-# ---------------------------------------------------------------- the training phase
-
-
-def train_ours(
-    name: str, rollouts: list[Rollout], tokens: int, repeats: int, checkpointing: bool
-) -> tuple[float, float, float, float]:
-    """Seconds of the reference pass and of the training phase, peak memory in GB, operations of the latter."""
-    policy = PackedLM(random_model(name), DTYPE)
-    reference = frozen_copy(policy)
-    if checkpointing:
-        checkpoint_activations(policy)
-    optimizer = build_optimizer(policy, (0.9, 0.999), 0.01)
-    advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).to(DEVICE)
-    response_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-    denominators = torch.full((len(rollouts),), float(response_tokens), device=DEVICE)
-    objective = Objective(1.0, 0.2, 0.001, 2.0, "token", denominators, 1.0)
-    batches = micro_batches(rollouts, tokens, DEVICE)
-    anchor = score(reference, batches, 1.0)
-    fresh_peak()
-    scoring = seconds_of(lambda: score(reference, batches, 1.0), repeats)
-    training = seconds_of(
-        lambda: optimizer_step(policy, optimizer, batches, advantages, anchor, objective, 1e-6), repeats
-    )
-    return scoring, training, metrics.peak_memory_gb(), operations(policy.lm, rollouts)
-
-
-def train_trl(name: str, rollouts: list[Rollout], tokens: int, repeats: int) -> tuple[float, float]:
-    """Seconds of TRL's training phase on the same rollouts (forward, backward, optimizer), and peak memory in GB; its
-    reference model is there, the reference's log-probs are given."""
+def train_trl(name: str, rollouts: list[Rollout], settings: Settings) -> Figures:
+    """TRL's training phase on the same rollouts (forward, backward, optimizer), with gradient checkpointing as TRL has
+    it by default; the reference's log-probs are given."""
     from datasets import Dataset
     from trl.trainer.grpo_config import GRPOConfig
     from trl.trainer.grpo_trainer import GRPOTrainer
 
-    longest = max(map(len, rollouts))
-    rows = max(1, tokens // longest)
+    rows = max(1, settings.tokens_per_micro_batch // max(map(len, rollouts)))
     lm = random_model(name)
     with TemporaryDirectory() as folder:
-        lm.save_pretrained(folder)  # for its reference model
-        lm.config._name_or_path = folder
         arguments = GRPOConfig(
             output_dir=folder,
             per_device_train_batch_size=GROUP,
             num_generations=GROUP,
-            beta=0.001,
-            bf16=DEVICE.type == "cuda",
-            use_cpu=DEVICE.type == "cpu",
-            gradient_checkpointing=False,
+            beta=0.0,  # no reference model of its own
+            bf16=ON_GPU,
+            use_cpu=not ON_GPU,
             report_to="none",
         )
         trainer = GRPOTrainer(
             model=lm,
-            reward_funcs=no_reward,
+            reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": ["?"] * GROUP}),
-            processing_class=start_model.train_tokenizer(),
+            processing_class=train_tokenizer(),
         )
+    trainer.beta = 0.001
     optimizer = trainer.create_optimizer()
     inputs = [trl_inputs(rollouts[start : start + rows]) for start in range(0, len(rollouts), rows)]
     trainer.current_gradient_accumulation_steps = len(inputs)
+    trainer.model.train()
 
     def step() -> None:
         for batch in inputs:
@@ -194,11 +319,9 @@ def train_trl(name: str, rollouts: list[Rollout], tokens: int, repeats: int) -> 
         optimizer.zero_grad()
 
     fresh_peak()
-    return seconds_of(step, repeats), metrics.peak_memory_gb()
-
-
-def no_reward(completions: list[str], **_: Any) -> list[float | None]:
-    return [0.0] * len(completions)
+    seconds = seconds_of(step, settings.repeats)
+    tokens = sum(map(len, rollouts))
+    return {"tokens_per_second": round(tokens / seconds), "peak_gb": round(metrics.peak_memory_gb(), 1)}
 
 
 def trl_inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
@@ -206,7 +329,8 @@ def trl_inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
 
     def padded(sequences: list[list[int]], side: str) -> Tensor:
         tensors = [torch.tensor(sequence) for sequence in sequences]
-        return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side).to(DEVICE)
+        padded = nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_side=side)
+        return padded.to("cuda" if ON_GPU else "cpu")
 
     prompts = padded([rollout.prompt_ids for rollout in rollouts], "left")
     responses = padded([rollout.response_ids for rollout in rollouts], "right")
@@ -216,121 +340,88 @@ def trl_inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
         "prompt_mask": torch.ones_like(prompts),
         "completion_ids": responses,
         "completion_mask": mask,
-        "advantages": torch.linspace(-1, 1, len(rollouts), device=DEVICE),
+        "advantages": torch.linspace(-1, 1, len(rollouts), device=prompts.device),
         "ref_per_token_logps": torch.zeros_like(responses, dtype=torch.float32),
         "num_items_in_batch": mask.sum(),
     }
 
 
-def training(
-    models: tuple[str, ...] = ("0.6B", "1.7B", "4B"),
-    response_tokens: tuple[int, ...] = (1000, 3000),
-    prompt_tokens: int = 150,
-    spread: float = 0.75,
-    tokens: int = 131_072,
-    tokens_per_micro_batch: int = 16_384,
-    repeats: int = 3,
-    peak_tflops: float | None = None,
-    activation_checkpointing: bool = False,
-    trl: bool = True,
-) -> None:
-    """Reference pass and training phase of a step of about `tokens` tokens; peak_tflops: the device's, in bfloat16."""
-    device = torch.cuda.get_device_name() if DEVICE.type == "cuda" else ""
-    peak = peak_tflops or next((tflops for name, tflops in BF16_TFLOPS.items() if name in device), None)
-    rows = []
-    for name, response in ((name, response) for name in models for response in response_tokens):
-        rollouts = random_rollouts(tokens, prompt_tokens, response, spread, SHAPES[name][6])
-        total = sum(map(len, rollouts))
-        row = [name, f"{response:,}", f"{total:,}"]
-        try:
-            scoring, trained, memory, work = train_ours(
-                name, rollouts, tokens_per_micro_batch, repeats, activation_checkpointing
-            )
-            mfu = f"{work / trained / peak / 1e12:.1%}" if peak else "-"
-            row += [f"{total / trained:,.0f}", mfu, f"{total / scoring:,.0f}", f"{memory:.1f}"]
-            if trl and find_spec("trl"):
-                theirs, their_memory = train_trl(name, rollouts, tokens_per_micro_batch, repeats)
-                row += [f"{total / theirs:,.0f}", f"{theirs / trained:.2f}", f"{their_memory:.1f}"]
-        except torch.OutOfMemoryError:
-            row += ["out of memory"]
-        rows.append(row + ["-"] * (10 - len(row)))
-    head = ["model", "mean response", "tokens", "training, tokens/s", "MFU", "reference, tokens/s", "peak, GB"]
-    print_table([*head, "TRL, tokens/s", "TRL / ours, time", "TRL, peak, GB"], rows)
-    print(f"\n{PRIME_RL}")
-
-
-# ---------------------------------------------------------------- the head
-
-
-def head(
-    tokens: int = 28_000, hidden: int = 2048, vocabulary: int = 151_936, repeats: int = 5, compiled: bool = True
-) -> None:
-    """Forward and backward of the chunked head beside its three matrix products; `compiled`: also with torch.compile.
-
-    The extra memory is what is held at the peak besides inputs and gradients."""
-    states = torch.randn(tokens, hidden, device=DEVICE, dtype=DTYPE).requires_grad_()
-    weight = (torch.randn(vocabulary, hidden, device=DEVICE) * hidden**-0.5).requires_grad_()
-    targets = torch.randint(vocabulary, (tokens,), device=DEVICE)
-
-    def ours() -> None:
-        ChunkedHead.apply(states, weight, targets, 1.0, lambda logp, _: -logp / tokens)[0].backward()
+def head(settings: Settings) -> Figures:
+    """Forward and backward, milliseconds."""
+    hidden, _, _, heads, key_heads, head_dim, vocabulary, _ = SHAPES[settings.models[0]]
+    device = torch.device("cuda" if ON_GPU else "cpu")
+    tokens = min(settings.tokens_per_micro_batch, settings.tokens)
+    states = torch.randn(tokens, hidden, device=device, dtype=DTYPE).requires_grad_()
+    weight = (torch.randn(vocabulary, hidden, device=device) * hidden**-0.5).requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=device)
 
     def bare() -> None:
-        lean, logits = weight.detach().to(DTYPE), None
-        for chunk in packing.token_chunks(tokens, vocabulary):
-            logits = states.detach()[chunk] @ lean.T
+        lean = weight.detach().to(DTYPE)
+        for chunk in scoring.token_chunks(tokens, vocabulary):
+            part = states.detach()[chunk]
+            logits = part @ lean.T
+            part @ lean.T
             logits @ lean
-            logits.T @ states.detach()[chunk]
+            logits.T @ part
 
-    floor = seconds_of(bare, repeats)
-    rows = [["three matrix products", f"{floor * 1e3:,.0f}", "1.00", "-"]]
-    for name in ("chunked head", *(["chunked head, torch.compile"] if compiled else [])):
-        if "compile" in name:
-            packing.token_statistics = torch.compile(packing.token_statistics, dynamic=True)
-        ours()  # the gradients are there from now on
-        fresh_peak()
-        before = metrics.peak_memory_gb()
-        seconds = seconds_of(ours, repeats)
-        extra = f"{metrics.peak_memory_gb() - before:.2f}" if DEVICE.type == "cuda" else "-"
-        rows.append([name, f"{seconds * 1e3:,.0f}", f"{seconds / floor:.2f}", extra])
-    print_table([f"{tokens:,} tokens, V {vocabulary:,}, H {hidden:,}", "ms", "ratio", "extra memory, GB"], rows)
+    chunked = seconds_of(lambda: ChunkedHead.apply(states, weight, targets, 1.0)[0].sum().backward(), settings.repeats)
+    figures = {"chunked_head_ms": 1e3 * chunked, "four_products_ms": 1e3 * seconds_of(bare, settings.repeats)}
 
-
-# ---------------------------------------------------------------- end to end
+    (batch, *_) = micro_batches(random_rollouts(tokens, 150, settings.response_tokens, 500), tokens, device)
+    shape = batch.input_ids.shape[1]
+    q, k, v = (
+        torch.randn(1, n, shape, head_dim, device=device, dtype=DTYPE).requires_grad_()
+        for n in (heads, key_heads, key_heads)
+    )
+    packed = seconds_of(lambda: attend(packed_attention, q, k, v, batch).sum().backward(), settings.repeats)
+    padded = seconds_of(lambda: attend(padded_attention, q, k, v, batch).sum().backward(), settings.repeats)
+    figures |= {"attention_ms": 1e3 * packed, "padded_attention_ms": 1e3 * padded}
+    return {name: round(value, 2) for name, value in figures.items()} | {"tokens": tokens}
 
 
-def loop(
-    model: str = "1.7B",
-    steps: int = 20,
-    questions: int = 16,
-    response_tokens: int = 1000,
-    folder: Path | None = None,
-) -> None:
-    """Variant II from prompts to checkpoint with the sampler at hand, then again from the checkpoint in the middle."""
-    with TemporaryDirectory() as temporary:
-        place, half = folder or Path(temporary), steps // 2
-        random_model(model).save_pretrained(place / "model")
-        start_model.train_tokenizer().save_pretrained(place / "model")
-        problems = islice(word_problems("train"), questions * steps)
-        lines = [json.dumps({"question": problem["question"]}) + "\n" for problem in problems]
-        (place / "questions.jsonl").write_text("".join(lines))
-        flags = {"variant": "II", "model": place / "model", "data": place / "questions.jsonl", "out": place / "run"}
-        flags |= {"questions-per-step": questions, "max-response-tokens": response_tokens, "steps": steps}
-        command = [sys.executable, str(ROOT / "train.py"), "--save-every", str(half)]
-        command += [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        subprocess.run(command, check=True)
-        history = metrics.read_metrics(place / "run")
-        checkpoint = place / "run" / "checkpoints" / f"step-{half:06}"
-        subprocess.run([*command, "--resume", str(checkpoint)], check=True)
-        resumed = metrics.read_metrics(place / "run")[half:]
-    shown = [key for key in history[0] if key.startswith("seconds_")]
-    shown += ["tokens_per_second", "peak_memory_gb", "mismatch_mean", "mismatch_max", "grad_norm"]
-    rows = []
-    for key in shown:
-        columns = [[step[key] for step in part] for part in (history[:1], history[1:], history[-1:], resumed)]
-        rows.append([key, *(f"{fmean(values):.3g}" for values in columns)])
-    print_table([f"{model}, {steps} steps", "first", "mean of the others", "last", f"from step {half} resumed"], rows)
+def attend(attention: Callable[..., tuple[Tensor, None]], q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
+    return attention(nn.Identity(), q, k, v, None, packing=batch)[0]
 
+
+def padded_attention(
+    _: nn.Module, query: Tensor, key: Tensor, value: Tensor, __: None, packing: MicroBatch
+) -> tuple[Tensor, None]:
+    """What a trainer that pads computes: [B, heads, L, d]."""
+    q, k, v = (packed[0][:, packing.token_at].transpose(0, 1) for packed in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), None
+
+
+def resume(settings: Settings) -> Figures:
+    """Largest relative difference of a metric between a run of four steps and one that was resumed after two. A random
+    model boxes nothing: its entropy is rewarded, and the teacher is the anchor alone."""
+    method = ["--variant", "entropy", "--kl-ref", "ema", "--lr", "1e-4"]
+    with TemporaryDirectory() as folder:
+        place = Path(folder)
+        command = [sys.executable, str(ROOT / "train.py"), *method]
+        command += [*run_flags(place, settings, 4), "--save-every", "2"]
+        subprocess.run([*command, "--keep", "0"], check=True, stdout=subprocess.DEVNULL)
+        whole = read_rows(place / "run" / "metrics.jsonl")
+        checkpoint = place / "run" / "checkpoints" / "step-000002"
+        (place / "run").rename(place / "whole")
+        (place / "run" / "checkpoints").mkdir(parents=True)
+        (place / "whole" / "checkpoints" / checkpoint.name).rename(checkpoint)
+        write_whole(place / "run" / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in whole[:2]))
+        subprocess.run([*command, "--resume", "auto"], check=True, stdout=subprocess.DEVNULL)
+        again = read_rows(place / "run" / "metrics.jsonl")
+    keys = ("reward", "entropy", "kl", "grad_norm", "response_tokens")
+    gaps = {
+        key: max(abs(a[key] - b[key]) / max(abs(a[key]), 1e-9) for a, b in zip(whole, again, strict=True))
+        for key in keys
+    }
+    last = {key: round(value, 2) for key, value in whole[-1].items() if key.startswith("seconds")}
+    return {"largest_gap": gaps, "last_step": last, "tokens_per_second": round(whole[-1]["tokens_per_second"])}
+
+
+PARTS = {"sanity": sanity, "learning": learning, "training": training, "head": head, "resume": resume}
 
 if __name__ == "__main__":
-    tyro.extras.subcommand_cli_from_dict({"training": training, "head": head, "loop": loop}, description=__doc__)
+    given = tyro.cli(Settings, description=__doc__)
+    if str(given.out) == "-":
+        print("\n" + json.dumps(PARTS[given.parts[0]](given)))
+    else:
+        main(given)

@@ -22,6 +22,7 @@ Sample = Callable[..., list[Rollout]]
 
 class Sampler(Protocol):
     sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
+    sleeping_bytes: int  # that PyTorch counts as the GPU's while the engine sleeps, and that are free
 
     def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
@@ -105,6 +106,7 @@ class TransformersSampler:
     """
 
     sync_seconds: float | None = None
+    sleeping_bytes = 0
 
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)

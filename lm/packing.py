@@ -4,6 +4,7 @@ attention never crosses them.
 Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T longest response.
 """
 
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -113,7 +114,19 @@ def muted(batch: MicroBatch) -> MicroBatch:
 
 
 def runs_flash(query: Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    """Whether the kernel of variable length takes it; on a GPU anything else is slow, and said once."""
+    fits = query.dtype in (torch.bfloat16, torch.float16)
+    if query.is_cuda and not fits:
+        warnings.warn(f"attention in {query.dtype} runs padded and slowly on a GPU; compute in bfloat16", stacklevel=2)
+    return query.is_cuda and fits
+
+
+def as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """In its dtype, where it is on: a norm of queries and keys, as Qwen3 has, leaves them in float32."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
 
 
 def packed_attention(
@@ -135,6 +148,7 @@ def packed_attention(
     present one included.
     """
     longest = packing.token_at.shape[1]
+    query, key, value = as_autocast_would(query, key, value)
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
         window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right

@@ -19,6 +19,8 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from hashlib import sha256
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -55,7 +57,8 @@ class VLLMSampler:
         self.eos_ids = list(eos_ids)
         self.dtype = compute_dtype
         self.max_sequence_tokens = max_sequence_tokens
-        self.on_gpu = lm.device.type == "cuda"
+        self.engine_memory = engine_memory
+        self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
         self.sync_seconds: float | None = None
         self._held = self._checked = False
         self._group = tensor_parallel_group(tensor_parallel)
@@ -69,8 +72,11 @@ class VLLMSampler:
             settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
         else:
             settings |= cpu_limits(lm.config, compute_dtype, max_sequence_tokens, rows, engine_memory)
+        before = torch.cuda.memory_allocated() if self.on_gpu else 0
         with undisturbed_host(self.on_gpu):
             self.llm = start_engine(lm, settings)
+            # PyTorch goes on counting what an engine that sleeps has given back.
+            self.sleeping_bytes = torch.cuda.memory_allocated() - before if self.on_gpu else 0
             self._sleep()
 
     @contextmanager
@@ -97,13 +103,24 @@ class VLLMSampler:
                 self._sleep()
 
     def close(self) -> None:
-        """End the engine; left to the interpreter's exit, it would destroy process groups that are gone by then."""
+        """End the engine, and torch.distributed with it; left to the interpreter's exit, it would destroy groups that
+        are gone by then."""
         self.llm.llm_engine.engine_core.shutdown()
 
     def _wake(self, tag: str) -> None:
-        if self.on_gpu:
-            torch.cuda.empty_cache()  # what the trainer has cached but does not use
+        if not self.on_gpu:
+            return
+        torch.cuda.empty_cache()  # what the trainer has cached but does not use
+        try:
             self.llm.wake_up(tags=[tag])
+        except RuntimeError as error:  # also torch.OutOfMemoryError
+            if "out of memory" not in str(error).lower():
+                raise
+            free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
+            raise UserError(
+                f"vLLM's {tag} do not fit beside the trainer ({free:.1f} of {total:.1f} GB are free): "
+                f"--engine-memory under {self.engine_memory}, or the flags that `python -m tools.plan` names"
+            ) from error
 
     def _sleep(self) -> None:
         if self.on_gpu:
@@ -204,21 +221,27 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
     under_torchrun = distributed.is_initialized() and "RANK" in os.environ
-    with tempfile.TemporaryDirectory() as folder:
-        config.save_pretrained(folder)
-        try:
-            return LLM(
-                model=folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,  # token ids in, token ids out
-                generation_config="vllm",  # no top_k or repetition penalty from the model's own
-                logprobs_mode="processed_logprobs",  # of the distribution that is sampled, at its temperature
-                disable_log_stats=True,
-                distributed_executor_backend="external_launcher" if under_torchrun else None,
-                **settings,
-            )
-        except ValueError as error:  # settings that vLLM refuses
-            raise UserError(f"vLLM does not start: {error}") from error
+    # vLLM finds what it has compiled by the model's path, so that the same config must have the same.
+    text = config.to_json_string()
+    key = sha256(text.encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"co-rewarding-{os.getuid()}-{key}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    aside = folder / f"{os.getpid()}.json"
+    aside.write_text(text)
+    os.replace(aside, folder / "config.json")
+    try:
+        return LLM(
+            model=str(folder),
+            load_format="dummy",
+            skip_tokenizer_init=True,  # token ids in, token ids out
+            generation_config="vllm",  # no top_k or repetition penalty from the model's own
+            logprobs_mode="processed_logprobs",  # of the distribution that is sampled, at its temperature
+            disable_log_stats=True,
+            distributed_executor_backend="external_launcher" if under_torchrun else None,
+            **settings,
+        )
+    except ValueError as error:  # settings that vLLM refuses
+        raise UserError(f"vLLM does not start: {error}") from error
 
 
 def cpu_limits(
@@ -226,15 +249,13 @@ def cpu_limits(
 ) -> dict[str, Any]:
     """A CPU has no sleep mode: the key-value cache is as large as `rows` sequences need, and at most `share` of the
     memory."""
-    sequences = min(rows, CPU_SEQUENCES)
+    sequences, memory = min(rows, CPU_SEQUENCES), ranks.memory_of(torch.device("cpu"))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return {
-        "kv_cache_memory_bytes": min(
-            blocks * CPU_BLOCK * token_bytes, int(share * ranks.memory_of(torch.device("cpu")))
-        ),
+        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory)),
         "max_num_seqs": sequences,
         "enforce_eager": True,
         # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.
@@ -295,8 +316,8 @@ def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) ->
 @torch.no_grad()
 def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype) -> Tensor:
     """Log-probs [T] of a response under the model itself, by transformers."""
-    tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
     lm = whole(lm, dtype)
+    tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
     with plain_attention(lm), torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32):
         logits = lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
     response = tokens[0, len(rollout.prompt_ids) :, None]

@@ -10,9 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BENCHMARKS = {
     "growth.py": ["--doublings", "1", "--questions", "2", "--repeats", "1", "--hidden", "32"],
-    "gpu.py head": ["--tokens", "40", "--hidden", "8", "--vocabulary", "50", "--repeats", "1", "--no-compiled"],
-    "gpu.py loop": ["--model", "tiny", "--steps", "2", "--questions", "2", "--response-tokens", "6"],
-    "gpu.py training": ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1"],
+    "gpu.py": "--models tiny --response-tokens 20 --tokens 800 --repeats 1 --steps 2".split(),
     "step_vs_trl.py": ["--questions", "4", "--rollouts", "2", "--response-tokens", "6", "--steps", "1"],
 }
 

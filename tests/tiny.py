@@ -117,6 +117,7 @@ class ScriptedSampler:
     """Says what `script(holder, prompt text, g)` tells it to; `holder` is the model whose turn it is."""
 
     sync_seconds = None
+    sleeping_bytes = 0
 
     def __init__(self, script: Callable[[PreTrainedModel, str, int], str]) -> None:
         self.script = script
