@@ -44,7 +44,7 @@ WORKED_STEP = re.compile(r"(?<![\w^.)}])\d+(?:\.\d+)?\s*[-+*/×÷]\s*\d+(?:\.\d+
 
 def rewrite_fault(question: str, rewrite: str) -> str | None:
     """What makes a rephrasing certainly useless, a short reason; None if nothing was found."""
-    if letters(rewrite) == letters(question):
+    if bare(rewrite) == bare(question):
         return "unchanged"
     if TEMPLATE_ECHO.fullmatch(rewrite.strip()):
         return "placeholder"
@@ -78,7 +78,7 @@ def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
     return "numbers lost" if lost_numbers(question, rewrite) else None
 
 
-def letters(text: str) -> str:
+def bare(text: str) -> str:
     """All but white space, case, and brackets: Qwen3-32B returned questions inside those of its template."""
     return "".join(text.split()).replace("<", "").replace(">", "").casefold()
 
