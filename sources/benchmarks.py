@@ -1,7 +1,4 @@
-"""Benchmarks: where their questions are, and how answers to them are read.
-
-data.load_benchmark reads them.
-"""
+"""Benchmarks: where their questions are, how they are asked, and how answers to them are read."""
 
 import ast
 import pprint
@@ -10,40 +7,33 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from answers.equivalence import extract_boxed
 from config import UserError
+from sources.files import Columns
 
-Row = dict[str, Any]  # the other columns of a question
 
-
-@dataclass(frozen=True)
-class Files:
-    """Files that belong together, and their columns; the authors' layout has columns of its own (see data.py)."""
+class Files(NamedTuple):
+    """Files that belong together, and their columns (the authors' layout is known by itself)."""
 
     pattern: str
-    question: str = "question"
-    answer: str = "answer"
+    columns: Columns = Columns()
 
 
-def as_written(question: str, _: Row) -> str:
-    return question
-
-
-def body_and_question(question: str, row: Row) -> str:
+def body_and_question(question: str, others: dict[str, Any]) -> str:
     """SVAMP tells its story in one column, often without its full stop, and asks in another."""
-    body = row["Body"].strip()
+    body = others["Body"].strip()
     return f"{body if body.endswith('.') else body + '.'} {question.strip()}"
 
 
-def multiple_choice(question: str, row: Row) -> str:
-    options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", row["options"], strict=False)]
+def multiple_choice(question: str, others: dict[str, Any]) -> str:
+    options = [f"{letter}. {option}" for letter, option in zip("ABCDEFGHIJ", others["options"], strict=False)]
     return "\n".join([question, *options, "Answer with the letter of the correct option."])
 
 
-def output_prediction(question: str, row: Row) -> str:
-    call = f"What does f({row['input']}) return? Answer with a Python literal."
+def output_prediction(question: str, others: dict[str, Any]) -> str:
+    call = f"What does f({others['input']}) return? Answer with a Python literal."
     return f"```python\n{question}\n```\n{call}"
 
 
@@ -62,9 +52,12 @@ def python_literal(answer: str) -> str:
     """A literal as Python would print it, without LaTeX's escapes and with dicts and sets in order."""
     try:
         value = ast.literal_eval(re.sub(r"\\([{}_%#&$])", r"\1", answer.strip()))
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return pprint.pformat(value, width=sys.maxsize)
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):  # too deep, too long a number, {[]: 1}
         return answer.strip()
-    return pprint.pformat(value, width=sys.maxsize)
+
+
+# ---------------------------------------------------------------- where they are
 
 
 @dataclass(frozen=True)
@@ -72,54 +65,46 @@ class Source:
     local: Files  # below the folder of data; the first match counts
     hub: str  # data set on the Hugging Face hub
     hub_files: Files  # all of them count
-    ask: Callable[[str, Row], str] = as_written
+    ask: Callable[[str, dict[str, Any]], str] = lambda question, _: question
     read: Callable[[str], str] = str.strip
     match: Literal["exact", "math"] = "math"
 
 
 # fmt: off
+PROBLEM = Columns("problem")
 SOURCES = {
-    "math500": Source(
-        Files("math500.jsonl", "problem"),
-        "HuggingFaceH4/MATH-500", Files("test.jsonl", "problem"),
-    ),
-    "gsm8k": Source(
-        Files("gsm8k_test.jsonl"),
-        "openai/gsm8k", Files("main/test-*.parquet"),
-    ),
+    "math500": Source(Files("math500.jsonl", PROBLEM), "HuggingFaceH4/MATH-500", Files("test.jsonl", PROBLEM)),
+    "gsm8k": Source(Files("gsm8k_test.jsonl"), "openai/gsm8k", Files("main/test-*.parquet")),
     "amc": Source(  # 83 questions of the AMC 12 of 2022 and 2023, the authors' AMC-TTT
         Files("AMC-TTT/test.parquet"),
-        "AI-MO/aimo-validation-amc", Files("data/train-*.parquet", "problem"),
+        "AI-MO/aimo-validation-amc", Files("data/train-*.parquet", PROBLEM),
     ),
-    "amc23": Source(  # 40 of these 83
-        Files("amc23.jsonl"),
-        "math-ai/amc23", Files("*test-*.parquet"),
-    ),
+    "amc23": Source(Files("amc23.jsonl"), "math-ai/amc23", Files("*test-*.parquet")),  # 40 of these 83
     "aime24": Source(
-        Files("aime24.jsonl", "problem", "expected_answer"),
-        "HuggingFaceH4/aime_2024", Files("data/train-*.parquet", "problem"),
+        Files("aime24.jsonl", Columns("problem", answer="expected_answer")),
+        "HuggingFaceH4/aime_2024", Files("data/train-*.parquet", PROBLEM),
     ),
     "aime25": Source(
-        Files("aime25.jsonl", "problem", "expected_answer"),
-        "MathArena/aime_2025", Files("data/train-*.parquet", "problem"),
+        Files("aime25.jsonl", Columns("problem", answer="expected_answer")),
+        "MathArena/aime_2025", Files("data/train-*.parquet", PROBLEM),
     ),
     "math": Source(  # all 5,000 test questions
         Files("math/test.parquet"),
-        "DigitalLearningGmbH/MATH-lighteval", Files("data/test-*.parquet", "problem", "solution"),
+        "DigitalLearningGmbH/MATH-lighteval", Files("data/test-*.parquet", Columns("problem", answer="solution")),
         read=inside_box,
     ),
     "olympiadbench": Source(  # mathematics in English, without figures, with an answer
-        Files("olympiadbench_maths_en.jsonl", answer="final_answer"),
-        "Hothan/OlympiadBench", Files("*OE_TO_maths_en_COMP.parquet", answer="final_answer"),
+        Files("olympiadbench_maths_en.jsonl", Columns(answer="final_answer")),
+        "Hothan/OlympiadBench", Files("*OE_TO_maths_en_COMP.parquet", Columns(answer="final_answer")),
     ),
     "svamp": Source(  # all 1,000
-        Files("SVAMP.json", "Question", "Answer"),
-        "ChilleD/SVAMP", Files("data/*.parquet", "Question", "Answer"),
+        Files("SVAMP.json", Columns("Question", answer="Answer")),
+        "ChilleD/SVAMP", Files("data/*.parquet", Columns("Question", answer="Answer")),
         ask=body_and_question,
     ),
     "multiarith": Source(
-        Files("multiarith.jsonl", "input", "target"),
-        "ChilleD/MultiArith", Files("*.json", "question", "final_ans"),
+        Files("multiarith.jsonl", Columns("input", answer="target")),
+        "ChilleD/MultiArith", Files("*.json", Columns("question", answer="final_ans")),
     ),
     "mmlu-pro": Source(  # without examples in the prompt
         Files("mmlu_pro_test.parquet"),
@@ -127,8 +112,8 @@ SOURCES = {
         ask=multiple_choice, read=option_letter, match="exact",
     ),
     "crux": Source(  # CRUXEval-O, without examples in the prompt
-        Files("cruxeval.jsonl", "code", "output"),
-        "cruxeval-org/cruxeval", Files("test.jsonl", "code", "output"),
+        Files("cruxeval.jsonl", Columns("code", answer="output")),
+        "cruxeval-org/cruxeval", Files("test.jsonl", Columns("code", answer="output")),
         ask=output_prediction, read=python_literal, match="exact",
     ),
 }

@@ -44,8 +44,7 @@ WORKED_STEP = re.compile(r"(?<![\w^.)}])\d+(?:\.\d+)?\s*[-+*/×÷]\s*\d+(?:\.\d+
 
 def rewrite_fault(question: str, rewrite: str) -> str | None:
     """What makes a rephrasing certainly useless, a short reason; None if nothing was found."""
-    # Qwen3-32B returned some questions word for word inside its template's angle brackets.
-    if re.sub(r"[\s<>]", "", rewrite).casefold() == re.sub(r"[\s<>]", "", question).casefold():
+    if bare(rewrite) == bare(question):
         return "unchanged"
     if TEMPLATE_ECHO.fullmatch(rewrite.strip()):
         return "placeholder"
@@ -77,6 +76,11 @@ def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
     if (WORKED_STEP.search(rewrite) and not WORKED_STEP.search(question)) or gives_away(question, rewrite, gold):
         return "answer leaked"
     return "numbers lost" if lost_numbers(question, rewrite) else None
+
+
+def bare(text: str) -> str:
+    """All but white space, case, and brackets: Qwen3-32B returned questions inside those of its template."""
+    return "".join(text.split()).replace("<", "").replace(">", "").casefold()
 
 
 def lacks_figure(question: str, rewrite: str) -> bool:

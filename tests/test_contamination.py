@@ -1,16 +1,17 @@
-"""contamination.py: each test is named after the bug it prevents."""
+"""tools/contamination.py and sources/overlap.py: each test is named after the bug it prevents."""
 
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-import data
 from config import UserError
 from data import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
-from sources.overlap import NEARLY, RUN, flat, numbers, overlaps, runs_of_words
+from sources.overlap import NEARLY, RUN, digits, overlaps, runs_of_words, squeezed
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = "A train leaves the station at 7 and drives for 3 hours at 60 miles an hour before it stops. How far is that?"
@@ -56,9 +57,9 @@ def test_index_disagrees_with_comparing_every_pair() -> None:
 
 
 def test_helpers_split_inside_numbers_or_names() -> None:
-    assert numbers("12 and 1,200 and a_3") == {"12": 1, "1": 1, "200": 1, "3": 1}
+    assert digits("12 and 1,200 and a_3") == {"12": 1, "1": 1, "200": 1, "3": 1}
     assert runs_of_words("a_{1} b c d e f g") == runs_of_words("A 1 (B) c, d; e f. g!") != set()
-    assert flat(" a\n\n b\t") == "a b"
+    assert squeezed(" a\n\n b\t") == "a b"
 
 
 def test_decontaminated_set_keeps_a_copy_or_loses_the_rest() -> None:
@@ -71,18 +72,26 @@ def test_decontaminated_set_keeps_a_copy_or_loses_the_rest() -> None:
         without_overlap(pairs[:1], [benchmark], report)
 
 
-def test_command_line_finds_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def run_contamination(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tools.contamination", *arguments]
+    root = Path(__file__).parents[1]
+    return subprocess.run(command, cwd=root, check=False, capture_output=True, text=True, timeout=120)
+
+
+def test_command_line_finds_nothing(tmp_path: Path) -> None:
     for name, questions in {"train": [LONG, LONG + " And when?"], "asked": [LONG, "What is 1+1?"]}.items():
         rows = [json.dumps({"question": question, "answer": "1"}) for question in questions]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(rows))
     train, asked = (str(tmp_path / f"{name}.jsonl") for name in ("train", "asked"))
-    monkeypatch.setattr("sys.argv", ["data.py", "check", "--train", train, "--eval", asked])
-    data.main()
-    printed = capsys.readouterr().out
+    printed = run_contamination("--train", train, "--eval", asked).stdout
     assert "asked: of 2 questions 1 word for word, 0 nearly" in printed
     assert "drops 2 of the training questions" in printed
+
+
+def test_command_line_ends_in_a_traceback(tmp_path: Path) -> None:
+    result = run_contamination("--train", str(tmp_path / "absent.jsonl"), "--eval", "math500")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
 @pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")

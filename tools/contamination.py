@@ -41,7 +41,7 @@ def example(overlap: Overlap, name: str, asked: Pair, trained: Pair) -> str:
     return "\n".join(lines)
 
 
-def check(settings: ContaminationSettings) -> None:
+def show_overlaps(settings: ContaminationSettings) -> None:
     """Show how many questions of each benchmark are in the training set, and examples."""
     training = load_pairs(settings.train, question=settings.question_column)
     benchmarks = [load_benchmark(name, settings.data_dir) for name in settings.eval]
@@ -62,7 +62,7 @@ def check(settings: ContaminationSettings) -> None:
 
 if __name__ == "__main__":
     try:
-        check(tyro.cli(ContaminationSettings, description=__doc__))
+        show_overlaps(tyro.cli(ContaminationSettings, description=__doc__))
     except UserError as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)

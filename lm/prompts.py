@@ -1,0 +1,98 @@
+"""A question -> the tokens of its prompt, through the model's chat template.
+
+The prompt is the authors': a system message, then the bare question, for base models too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from config import SYSTEM_PROMPT, UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PLACEHOLDER = "<The question stands here: 6f1d0a52.>"  # in no chat template
+
+
+def read_chat_template(path: str) -> str:
+    try:
+        if not Path(path).is_file():  # reading a pipe would wait for its writer
+            raise OSError("it is no file")
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as problem:
+        raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **template_options: Any
+) -> str:
+    name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
+    if not (chat_template or tokenizer.chat_template):
+        raise UserError(f"the tokenizer of {name} has no chat template: {cure}")
+    complaint = "it leaves out the question"
+    for messages in (
+        [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}],
+        # Gemma's template refuses a system message, others pass over it without a word.
+        [{"role": "user", "content": f"{SYSTEM_PROMPT}\n\n{question}"}],
+    ):
+        try:
+            text = tokenizer.apply_chat_template(
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False, **template_options
+            )
+        except Exception as problem:  # a template is a program: it can fail in any way, also by endless recursion
+            complaint = (str(problem) or type(problem).__name__).partition("\n")[0]
+            continue
+        if SYSTEM_PROMPT in text and question.strip() in text:
+            return str(text)
+    raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **template_options: Any
+) -> list[int]:
+    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
+    render = partial(prompt_text, tokenizer, chat_template=chat_template, **template_options)
+    return chat_ids(tokenizer, [question], render)[0]
+
+
+def chat_ids(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], render: Callable[[str], str]
+) -> list[list[int]]:
+    """The tokens of each question within the text that `render`, a chat template, makes of it.
+
+    Only the template may speak in special tokens: where a question spells one, it is encoded as the text that it is.
+    """
+
+    def encode(text: str | list[str], **how: bool) -> Any:
+        # A template writes the BOS itself: a tokenizer left to add its special tokens would double it.
+        return tokenizer(text, add_special_tokens=False, **how)["input_ids"]
+
+    special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    ids: list[list[int]] = []
+    for start in range(0, len(questions), 1024):  # not all at once: a batch also holds offsets and more of every token
+        ids += encode([render(question) for question in questions[start : start + 1024]])
+    for i, question in enumerate(questions):
+        if any(token in question for token in special):
+            before, said, after = around(question, render, special)
+            plain = encode(said, split_special_tokens=True)
+            ids[i] = [*encode(before), *plain, *encode(after)]
+    return ids
+
+
+def around(question: str, render: Callable[[str], str], special: set[str]) -> tuple[str, str, str]:
+    """A prompt, cut at the template's special tokens that stand next to the question, so that no other token changes.
+
+    Raises:
+        UserError: the template does more to a question than to put text around it.
+    """
+    text, (before, *others) = render(question), render(PLACEHOLDER).split(PLACEHOLDER)
+    if len(others) != 1 or not (text.startswith(before) and text.endswith(others[0])):
+        raise UserError(f"the question {question[:80]!r} spells a special token of the tokenizer: take it out")
+    start = max((before.rindex(token) + len(token) for token in special if token in before), default=0)
+    end = min((others[0].index(token) for token in special if token in others[0]), default=len(others[0]))
+    end += len(text) - len(others[0])
+    return text[:start], text[start:end], text[end:]
