@@ -39,11 +39,10 @@ from lm.decoding import Sample
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, frozen_sampler, request_seed
 from store.files import Row, fingerprint, newest_policy, to_lines, write_whole
-from store.parts import Part, claim, make_parts, read_whole, stand_alone
+from store.parts import Part, claim, make_parts, read_whole, split, stand_alone
 from store.results import compare, estimate, keep_results, table
 
-# Columns to break numbers down by.
-GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")
+GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")  # columns to break numbers down by
 
 
 @dataclass(frozen=True)
@@ -226,24 +225,25 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
         UserError: a benchmark, the model or the folder cannot be used.
     """
     process, folder = stand_alone(), Path(str(settings.out))
-    benchmarks = [
-        load_benchmark(name, settings.data_dir, settings.question_column, settings.answer_column)
-        for name in settings.benchmarks
-    ]
+    where = settings.data_dir, settings.question_column, settings.answer_column
+    benchmarks = [load_benchmark(name, *where) for name in settings.benchmarks]
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     claim(folder, settings.decisive, folder / "result.json")
+    jobs: dict[str, dict[Part, Job]] = {}
     for each in benchmarks:  # more can be added to a folder; each keeps its questions
-        claim(folder / f"{each.name}.parts", {"questions": fingerprint(each.pairs)}, folder / f"{each.name}.jsonl")
-    jobs = [jobs_of(replace(each, pairs=each.pairs[: settings.limit]), folder, settings) for each in benchmarks]
-    answer_missing({part: job for of_one in jobs for part, job in of_one.items()}, process, settings)
+        parts, file = folder / f"{each.name}.parts", folder / f"{each.name}.jsonl"
+        claim(parts, {"questions": fingerprint(each.pairs)}, file)
+        asked = replace(each, pairs=each.pairs[: settings.limit])
+        batches = split(parts, "", len(asked.pairs), settings.questions_per_batch, settings.k + settings.greedy)
+        jobs[each.name] = {part: (asked, which) for part, which in batches.items()}
+    answer_missing({part: job for of_one in jobs.values() for part, job in of_one.items()}, process, settings)
     results = {}
-    for of_one in jobs:
+    for name, of_one in jobs.items():
         if (rows := read_whole(of_one)) is None:
             return None
-        benchmark = next(iter(of_one.values()))[0]
-        write_whole(folder / f"{benchmark.name}.jsonl", to_lines(rows))
-        results[benchmark.name] = result_of(benchmark, rows)
+        write_whole(folder / f"{name}.jsonl", to_lines(rows))
+        results[name] = result_of(next(iter(of_one.values()))[0], rows)
     keep_results(folder / "result.json", settings.decisive, results)
     print(table(results))
     for what, count in algebra.counts().items():  # not in the file, as a killed run has forgotten its own
@@ -251,16 +251,6 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
             print(f"{what.replace('_', ' ')}: {count:,} comparisons of this run, taken as unequal")
     print(f"kept in {folder / 'result.json'}")
     return folder / "result.json"
-
-
-def jobs_of(benchmark: Benchmark, folder: Path, settings: EvaluationSettings) -> dict[Part, Job]:
-    """A part is named after its questions: the last one under one --limit is another one under the next."""
-    jobs, count = {}, len(benchmark.pairs)
-    for start in range(0, count, settings.questions_per_batch):
-        which = range(start, min(start + settings.questions_per_batch, count))
-        path = folder / f"{benchmark.name}.parts" / f"{which.start:06d}-{which.stop:06d}.jsonl"
-        jobs[Part(path, len(which) * (settings.k + settings.greedy))] = (benchmark, which)
-    return jobs
 
 
 def answer_missing(jobs: dict[Part, Job], process: tuple[int, int], settings: EvaluationSettings) -> None:

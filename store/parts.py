@@ -1,10 +1,10 @@
 """Long work in parts, each a JSONL file that is there whole or not at all: after a kill the same command makes those
 that are missing, and any number of processes share them out without a word between them.
 
-    process = stand_alone()                          # under torchrun every process has a model and a GPU of its own
-    claim(folder, settings, out)                     # what is there already was begun with these settings
-    make_parts("rephrasing", jobs, process, work, opened, tally)
-    rows = read_whole(jobs)                          # for the process that finds nothing missing: the last
+    process = stand_alone()                           # under torchrun every process has a model and a GPU of its own
+    claim(folder, settings, out)                      # what is there already was begun with these settings
+    make_parts("rephrasing", jobs, process, ...)      # those that are missing
+    rows = read_whole(jobs)                           # for the process that finds nothing missing: the last
 """
 
 import json
@@ -27,6 +27,13 @@ Model = TypeVar("Model")
 class Part(NamedTuple):
     path: Path
     rows: int  # when it is whole: at least one
+
+
+def split(folder: Path, stem: str, count: int, size: int, rows: int = 1) -> dict[Part, range]:
+    """Parts of `size` of `count` things, with `rows` rows for each of them; a part is named after the places of what it
+    holds, so the last one of another count is another part."""
+    places = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return {Part(folder / f"{stem}{at.start:06d}-{at.stop:06d}.jsonl", rows * len(at)): at for at in places}
 
 
 def read_part(part: Part) -> list[Row]:
@@ -85,17 +92,17 @@ def make_parts(
     """Make those of this process's share of the parts that are missing, each from its job, with a model that is opened
     if there are any; the bar shows what was counted, in percent of the rows. Returns whether a model was opened."""
     rank, processes = process
-    share = list(jobs)[rank::processes]
-    rows = [row for part in share for row in read_part(part)]
-    counted, total = tally(rows), len(rows)
-    missing = [part for part in share if not read_part(part)]
+    kept = {part: read_part(part) for part in list(jobs)[rank::processes]}
+    missing, rows = [part for part in kept if not kept[part]], [row for rows in kept.values() for row in rows]
     if not missing:
         return False
-    bar = tqdm(missing, stage, len(share), initial=len(share) - len(missing), unit="batch", position=rank)
+    counted, total = tally(rows), len(rows)
+    bar = tqdm(missing, stage, len(kept), initial=len(kept) - len(missing), unit="batch", position=rank)
     with opened as model, bar:
         for part in bar:
             rows = work(jobs[part], model)
             write_whole(part.path, to_lines(rows))
-            counted, total = counted + tally(rows), total + len(rows)
+            counted.update(tally(rows))
+            total += len(rows)
             bar.set_postfix({name: f"{number / total:.1%}" for name, number in counted.items()})
     return True

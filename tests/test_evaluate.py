@@ -259,6 +259,33 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untr
     assert lines.read_bytes() == whole
 
 
+def test_torchrun_makes_one_engine_of_its_processes(tmp_path: Path, untrained: str) -> None:
+    settings = settings_of(tmp_path, model=untrained, max_response_tokens=6, k=2)
+    evaluate_model(settings)
+    flags = ["--model", untrained, "--benchmarks", *settings.benchmarks, "--k", "2", "--questions-per-batch", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", evaluate.__file__, *flags]
+    command += ["--max-response-tokens", "6", "--out", str(tmp_path / "shared")]
+    subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=tmp_path)
+    for name in ("own.jsonl", "settings.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_stopped_evaluation_ends_in_a_traceback(
+    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guesser, "sample", stop)
+    settings = settings_of(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "letters", "--benchmarks", *settings.benchmarks])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+
+
 def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser: Guesser) -> None:
     evaluate_model(settings_of(tmp_path))
     with pytest.raises(

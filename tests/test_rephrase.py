@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,12 +21,14 @@ from data import load_pairs
 from embedded.start_model import new_model, train_tokenizer
 from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
 from lm.model import load_pretrained, stop_token_ids
+from rewards import Response
 from rollout import request_seed
 from sources.faults import lost_numbers, numbers, strict_fault
 from store.parts import stand_alone
 from tools import rephrase
-from tools.rephrase import RephrasingSettings, Reply, read_reply
+from tools.rephrase import RephrasingSettings, read_reply
 
+Reply = partial(Response, tokens=1)  # of a text that is `finished` or not
 ROOT = Path(rephrase.__file__).parents[1]
 
 # ---------------------------------------------------------------- parsing
@@ -74,7 +77,7 @@ def test_the_rewriter_samples_as_the_papers_did():
     ],
 )
 def test_a_reply_without_a_whole_rewrite_is_not_used(fault, text, finished):
-    assert read_reply(Reply(text, finished)) == ("", fault)
+    assert read_reply(Reply(text, finished=finished)) == ("", fault)
 
 
 def test_a_complete_rewrite_counts_even_if_the_chatter_after_it_was_cut():
@@ -93,7 +96,7 @@ def test_a_reply_of_a_thousand_lines_stops_the_work(padding):
 
 def test_several_lines_and_latex_survive_parsing():
     rewrite = "Let $x_1 < 3$.\n\n\\[x^2 = \\text{ORIGINAL value}\\]\nFind $x$."
-    assert read_reply(Reply(GOOD.replace("Add 2 and 3: how much?", rewrite), True)) == (rewrite, None)
+    assert read_reply(Reply(GOOD.replace("Add 2 and 3: how much?", rewrite), finished=True)) == (rewrite, None)
 
 
 # ---------------------------------------------------------------- checks
@@ -165,13 +168,13 @@ class Scripted:
     def replies(self, prompts, keys, n, **how):
         self.asked += [(*key[1:], n) for key in keys]
         texts = [self.say(bytes(p).decode(), k, g) for p, k in zip(prompts, keys, strict=True) for g in range(n)]
-        return [text if isinstance(text, Reply) else Reply(text, True) for text in texts]
+        return [text if isinstance(text, Response) else Reply(text, finished=True) for text in texts]
 
 
 def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "chat_model", lambda *_: nullcontext(model))
     for to_ids in ("prompt_ids", "instruction_ids"):
-        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, template: list(text.encode()))
+        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, chat_template: list(text.encode()))
 
 
 def to_the_end(settings: RephrasingSettings) -> None:
@@ -232,7 +235,10 @@ def test_a_bad_candidate_is_asked_again_and_the_first_good_one_wins(tmp_path, mo
 
 
 def test_a_question_without_a_good_rewrite_is_recorded_with_its_reasons_not_lost(tmp_path, monkeypatch):
-    use(monkeypatch, Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", False)))
+    use(
+        monkeypatch,
+        Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", finished=False)),
+    )
     out = tmp_path / "pairs.jsonl"
     to_the_end(RephrasingSettings(str(questions(tmp_path, 2)), "m", out, attempts=2))
     assert [(row["rephrased"], row["faults"]) for row in rows_of(out)] == [
@@ -318,6 +324,7 @@ STUB = """
 import os, random, sys, time
 from contextlib import contextmanager
 sys.path[:0] = [{root!r}]
+from rewards import Response
 from tools import rephrase
 
 class Stub:
@@ -329,14 +336,14 @@ class Stub:
         with open({log!r}, "a") as log:
             log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in keys)
         if keys[0][1] == "verify":
-            return [rephrase.Reply(r"\\boxed{{7}}", True)] * len(prompts) * n
+            return [Response(r"\\boxed{{7}}", 1, True)] * len(prompts) * n
         asked = [(bytes(p).decode(), f"{{key}} {{g}}") for p, key in zip(prompts, keys) for g in range(n)]
         return [self.reply(question, random.Random(seed)) for question, seed in asked]
 
     def reply(self, question, rng):
         start = rng.choice(["Please add", "Sum up", "Let me see", "Add"])
         text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
-        return rephrase.Reply("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", rng.random() < 0.9)
+        return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
 opened = []
 
@@ -347,7 +354,7 @@ def open_only_once(name, *_):
     yield Stub()
 
 rephrase.chat_model = open_only_once
-rephrase.instruction_ids = rephrase.prompt_ids = lambda tokenizer, question, template: list(question.encode())
+rephrase.instruction_ids = rephrase.prompt_ids = lambda tokenizer, question, chat_template: list(question.encode())
 rephrase.main()
 """
 
@@ -434,7 +441,7 @@ def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
     to_the_end(settings)
     whole = settings.out.read_bytes()
-    (tmp_path / "pairs.jsonl.parts" / "rewritten-000001.jsonl").write_bytes(damage)
+    (tmp_path / "pairs.jsonl.parts" / "rewritten-000002-000004.jsonl").write_bytes(damage)
     to_the_end(settings)
     assert settings.out.read_bytes() == whole
 

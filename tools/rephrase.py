@@ -21,20 +21,19 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from answers.equivalence import extract_boxed
 from config import UserError
 from data import Pair, Report, load_pairs, prompt_ids
 from lm.decoding import Sample
-from rewards import are_equal, majority_vote
-from rollout import frozen_sampler, request_seed
+from rewards import Response, are_equal, read_groups
+from rollout import decode, frozen_sampler, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from store.files import Row, fingerprint, newest_policy, to_lines, write_whole
-from store.parts import Part, claim, make_parts, read_part, read_whole, stand_alone
+from store.parts import Part, claim, make_parts, read_part, read_whole, split, stand_alone
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -71,8 +70,8 @@ class RephrasingSettings:
     """keep only pairs on which the majority answers of this model agree"""
     verify_samples: int = 8
     """answers to each wording that vote"""
-    verify_response_tokens: int = 3072
-    """its longer answers are cut"""
+    verify_tokens: int = 3072
+    """longer answers are cut"""
     attempts: int = 3
     """at a question; the first asks for one rewrite, each further one for twice as many"""
     temperature: float = 0.7
@@ -100,11 +99,6 @@ class RephrasingSettings:
 # ---------------------------------------------------------------- a model that replies
 
 
-class Reply(NamedTuple):
-    text: str
-    finished: bool  # not cut at the limit
-
-
 @dataclass(frozen=True)
 class ChatModel:
     """A model and all that its replies depend on."""
@@ -114,12 +108,13 @@ class ChatModel:
     longest_prompt: int  # in tokens
     chat_template: str | None
 
-    def replies(self, prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], **how: Any) -> list[Reply]:
+    def replies(
+        self, prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], **how: Any
+    ) -> list[Response]:
         """n replies a prompt, contiguous; `keys` are what their seeds are derived from, `how` goes to the sampler."""
-        rollouts = self.sample(prompts, [request_seed(*key) for key in keys], **how)
-        ids = [rollout.response_ids for rollout in rollouts]
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [Reply(text, rollout.finished) for text, rollout in zip(texts, rollouts, strict=True)]
+        if not prompts:
+            return []
+        return decode(self.sample(prompts, [request_seed(*key) for key in keys], **how), self.tokenizer)
 
 
 def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
@@ -149,7 +144,7 @@ def chat_model(name: str, reply_tokens: int, batch: int, settings: RephrasingSet
 # ---------------------------------------------------------------- questions -> rewrites
 
 
-def read_reply(reply: Reply) -> tuple[str, str | None]:
+def read_reply(reply: Response) -> tuple[str, str | None]:
     """The rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
     # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
@@ -208,7 +203,7 @@ def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Ch
     return [row | {"faults": dict(sorted(counted.items()))} for row, counted in zip(rows, faults, strict=True)]
 
 
-def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) -> str | None:
+def first_good(pair: Pair, candidates: Sequence[Response], faults: Counter[str]) -> str | None:
     """The first rewrite without a fault; the faults of those before it are counted."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
@@ -224,41 +219,26 @@ def first_good(pair: Pair, candidates: Sequence[Reply], faults: Counter[str]) ->
 
 def verify_part(settings: RephrasingSettings, rewritten: Part, model: ChatModel) -> list[Row]:
     """Its rows, without the rephrasings to which the model's majority gives another answer, or none."""
-    rows = read_part(rewritten)
-    prompts = {
-        row["id"]: [
-            prompt_ids(model.tokenizer, row[wording], model.chat_template) for wording in ("question", "rephrased")
-        ]
-        for row in rows
-        if row["rephrased"]
-    }
+    rows, k = read_part(rewritten), settings.verify_samples
+    to_ids = partial(prompt_ids, model.tokenizer, chat_template=model.chat_template)
+    prompts = {row["id"]: [to_ids(row["question"]), to_ids(row["rephrased"])] for row in rows if row["rephrased"]}
     asked = [name for name, both in prompts.items() if max(map(len, both)) <= model.longest_prompt]
     faults = dict.fromkeys(prompts.keys() - set(asked), "too long to verify")
-    votes = majority_answers(
+    replies = model.replies(
         [prompt for name in asked for prompt in prompts[name]],
         [(settings.seed, "verify", name, view) for name in asked for view in ("x", "x'")],
-        model,
-        settings,
+        n=k,
+        temperature=1.0,
+        max_tokens=settings.verify_tokens,
     )
-    x, rephrased = votes[::2], votes[1::2]
-    for name, *labels, same in zip(asked, x, rephrased, are_equal(x, rephrased), strict=True):
+    votes = [group.vote.label for group in read_groups(replies, k, "math")]
+    for name, *labels, same in zip(asked, votes[::2], votes[1::2], are_equal(votes[::2], votes[1::2]), strict=True):
         if not same:
             faults[name] = "not answered" if None in labels else "other answer"
     return [
         row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
         for row in rows
     ]
-
-
-def majority_answers(
-    prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], model: ChatModel, settings: RephrasingSettings
-) -> list[str | None]:
-    k = settings.verify_samples
-    if not prompts:
-        return []
-    replies = model.replies(prompts, keys, n=k, temperature=1.0, max_tokens=settings.verify_response_tokens)
-    boxed = [extract_boxed(reply.text) for reply in replies]
-    return [majority_vote(boxed[start : start + k], "math").label for start in range(0, len(boxed), k)]
 
 
 # ---------------------------------------------------------------- the command
@@ -278,21 +258,20 @@ def rephrase(settings: RephrasingSettings) -> bool:
     )
     process, folder, size = stand_alone(), Path(f"{settings.out}.parts"), settings.batch_size
     claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
-    rewrites = {
-        Part(folder / f"rewritten-{i // size:06d}.jsonl", len(pairs[i : i + size])): pairs[i : i + size]
-        for i in range(0, len(pairs), size)
-    }
-    parts = list(rewrites)
+    rewrites = split(folder, "rewritten-", len(pairs), size)
     model = chat_model(settings.model, settings.max_response_tokens, size, settings)
-    loaded = make_parts("rephrasing", rewrites, process, partial(rewrite_batch, settings), model, tally)
+    batches = {part: pairs[places.start : places.stop] for part, places in rewrites.items()}
+    loaded = make_parts("rephrasing", batches, process, partial(rewrite_batch, settings), model, tally)
+    parts = list(rewrites)
     if settings.verify:
         if loaded:
             return False
-        parts = [Part(folder / f"verified-{i:06d}.jsonl", part.rows) for i, part in enumerate(rewrites)]
-        votes = size * 2 * settings.verify_samples
-        model = chat_model(settings.verify, settings.verify_response_tokens, votes, settings)
-        jobs = dict(zip(parts, rewrites, strict=True))
-        make_parts("verifying", jobs, process, partial(verify_part, settings), model, tally)
+        parts = list(split(folder, "verified-", len(pairs), size))
+        model = chat_model(
+            settings.verify, settings.verify_tokens, size * 2 * settings.verify_samples, settings
+        )
+        of_part = dict(zip(parts, rewrites, strict=True))
+        make_parts("verifying", of_part, process, partial(verify_part, settings), model, tally)
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
         write_whole(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
