@@ -96,9 +96,8 @@ def make_parts(
     missing, rows = [part for part in kept if not kept[part]], [row for rows in kept.values() for row in rows]
     if not missing:
         return False
-    counted, total = tally(rows), len(rows)
-    bar = tqdm(missing, stage, len(kept), initial=len(kept) - len(missing), unit="batch", position=rank)
-    with opened as model, bar:
+    counted, total, done = tally(rows), len(rows), len(kept) - len(missing)
+    with opened as model, tqdm(missing, stage, len(kept), initial=done, unit="batch", position=rank) as bar:
         for part in bar:
             rows = work(jobs[part], model)
             write_whole(part.path, to_lines(rows))

@@ -267,9 +267,7 @@ def rephrase(settings: RephrasingSettings) -> bool:
         if loaded:
             return False
         parts = list(split(folder, "verified-", len(pairs), size))
-        model = chat_model(
-            settings.verify, settings.verify_tokens, size * 2 * settings.verify_samples, settings
-        )
+        model = chat_model(settings.verify, settings.verify_tokens, size * 2 * settings.verify_samples, settings)
         of_part = dict(zip(parts, rewrites, strict=True))
         make_parts("verifying", of_part, process, partial(verify_part, settings), model, tally)
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
