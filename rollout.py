@@ -9,7 +9,8 @@ is the trainer's own model (lm/decoding.py) or vLLM (lm/vllm_engine.py).
 """
 
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from hashlib import blake2b
 from typing import Literal
 
@@ -17,10 +18,10 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, UserError
-from data import PromptedPair
+from data import PromptedPair, prompt_ids, read_chat_template
 from lm import ranks
-from lm.decoding import Sampler, TransformersSampler
-from lm.model import check_length
+from lm.decoding import Sample, Sampler, TransformersSampler
+from lm.model import check_length, load_pretrained, stop_token_ids
 from lm.packing import Rollout
 from lm.scoring import PackedLM
 from lm.vllm_engine import VLLMSampler
@@ -100,3 +101,29 @@ def open_sampler(
     if engine == "hf":
         return TransformersSampler(eos_ids, dtype)
     return VLLMSampler(lm, eos_ids, dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)
+
+
+@contextmanager
+def frozen_sampler(
+    model: str,
+    engine: Literal["auto", "vllm", "hf"],
+    chat_template: str | None,
+    longest_prompt: Callable[[PreTrainedTokenizerBase, str | None], int],
+    max_response_tokens: int,
+    rows: int,
+    engine_memory: float = 0.5,
+) -> Iterator[tuple[Sample, PreTrainedTokenizerBase, str | None]]:
+    """A model that is only sampled from, in bfloat16 on a GPU: its sampler, its tokenizer and the chat template's text,
+    with which questions can be asked. `longest_prompt` says, for these two, how many tokens will be asked at most."""
+    on_gpu, chosen = torch.cuda.is_available(), choose_engine(engine)
+    lm, tokenizer = load_pretrained(model, torch.bfloat16 if on_gpu else torch.float32)
+    lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
+    template = read_chat_template(chat_template) if chat_template else None
+    prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
+    tokens = longest_prompt(tokenizer, template) + max_response_tokens
+    eos_ids = stop_token_ids(lm, tokenizer)
+    sampler = open_sampler(
+        chosen, lm, eos_ids, lm.dtype, max_sequence_tokens=tokens, rows=rows, engine_memory=engine_memory
+    )
+    with closing(sampler), sampler.holding(lm) as sample:
+        yield sample, tokenizer, template

@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from config import UserError
+from config import EMBEDDED_MODELS, UserError
 
 Row = dict[str, Any]
 
@@ -37,19 +37,22 @@ def read_rows(path: Path) -> list[Row]:
         UserError: a line that is no JSON object.
     """
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], 1):
+    for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            rows.append(dict(json.loads(line)))
-        except (ValueError, TypeError, RecursionError) as problem:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as problem:
             raise UserError(
-                f"{path}, line {number} is damaged ({problem}): repair it, or move the file away"
+                f"{path}, line {number} is damaged ({problem}): repair it or move the file away"
             ) from problem
+        if not isinstance(row, dict):
+            raise UserError(f"{path}, line {number} is no JSON object: repair it or move the file away")
+        rows.append(row)
     return rows
 
 
-def fingerprint(*things: object) -> str:
+def fingerprint(thing: object) -> str:
     """Of whatever has a repr; equal things, equal fingerprints, on every machine."""
-    return blake2b(repr(things).encode(errors="backslashreplace"), digest_size=8).hexdigest()
+    return blake2b(repr(thing).encode(errors="backslashreplace"), digest_size=8).hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], harmless: Iterable[str] = ()) -> str:
@@ -57,3 +60,12 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], harmless: Iterabl
     before, now = json.loads(json.dumps([before, now], default=str))
     differing = [name for name in sorted({*before, *now} - set(harmless)) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in differing)
+
+
+def newest_policy(model: str) -> str:
+    """A run's or a checkpoint's folder means its policy, and a link what it points to now: `latest` moves on. Other
+    names of models stay as they are."""
+    for inside in ("checkpoints/latest/policy", "policy", ""):
+        if model not in EMBEDDED_MODELS and (path := Path(model, inside)).is_dir():
+            return str(path.resolve())
+    return model

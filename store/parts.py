@@ -1,48 +1,74 @@
 """Long work in parts, each a JSONL file that is there whole or not at all: after a kill the same command makes those
-that are missing, and any number of processes share them out without a word between them."""
+that are missing, and any number of processes share them out without a word between them.
+
+    process = stand_alone()                           # under torchrun every process has a model and a GPU of its own
+    claim(folder, settings, out)                      # what is there already was begun with these settings
+    make_parts("rephrasing", jobs, process, ...)      # those that are missing
+    rows = read_whole(jobs)                           # for the process that finds nothing missing: the last
+"""
 
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
 
 from config import UserError
+from store.files import Row, changes, read_rows, to_lines, write_whole
 
-Row = dict[str, Any]
+Job = TypeVar("Job")
 Model = TypeVar("Model")
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Aside, then renamed: never half a file, whatever happens."""
-    aside = path.with_name(f"{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
-    os.replace(aside, path)
+class Part(NamedTuple):
+    path: Path
+    rows: int  # when it is whole: at least one
 
 
-def read_part(path: Path) -> list[Row]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
+def split(folder: Path, stem: str, count: int, size: int, rows: int = 1) -> dict[Part, range]:
+    """Parts of `size` of `count` things, with `rows` rows for each of them; a part is named after the places of what it
+    holds, so the last one of another count is another part."""
+    places = [range(start, min(start + size, count)) for start in range(0, count, size)]
+    return {Part(folder / f"{stem}{at.start:06d}-{at.stop:06d}.jsonl", rows * len(at)): at for at in places}
 
 
-def claim(out: Path, settings: dict[str, str]) -> Path:
-    """The folder for the parts of OUT: a new one, or one that was begun with the same settings."""
-    folder = Path(f"{out}.parts")
+def read_part(part: Part) -> list[Row]:
+    """Its rows; none where it is missing, or so damaged that it has to be made again."""
+    try:
+        rows = read_rows(part.path)
+    except (FileNotFoundError, UserError):
+        return []
+    return rows if len(rows) == part.rows else []
+
+
+def read_whole(parts: Iterable[Part]) -> list[Row] | None:
+    """The rows of all parts in their order; None while one is missing."""
+    each = [read_part(part) for part in parts]
+    return [row for rows in each for row in rows] if all(each) else None
+
+
+def claim(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
+    """Take a folder for the parts of `out`: a new one, or one in which the same work was begun.
+
+    Raises:
+        UserError: what is there was made with other settings or with unknown ones; or the folder cannot be written.
+    """
     record = folder / "settings.json"
-    if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if changed := sorted(name for name in before | settings if before.get(name) != settings.get(name)):
-            changes = ", ".join(f"{name} (was {before.get(name)}, is {settings.get(name)})" for name in changed)
-            raise UserError(f"{folder} was begun with other settings: {changes}; name another --out, or delete it")
-    elif out.exists():
-        raise UserError(f"{out} is there already, and {folder} is not: name another --out")
-    else:
+    try:
+        begun = out.exists() or any(folder.rglob("*.jsonl"))
+        before = json.loads(record.read_text(encoding="utf-8", errors="replace")) if begun else settings
+        if changed := changes(before, settings):
+            raise UserError(f"{folder} was begun with other settings: {changed}; name another --out, or delete it")
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps(settings, indent=2) + "\n")
-    return folder
+        write_whole(record, json.dumps(dict(settings), indent=2, default=str) + "\n")
+    except FileNotFoundError:
+        raise UserError(f"{out} or a part of it is there already, but no {record}: name another --out") from None
+    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as problem:
+        raise UserError(f"{record} cannot be used ({problem}): name another --out") from problem
 
 
 def stand_alone() -> tuple[int, int]:
@@ -57,21 +83,25 @@ def stand_alone() -> tuple[int, int]:
 
 def make_parts(
     stage: str,
-    parts: Sequence[Path],
-    share: range,
-    work: Callable[[int, Model], list[Row]],
+    jobs: Mapping[Part, Job],
+    process: tuple[int, int],
+    work: Callable[[Job, Model], list[Row]],
     opened: AbstractContextManager[Model],
-    tally: Callable[[list[Row]], Counter[str]],
-) -> None:
-    """Those of this process's share of the parts that are missing, with a model that is loaded if there are any; the
-    bar shows the sum of their tallies."""
-    if all(parts[i].exists() for i in share):
-        return
-    shown = Counter[str]()
-    with opened as model, tqdm(share, desc=stage, unit="batch", position=share.start) as bar:
-        for i in bar:
-            if not parts[i].exists():
-                rows = work(i, model)
-                write_whole(parts[i], "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows))
-            shown += tally(read_part(parts[i]))
-            bar.set_postfix(shown)
+    tally: Callable[[Sequence[Row]], Counter[str]],
+) -> bool:
+    """Make those of this process's share of the parts that are missing, each from its job, with a model that is opened
+    if there are any; the bar shows what was counted, in percent of the rows. Returns whether a model was opened."""
+    rank, processes = process
+    kept = {part: read_part(part) for part in list(jobs)[rank::processes]}
+    missing, rows = [part for part in kept if not kept[part]], [row for rows in kept.values() for row in rows]
+    if not missing:
+        return False
+    counted, total, done = tally(rows), len(rows), len(kept) - len(missing)
+    with opened as model, tqdm(missing, stage, len(kept), initial=done, unit="batch", position=rank) as bar:
+        for part in bar:
+            rows = work(jobs[part], model)
+            write_whole(part.path, to_lines(rows))
+            counted.update(tally(rows))
+            total += len(rows)
+            bar.set_postfix({name: f"{number / total:.1%}" for name, number in counted.items()})
+    return True

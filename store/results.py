@@ -1,18 +1,38 @@
 """How the result of an evaluation is kept, shown and compared with another one.
 
-A result.json holds {"settings": ..., "benchmarks": {name: what evaluate.result_of says}}.
+A result.json holds {"settings": ..., "versions": ..., "benchmarks": {name: what evaluate.result_of says}}.
 """
 
 import json
 import math
+import subprocess
 from collections.abc import Sequence
+from contextlib import suppress
+from importlib import metadata
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+import torch
+
 from config import UserError
+from store.files import write_whole
 
 Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
+
+
+def versions() -> dict[str, str]:
+    """What numbers depend on besides settings: packages, the device, and the commit if this is a git repository."""
+    found = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
+    for name in ("torch", "transformers", "vllm", "math-verify"):
+        with suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    root = Path(__file__).resolve().parents[1]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git on this machine, or not our folder
+        if (root / ".git").exists():
+            describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+            found["commit"] = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    return found
 
 
 def estimate(values: Sequence[float]) -> Estimate:
@@ -21,11 +41,21 @@ def estimate(values: Sequence[float]) -> Estimate:
 
 
 def read_result(path: str) -> dict[str, Any]:
+    """A result.json, or the one in an evaluation's folder."""
+    file = Path(path, "result.json") if Path(path).is_dir() else Path(path)
     try:
-        result = json.loads(Path(path).read_text())
-        return {"settings": dict(result["settings"]), "benchmarks": dict(result["benchmarks"])}
+        result = json.loads(file.read_text(encoding="utf-8"))
+        result = {"versions": {}} | result  # the first evaluations had none
+        return {name: dict(result[name]) for name in ("settings", "versions", "benchmarks")}
     except (OSError, ValueError, KeyError, TypeError) as problem:
-        raise UserError(f"{path} is no result.json of an evaluation: {problem!r}") from problem
+        raise UserError(f"{file} is no result.json of an evaluation: {problem!r}") from problem
+
+
+def keep_results(path: Path, settings: dict[str, Any], benchmarks: dict[str, Any]) -> None:
+    """Into a result.json, beside the benchmarks that it holds already."""
+    earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
+    result = {"settings": settings, "versions": versions(), "benchmarks": earlier | benchmarks}
+    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def written(number: Estimate, name: str, sign: str = "") -> str:
@@ -67,7 +97,7 @@ def compare(before_path: str, after_path: str) -> str:
     shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
     if not shared:
         raise UserError(f"{before_path} and {after_path} have no benchmark in common")
-    rows = [["", "", "before", "after", "difference"]]
+    rows, turned = [["", "", "before", "after", "difference"]], []
     for benchmark in shared:
         a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
         if a["fingerprint"] != b["fingerprint"]:
@@ -78,8 +108,17 @@ def compare(before_path: str, after_path: str) -> str:
             difference = estimate([y - x for x, y in zip(a["values"][name], b["values"][name], strict=True)])
             both = [written(result["numbers"][name], name) for result in (a, b)]
             rows.append([benchmark, name, *both, written(difference, name, sign="+")])
-    lines = [f"before: {before_path}", f"after:  {after_path}", in_columns(rows)]
-    for name, value in before["settings"].items():
-        if value != after["settings"].get(name):
-            lines.append(f"other settings: {name} {value} before, {after['settings'].get(name)} after")
+        if (main := a["groups of"]) == b["groups of"]:
+            turned.append(f"{benchmark}: {gained_and_lost(a['values'][main], b['values'][main])} ({main} over 1/2)")
+    lines = [f"before: {before_path}", f"after:  {after_path}", in_columns(rows), *turned]
+    for kind in ("settings", "versions"):
+        for name, value in before[kind].items():
+            if value != after[kind].get(name):
+                lines.append(f"other {kind}: {name} {value} before, {after[kind].get(name)} after")
     return "\n".join(lines)
+
+
+def gained_and_lost(before: Sequence[float], after: Sequence[float]) -> str:
+    """Questions whose answers are correct, or more than half of them, in one of two evaluations alone."""
+    correct = [(x > 0.5, y > 0.5) for x, y in zip(before, after, strict=True)]
+    return f"{correct.count((False, True)):,} questions gained, {correct.count((True, False)):,} lost"

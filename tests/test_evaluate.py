@@ -1,14 +1,17 @@
-"""evaluate.py, results.py and benchmark_data.py: each test is named after the bug it prevents."""
+"""evaluate.py, store/results.py and sources/benchmarks.py: each test is named after the bug it prevents."""
 
 import itertools
 import json
 import math
+import os
 import random
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -20,10 +23,11 @@ import evaluate
 from config import UserError
 from data import Benchmark, Pair, load_benchmark
 from embedded.start_model import new_model, train_tokenizer
-from evaluate import Answered, Settings, pass_at_k, question_values, result_of, run
+from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
 from lm.packing import Rollout
 from rewards import are_equal, equivalent
 from sources.benchmarks import SOURCES, option_letter, python_literal
+from store.files import Row
 from store.results import compare, estimate, table
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -55,8 +59,11 @@ class Guesser:
         self.requests: list[str] = []
 
     @contextmanager
-    def holding(self, lm: object) -> Iterator[Any]:
-        yield self.sample
+    def opened(self, model: str, *_: Any, **__: Any) -> Iterator[Any]:
+        """In the place of `frozen_sampler`."""
+        if model == "leters":
+            raise UserError("no such model")
+        yield self.sample, Letters(), None
 
     def sample(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
@@ -74,8 +81,7 @@ class Guesser:
 @pytest.fixture
 def guesser(monkeypatch: pytest.MonkeyPatch) -> Guesser:
     guesser = Guesser()
-    monkeypatch.setattr(evaluate, "load", lambda name, device: (SimpleNamespace(lm=None), Letters()))
-    monkeypatch.setattr(evaluate, "make_sampler", lambda *_: guesser)
+    monkeypatch.setattr(evaluate, "frozen_sampler", guesser.opened)
     return guesser
 
 
@@ -85,13 +91,19 @@ def write_questions(path: Path, count: int = 7, **more: Any) -> str:
     return str(path)
 
 
-def settings_of(tmp_path: Path, **changes: Any) -> Settings:
+def settings_of(tmp_path: Path, **changes: Any) -> EvaluationSettings:
     defaults = {"benchmarks": (write_questions(tmp_path / "own.jsonl"),), "k": 3, "questions_per_batch": 2}
-    return Settings(**{"model": "letters", "out": str(tmp_path / "out"), **defaults, **changes})
+    return EvaluationSettings(**{"model": "letters", "out": str(tmp_path / "out"), **defaults, **changes})
 
 
-def answered(answer: str | None, correct: bool, greedy: bool = False) -> Answered:
-    return Answered("0", "?", "gold", greedy, answer, correct, tokens=5, truncated=answer is None, text="")
+def result_in(tmp_path: Path, **changes: Any) -> dict[str, Any]:
+    path = evaluate_model(settings_of(tmp_path, **changes))
+    assert path is not None
+    return dict(json.loads(path.read_text()))
+
+
+def answered(answer: str | None, correct: bool, greedy: bool = False) -> Row:
+    return {"greedy": greedy, "answer": answer, "correct": correct, "tokens": 5, "truncated": answer is None}
 
 
 # ---------------------------------------------------------------- numbers
@@ -136,11 +148,11 @@ def test_greedy_answer_leaks_into_the_sampled_numbers() -> None:
 
 
 def test_sampled_answers_are_drawn_at_the_papers_temperature():
-    assert (Settings().temperature, Settings().k) == (0.8, 8)
+    assert (EvaluationSettings().temperature, EvaluationSettings().k) == (0.8, 8)
 
 
 def test_answers_are_scored_against_the_gold_of_a_neighbour(tmp_path: Path, guesser: Guesser) -> None:
-    result = json.loads(run(settings_of(tmp_path)).read_text())["benchmarks"]["own"]
+    result = result_in(tmp_path)["benchmarks"]["own"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "own.jsonl").read_text().splitlines()]
     assert len(lines) == 7 * 4 == result["samples"]
     for i, line in enumerate(lines):
@@ -159,22 +171,66 @@ def test_answers_are_scored_against_the_gold_of_a_neighbour(tmp_path: Path, gues
 # ---------------------------------------------------------------- killed and resumed
 
 
-def test_killed_evaluation_repeats_or_loses_questions(tmp_path: Path, guesser: Guesser) -> None:
-    """Killed after any byte, it ends with the files of an undisturbed run, and asks nothing twice that it kept."""
+def files_of(tmp_path: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in (tmp_path / "out").glob("*.json*")}
+
+
+def test_killed_evaluation_repeats_or_loses_questions(
+    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed at any of its files, it ends with the files of an undisturbed run, and asks nothing twice that it kept."""
     settings = settings_of(tmp_path)
-    result = run(settings)
-    lines, whole = tmp_path / "out" / "own.jsonl", (tmp_path / "out" / "own.jsonl").read_bytes()
-    undisturbed = json.loads(result.read_text())
-    assert set(undisturbed) == {"settings", "benchmarks"}, "what only a whole run knows would differ after a kill"
-    batch = len(b"".join(whole.splitlines(keepends=True)[:8]))
-    for size in [*range(0, len(whole), 137), batch - 1, batch, batch + 1, len(whole)]:
-        lines.write_bytes(whole[:size])
-        result.unlink(missing_ok=True)
+    evaluate_model(settings)
+    undisturbed, real = files_of(tmp_path), os.replace
+    assert undisturbed.keys() == {"settings.json", "own.jsonl", "result.json"}
+    for fatal in range(1, 2 + 4 + 2 + 1):
+        shutil.rmtree(tmp_path / "out")
+        replaced: list[Path] = []
+
+        def dies(old: Path, new: Path, replaced: list[Path] = replaced, fatal: int = fatal) -> None:
+            replaced.append(new)
+            if len(replaced) == fatal:
+                Path(old).write_text('{"id": "4", "quest')
+                raise MemoryError
+            real(old, new)
+
+        with monkeypatch.context() as patched, pytest.raises(MemoryError):
+            patched.setattr(os, "replace", dies)
+            evaluate_model(settings)
+        kept = sum(path.parent.name == "own.parts" and path.suffix == ".jsonl" for path in replaced[:-1])
         guesser.requests.clear()
-        assert json.loads(run(settings).read_text()) == undisturbed
-        assert lines.read_bytes() == whole
-        kept = whole[:size].count(b"\n") // 8 * 2 if size < len(whole) else 7
-        assert len(guesser.requests) == 2 * (7 - kept), "a greedy and a sampled request for each question not kept"
+        evaluate_model(settings)
+        assert files_of(tmp_path) == undisturbed
+        assert len(guesser.requests) == 2 * (7 - min(2 * kept, 7)), "a greedy and a sampled request for each"
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"id": "2", "quest', b"\xff\n", b"[]\n" * 8])
+def test_damaged_part_ends_the_evaluation_for_good(tmp_path: Path, guesser: Guesser, damage: bytes) -> None:
+    settings = settings_of(tmp_path)
+    evaluate_model(settings)
+    undisturbed = files_of(tmp_path)
+    (tmp_path / "out" / "own.parts" / "000002-000004.jsonl").write_bytes(damage)
+    guesser.requests.clear()
+    evaluate_model(settings)
+    assert files_of(tmp_path) == undisturbed
+    assert set(guesser.requests) == {"What is 2 modulo 2?", "What is 3 modulo 2?"}
+
+
+def test_two_processes_ask_twice_or_disagree_with_one(
+    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate_model(settings_of(tmp_path))
+    alone, asked = files_of(tmp_path), sorted(guesser.requests)
+    shutil.rmtree(tmp_path / "out")
+    guesser.requests.clear()
+    capsys.readouterr()
+    for rank, finished in ((1, False), (0, True)):  # the last one puts the parts together
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        assert (evaluate_model(settings_of(tmp_path)) is not None) == finished
+        assert ("avg@3" in capsys.readouterr().out) == finished
+    assert files_of(tmp_path) == alone
+    assert sorted(guesser.requests) == asked
 
 
 @pytest.fixture
@@ -187,70 +243,124 @@ def untrained(tmp_path: Path) -> str:
 
 
 def test_answers_run_past_the_positions_that_the_model_knows(tmp_path: Path, untrained: str) -> None:
-    with pytest.raises(UserError, match="the model knows 512 positions; ask for shorter .* --max-tokens"):
-        run(settings_of(tmp_path, model=untrained, max_tokens=512))
+    with pytest.raises(UserError, match="the model knows 512 positions; ask for shorter responses"):
+        evaluate_model(settings_of(tmp_path, model=untrained, max_response_tokens=512))
 
 
 def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untrained: str) -> None:
-    """The same with a real model, killed inside its third batch."""
-    settings = settings_of(tmp_path, model=untrained, max_tokens=6, k=2)
-    run(settings)
+    """With a real model, whose third batch and what was made of it are lost."""
+    settings = settings_of(tmp_path, model=untrained, max_response_tokens=6, k=2)
+    evaluate_model(settings)
     lines = tmp_path / "out" / "own.jsonl"
     whole = lines.read_bytes()
-    lines.write_bytes(b"".join(whole.splitlines(keepends=True)[:14]) + b'{"id": "4", "quest')
-    run(settings)
+    lines.unlink()
+    (tmp_path / "out" / "own.parts" / "000004-000006.jsonl").unlink()
+    evaluate_model(settings)
     assert lines.read_bytes() == whole
 
 
+def test_torchrun_makes_one_engine_of_its_processes(tmp_path: Path, untrained: str) -> None:
+    settings = settings_of(tmp_path, model=untrained, max_response_tokens=6, k=2)
+    evaluate_model(settings)
+    flags = ["--model", untrained, "--benchmarks", *settings.benchmarks, "--k", "2", "--questions-per-batch", "2"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", evaluate.__file__, *flags]
+    command += ["--max-response-tokens", "6", "--out", str(tmp_path / "shared")]
+    subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=tmp_path)
+    for name in ("own.jsonl", "settings.json"):
+        assert (tmp_path / "shared" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+
+
+def test_stopped_evaluation_ends_in_a_traceback(
+    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guesser, "sample", stop)
+    settings = settings_of(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", "--model", "letters", "--benchmarks", *settings.benchmarks])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert ended.value.code == 130
+    assert "stopped; the same command goes on" in capsys.readouterr().err
+
+
 def test_resumed_with_other_settings_mixes_two_protocols(tmp_path: Path, guesser: Guesser) -> None:
-    run(settings_of(tmp_path))
+    evaluate_model(settings_of(tmp_path))
     with pytest.raises(
-        UserError, match=r"answers of other settings: temperature \(was 0.8, is 1.0\); name another --out"
+        UserError, match=r"out was begun with other settings: temperature \(was 0.8, is 1.0\); name another --out"
     ):
-        run(settings_of(tmp_path, temperature=1.0))
+        evaluate_model(settings_of(tmp_path, temperature=1.0))
     changed = tmp_path / "changed"
     changed.mkdir()
     path = write_questions(changed / "own.jsonl")
     Path(path).write_text(Path(path).read_text().replace("2 modulo", "4 modulo"))
-    with pytest.raises(UserError, match="own.jsonl, line 9 answers another question"):
-        run(settings_of(tmp_path, benchmarks=(path,)))
+    with pytest.raises(UserError, match=r"own.parts was begun with other settings: questions \(was"):
+        evaluate_model(settings_of(tmp_path, benchmarks=(path,)))
 
 
-def test_failed_start_blocks_its_folder(tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_start_blocks_its_folder(tmp_path: Path, guesser: Guesser) -> None:
     """A mistyped model leaves a folder with settings and no answers."""
-
-    def fail(*_: Any) -> None:
-        raise UserError("no such model")
-
-    with monkeypatch.context() as patched, pytest.raises(UserError):
-        patched.setattr(evaluate, "load", fail)
-        run(settings_of(tmp_path, model="leters"))
-    assert run(settings_of(tmp_path)).exists()
+    with pytest.raises(UserError, match="no such model"):
+        evaluate_model(settings_of(tmp_path, model="leters"))
+    result = evaluate_model(settings_of(tmp_path))
+    assert result and result.exists()
 
 
 def test_foreign_file_is_taken_for_answers(tmp_path: Path, guesser: Guesser) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "own.jsonl").write_text('{"question": "1+1?"}\n')
-    with pytest.raises(UserError, match="holds .jsonl files but no settings.json of theirs"):
-        run(settings_of(tmp_path))
+    with pytest.raises(UserError, match="is there already, but no .*settings.json: name another --out"):
+        evaluate_model(settings_of(tmp_path))
     assert (tmp_path / "out" / "own.jsonl").read_text() == '{"question": "1+1?"}\n'
 
 
 def test_longer_limit_asks_everything_again_and_a_shorter_one_deletes(tmp_path: Path, guesser: Guesser) -> None:
-    run(settings_of(tmp_path, limit=4))
+    evaluate_model(settings_of(tmp_path, limit=4))
     guesser.requests.clear()
-    run(settings_of(tmp_path))
+    evaluate_model(settings_of(tmp_path))
     assert len(guesser.requests) == 2 * 3
     whole = (tmp_path / "out" / "own.jsonl").read_bytes()
-    result = json.loads(run(settings_of(tmp_path, limit=2)).read_text())
-    assert result["benchmarks"]["own"]["questions"] == 2
-    assert (tmp_path / "out" / "own.jsonl").read_bytes() == whole
+    assert result_in(tmp_path, limit=2)["benchmarks"]["own"]["questions"] == 2
+    guesser.requests.clear()
+    evaluate_model(settings_of(tmp_path))
+    assert not guesser.requests and (tmp_path / "out" / "own.jsonl").read_bytes() == whole
+
+
+def test_result_does_not_say_with_what_it_was_made(tmp_path: Path, guesser: Guesser) -> None:
+    made = result_in(tmp_path)["versions"]
+    assert {"torch", "transformers", "math-verify", "device"} <= made.keys()
+    assert made["torch"] == torch.__version__.partition("+")[0] or made["torch"] == torch.__version__
+
+
+def test_reader_of_answers_stumbles_over_what_a_model_wrote(
+    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CRUX's reader ended the evaluation, and ended it again at each restart."""
+
+    def stumbles(answer: str) -> str:
+        raise RecursionError(answer)
+
+    pairs = [Pair("0", "1+1?", gold="2")]
+    monkeypatch.setattr(evaluate, "load_benchmark", lambda *_: Benchmark("own", pairs, stumbles, "exact"))
+    evaluate_model(settings_of(tmp_path))
+    (tmp_path / "out" / "own.jsonl").read_text().index("boxed")
+
+
+def test_text_that_is_not_ascii_or_has_odd_line_breaks_is_changed(tmp_path: Path, guesser: Guesser) -> None:
+    path = tmp_path / "odd.jsonl"
+    question = "Süß\u2028数\x85\x0b?"
+    path.write_text(json.dumps({"question": question, "answer": "1"}) + "\n")
+    evaluate_model(settings_of(tmp_path, benchmarks=(str(path),)))
+    lines = (tmp_path / "out" / "odd.jsonl").read_text(encoding="utf-8").split("\n")
+    assert len(lines) == 5 and json.loads(lines[0])["question"] == question
 
 
 def test_second_benchmark_wipes_the_first_result(tmp_path: Path, guesser: Guesser) -> None:
-    run(settings_of(tmp_path))
+    evaluate_model(settings_of(tmp_path))
     other = write_questions(tmp_path / "other.jsonl", count=3)
-    result = json.loads(run(settings_of(tmp_path, benchmarks=(other,))).read_text())
+    result = result_in(tmp_path, benchmarks=(other,))
     assert {name: each["questions"] for name, each in result["benchmarks"].items()} == {"own": 7, "other": 3}
 
 
@@ -279,6 +389,18 @@ def test_difference_has_the_error_of_unpaired_means(tmp_path: Path) -> None:
     assert row == ["own", "greedy", "40.0", "±", "24.5", "60.0", "±", "24.5", "+20.0", "±", "37.4"]
 
 
+def test_difference_hides_how_many_questions_were_lost(tmp_path: Path) -> None:
+    assert "own: 2 questions gained, 1 lost (greedy over 1/2)" in compare(*two_results(tmp_path)).splitlines()
+
+
+def test_folder_of_an_evaluation_is_no_result(tmp_path: Path) -> None:
+    for path in two_results(tmp_path):
+        folder = Path(path).with_suffix("")
+        folder.mkdir()
+        Path(path).rename(folder / "result.json")
+    assert "own: 2 questions gained" in compare(str(tmp_path / "before"), str(tmp_path / "after"))
+
+
 def test_compared_results_have_other_questions_or_settings(tmp_path: Path) -> None:
     before, after = two_results(tmp_path)
     assert "other settings: model before before, after after" in compare(before, after)
@@ -292,7 +414,7 @@ def test_compared_results_have_other_questions_or_settings(tmp_path: Path) -> No
 
 
 def test_table_hides_the_error_or_the_number_of_samples(tmp_path: Path, guesser: Guesser) -> None:
-    result = json.loads(run(settings_of(tmp_path)).read_text())["benchmarks"]
+    result = result_in(tmp_path)["benchmarks"]
     shown = {line.split("  ")[0]: line for line in table(result).splitlines()}
     number = result["own"]["numbers"]["avg@3"]
     assert shown["samples"].split() == ["samples", "28"]
@@ -391,15 +513,15 @@ def test_own_file_is_cleared_of_its_duplicates(tmp_path: Path) -> None:
 
 def test_bad_benchmark_is_found_after_the_model_was_loaded(tmp_path: Path, guesser: Guesser) -> None:
     with pytest.raises(UserError, match="nonsense is no file, no folder and no benchmark: choose from math500, gsm8k"):
-        run(settings_of(tmp_path, benchmarks=("nonsense",)))
+        evaluate_model(settings_of(tmp_path, benchmarks=("nonsense",)))
     unlabelled = tmp_path / "unlabelled.jsonl"
     unlabelled.write_text('{"question": "1+1?"}\n{"question": "1+2?", "answer": 3}\n')
     with pytest.raises(UserError, match="1 of 2 questions have no gold answer"):
-        run(settings_of(tmp_path, benchmarks=(str(unlabelled),)))
+        evaluate_model(settings_of(tmp_path, benchmarks=(str(unlabelled),)))
     (tmp_path / "copy").mkdir()
     same_name = write_questions(tmp_path / "copy" / "own.jsonl")
     with pytest.raises(UserError, match="two would write to one file"):
-        run(settings_of(tmp_path, benchmarks=(str(tmp_path / "own.jsonl"), same_name)))
+        evaluate_model(settings_of(tmp_path, benchmarks=(str(tmp_path / "own.jsonl"), same_name)))
     assert not guesser.requests
 
 
@@ -423,10 +545,24 @@ def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pyte
 )
 def test_senseless_flag_is_obeyed(flags: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        evaluate.check(Settings(**{"model": "letters", **flags}))
+        checked_settings(EvaluationSettings(**{"model": "letters", **flags}))
 
 
-def test_evaluation_follows_a_moving_link(tmp_path: Path) -> None:
-    (tmp_path / "step-000010").mkdir()
-    (tmp_path / "latest").symlink_to("step-000010")
-    assert evaluate.check(Settings(model=str(tmp_path / "latest"))).model == str(tmp_path / "step-000010")
+def test_evaluation_follows_a_moving_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or does not know what a run's or a checkpoint's folder means; a built-in name is not the folder of that name."""
+    policy = tmp_path / "runs" / "x" / "checkpoints" / "step-000010" / "policy"
+    policy.mkdir(parents=True)
+    (policy.parents[1] / "latest").symlink_to("step-000010")
+    for given in ("", "checkpoints/latest", "checkpoints/latest/policy", "checkpoints/step-000010"):
+        settings = checked_settings(EvaluationSettings(model=str(policy.parents[2] / given)))
+        assert (settings.model, settings.out) == (str(policy), "runs/evaluations/x-step-000010-policy")
+    (tmp_path / "embedded").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert checked_settings(EvaluationSettings(model="embedded")).model == "embedded"
+
+
+def test_error_ends_in_a_traceback_or_in_success(tmp_path: Path) -> None:
+    command = [sys.executable, evaluate.__file__, "--compare", str(tmp_path), "nowhere"]
+    ended = subprocess.run(command, check=False, capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stdout, ended.stderr.count("\n")) == (2, "", 1)
+    assert ended.stderr.startswith(f"error: {tmp_path}/result.json is no result.json of an evaluation")

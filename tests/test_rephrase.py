@@ -1,4 +1,5 @@
-"""rephrase.py, parts.py, faults.py and the sampler's top_p: each test is named after the bug it prevents."""
+"""tools/rephrase.py, store/parts.py, sources/faults.py, the sampler's top_p: each test is named after the bug it
+prevents."""
 
 import json
 import os
@@ -9,6 +10,7 @@ import time
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,14 +18,18 @@ import torch
 
 from config import UserError
 from data import load_pairs
+from embedded.start_model import new_model, train_tokenizer
 from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
+from lm.model import load_pretrained, stop_token_ids
+from rewards import Response
 from rollout import request_seed
 from sources.faults import lost_numbers, numbers, strict_fault
 from store.parts import stand_alone
 from tools import rephrase
-from tools.rephrase import Reply, Settings, parse
+from tools.rephrase import RephrasingSettings, read_reply
 
-ROOT = Path(rephrase.__file__).parent
+Reply = partial(Response, tokens=1)  # of a text that is `finished` or not
+ROOT = Path(rephrase.__file__).parents[1]
 
 # ---------------------------------------------------------------- parsing
 
@@ -51,11 +57,11 @@ GOOD = "### RESULT_START\nORIGINAL:\nWhat is 2+3?\nREWRITE:\nAdd 2 and 3: how mu
     ],
 )
 def test_a_good_rewrite_is_found_however_it_is_wrapped(text):
-    assert parse(Reply(text, finished=True)) == ("Add 2 and 3: how much?", None)
+    assert read_reply(Reply(text, finished=True)) == ("Add 2 and 3: how much?", None)
 
 
 def test_the_rewriter_samples_as_the_papers_did():
-    settings = Settings(data="q.jsonl", model="Qwen3-32B", out=Path("pairs.jsonl"))
+    settings = RephrasingSettings(data="q.jsonl", model="Qwen3-32B", out=Path("pairs.jsonl"))
     assert (settings.temperature, settings.top_p) == (0.7, 0.8)
 
 
@@ -71,16 +77,26 @@ def test_the_rewriter_samples_as_the_papers_did():
     ],
 )
 def test_a_reply_without_a_whole_rewrite_is_not_used(fault, text, finished):
-    assert parse(Reply(text, finished)) == ("", fault)
+    assert read_reply(Reply(text, finished=finished)) == ("", fault)
 
 
 def test_a_complete_rewrite_counts_even_if_the_chatter_after_it_was_cut():
-    assert parse(Reply(GOOD + "\nNow let me explain", finished=False))[1] is None
+    assert read_reply(Reply(GOOD + "\nNow let me explain", finished=False))[1] is None
+
+
+@pytest.mark.parametrize("padding", ["\n", " ", "#", "`", "*\n", "\n ORIGINAL", "RESULT_START\n"])
+def test_a_reply_of_a_thousand_lines_stops_the_work(padding):
+    """32,000 newlines took 25 seconds."""
+    long = padding * (64_000 // len(padding))
+    begin = time.perf_counter()
+    for text in (long + GOOD, GOOD.replace("Add", long + "Add"), GOOD + long, GOOD.partition("Add")[0] + long):
+        read_reply(Reply(text, finished=False))
+    assert time.perf_counter() - begin < 2
 
 
 def test_several_lines_and_latex_survive_parsing():
     rewrite = "Let $x_1 < 3$.\n\n\\[x^2 = \\text{ORIGINAL value}\\]\nFind $x$."
-    assert parse(Reply(GOOD.replace("Add 2 and 3: how much?", rewrite), True)) == (rewrite, None)
+    assert read_reply(Reply(GOOD.replace("Add 2 and 3: how much?", rewrite), finished=True)) == (rewrite, None)
 
 
 # ---------------------------------------------------------------- checks
@@ -152,13 +168,19 @@ class Scripted:
     def replies(self, prompts, keys, n, **how):
         self.asked += [(*key[1:], n) for key in keys]
         texts = [self.say(bytes(p).decode(), k, g) for p, k in zip(prompts, keys, strict=True) for g in range(n)]
-        return [text if isinstance(text, Reply) else Reply(text, True) for text in texts]
+        return [text if isinstance(text, Response) else Reply(text, finished=True) for text in texts]
 
 
 def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "chat_model", lambda *_: nullcontext(model))
     for to_ids in ("prompt_ids", "instruction_ids"):
-        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, template: list(text.encode()))
+        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, chat_template: list(text.encode()))
+
+
+def to_the_end(settings: RephrasingSettings) -> None:
+    """The command would go on in a fresh process, see `main`."""
+    while not rephrase.rephrase(settings):
+        pass
 
 
 def wrap(rewrite: str) -> str:
@@ -182,7 +204,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_question_comes_out_once_in_order_and_is_read_back_as_a_pair(tmp_path, monkeypatch, capsys):
     use(monkeypatch, Scripted(answer_in_other_words))
     out = tmp_path / "pairs.jsonl"
-    rephrase.rephrase(Settings(str(questions(tmp_path)), "m", out, batch_size=2))
+    to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", out, batch_size=2))
     assert [row["id"] for row in rows_of(out)] == ["q0", "q1", "q2", "q3", "q4"]
     pairs = load_pairs(str(out))
     assert [pair.rephrased for pair in pairs] == [f"Add 1{i} to 20; how much does that make?" for i in range(5)]
@@ -200,7 +222,7 @@ def test_a_bad_candidate_is_asked_again_and_the_first_good_one_wins(tmp_path, mo
     model = Scripted(say)
     use(monkeypatch, model)
     out = tmp_path / "pairs.jsonl"
-    rephrase.rephrase(Settings(str(questions(tmp_path, 4)), "m", out))
+    to_the_end(RephrasingSettings(str(questions(tmp_path, 4)), "m", out))
     assert [row["faults"] for row in rows_of(out)] == [
         {},
         {"no result": 1, "numbers lost": 1, "unchanged": 2},
@@ -213,9 +235,12 @@ def test_a_bad_candidate_is_asked_again_and_the_first_good_one_wins(tmp_path, mo
 
 
 def test_a_question_without_a_good_rewrite_is_recorded_with_its_reasons_not_lost(tmp_path, monkeypatch):
-    use(monkeypatch, Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", False)))
+    use(
+        monkeypatch,
+        Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", finished=False)),
+    )
     out = tmp_path / "pairs.jsonl"
-    rephrase.rephrase(Settings(str(questions(tmp_path, 2)), "m", out, attempts=2))
+    to_the_end(RephrasingSettings(str(questions(tmp_path, 2)), "m", out, attempts=2))
     assert [(row["rephrased"], row["faults"]) for row in rows_of(out)] == [
         (None, {"no result": 2, "placeholder": 1})
     ] * 2
@@ -228,7 +253,7 @@ def test_a_question_too_long_to_be_repeated_is_not_asked(tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text(
         '{"question": "What is 1 + 20?"}\n{"question": "What is 1 + 20?%s"}\n' % (" " * 100)
     )
-    rephrase.rephrase(Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
+    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
     assert [row["faults"] for row in rows_of(tmp_path / "pairs.jsonl")][1] == {"question too long": 1}
     assert {name for _, name, *_ in model.asked} == {"0"}
 
@@ -238,7 +263,7 @@ def test_a_rephrasing_that_is_there_is_kept(tmp_path, monkeypatch):
     use(monkeypatch, model)
     rows = [{"question": "What is 10 + 20?", "rephrased": "Sum of 10 and 20?"}, {"question": "What is 11 + 20?"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    rephrase.rephrase(Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
+    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
     assert rows_of(tmp_path / "pairs.jsonl")[0]["rephrased"] == "Sum of 10 and 20?"
     assert [name for _, name, *_ in model.asked] == ["1"]
 
@@ -246,8 +271,8 @@ def test_a_rephrasing_that_is_there_is_kept(tmp_path, monkeypatch):
 def test_odd_characters_survive_the_way_through_the_file(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(lambda question, key, g: wrap("Süß\u2028 \x0b “数” 12: how many $\\frac{1}{2}$?")))
     (tmp_path / "q.jsonl").write_text('{"question": "What is\u2028 数 12?", "note": "\\ud83d"}\n')
-    settings = Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl")
-    rephrase.rephrase(settings)
+    settings = RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl")
+    to_the_end(settings)
     (pair,) = load_pairs(str(settings.out))
     assert (pair.question, pair.rephrased) == (
         "What is\u2028 数 12?",
@@ -277,7 +302,7 @@ def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
 
     use(monkeypatch, Scripted(say))
     out = tmp_path / "pairs.jsonl"
-    rephrase.rephrase(Settings(str(questions(tmp_path)), "m", out, verify="v", verify_samples=3, batch_size=2))
+    to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", out, verify="v", verify_samples=3, batch_size=2))
     kept = {row["id"]: bool(row["rephrased"]) for row in rows_of(out)}
     assert kept == {"q0": True, "q1": False, "q2": False, "q3": True, "q4": False}
     assert [row["faults"] for row in rows_of(out)][:4] == [{}, {"other answer": 1}, {"not answered": 1}, {}]
@@ -288,7 +313,7 @@ def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch)
     use(monkeypatch, model)
     pairs = [{"question": "3 + 4?", "rephrased": "4 + 3?"}, {"question": "2 + 5?", "rephrased": "5 + 2?" * 20}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    rephrase.rephrase(Settings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
+    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
     assert [row["rephrased"] for row in rows_of(tmp_path / "pairs.jsonl")] == ["4 + 3?", None]
     assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"too long to verify": 1}
 
@@ -297,9 +322,10 @@ def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch)
 
 STUB = """
 import os, random, sys, time
-from contextlib import nullcontext
+from contextlib import contextmanager
 sys.path[:0] = [{root!r}]
-import data, rephrase
+from rewards import Response
+from tools import rephrase
 
 class Stub:
     tokenizer = chat_template = None
@@ -309,28 +335,37 @@ class Stub:
         time.sleep({seconds})
         with open({log!r}, "a") as log:
             log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in keys)
+        if keys[0][1] == "verify":
+            return [Response(r"\\boxed{{7}}", 1, True)] * len(prompts) * n
         asked = [(bytes(p).decode(), f"{{key}} {{g}}") for p, key in zip(prompts, keys) for g in range(n)]
         return [self.reply(question, random.Random(seed)) for question, seed in asked]
 
     def reply(self, question, rng):
         start = rng.choice(["Please add", "Sum up", "Let me see", "Add"])
         text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
-        return rephrase.Reply("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", rng.random() < 0.9)
+        return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
-rephrase.chat_model = lambda *_: nullcontext(Stub())
-rephrase.instruction_ids = lambda tokenizer, question, template: list(question.encode())
-data.main()
+opened = []
+
+@contextmanager
+def open_only_once(name, *_):
+    assert not opened, f"{{name}} is opened in the process that had {{opened}}"
+    opened.append(name)
+    yield Stub()
+
+rephrase.chat_model = open_only_once
+rephrase.instruction_ids = rephrase.prompt_ids = lambda tokenizer, question, chat_template: list(question.encode())
+rephrase.main()
 """
 
 
-def start(folder: Path, out: str, seconds: float = 0.0, **environment: str) -> subprocess.Popen:
-    """`data.py rephrase` on ten questions in batches of two, by a random stub that notes what it was asked."""
+def start(folder: Path, out: str, *flags: str, seconds: float = 0.0, **environment: str) -> subprocess.Popen:
+    """`python -m tools.rephrase` on ten questions in batches of two, by a random stub that notes what it was asked."""
     script = folder / f"stub{seconds}.py"
     script.write_text(STUB.format(root=str(ROOT), seconds=seconds, log=str(folder / "asked.txt")))
     command = [
         sys.executable,
         script,
-        "rephrase",
         "--data",
         questions(folder, 10),
         "--model",
@@ -339,7 +374,7 @@ def start(folder: Path, out: str, seconds: float = 0.0, **environment: str) -> s
         folder / out,
     ]
     return subprocess.Popen(
-        [*map(str, command), "--batch-size", "2", "--attempts", "2"],
+        [*map(str, command), "--batch-size", "2", "--attempts", "2", *flags],
         env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -368,7 +403,8 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
         while process.poll() is None and parts_in(tmp_path) == already:
             time.sleep(0.01)
         process.send_signal(sign)
-        process.communicate(timeout=60)
+        error = process.communicate(timeout=60)[1]
+        assert "Traceback" not in error and ("stopped; the same command goes on" in error) == (sign == signal.SIGINT)
         assert process.returncode != 0 and parts_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
     done = {row["id"] for name in parts_in(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
     (tmp_path / "asked.txt").unlink()
@@ -388,6 +424,28 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert any("of 10 questions have a rephrasing" in summary for summary in summaries)
 
 
+def test_the_verifying_model_is_opened_in_the_process_that_had_the_rewriter(tmp_path):
+    """vLLM takes one engine that sleeps in each process; so the command starts once more, also under torchrun."""
+    verifying = ("--verify", "v", "--verify-samples", "2")
+    finish(start(tmp_path, "one.jsonl", *verifying))
+    rows = rows_of(tmp_path / "one.jsonl")
+    assert len(rows) == 10 and len(list(tmp_path.glob("one.jsonl.parts/verified-*.jsonl"))) == 5
+    pair = [start(tmp_path, "two.jsonl", *verifying, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
+    assert any("of 10 questions have a rephrasing" in finish(process) for process in pair)
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"id": "q2", "quest', b"null\n\xff\n", b"{}\n"])
+def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
+    use(monkeypatch, Scripted(answer_in_other_words))
+    settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
+    to_the_end(settings)
+    whole = settings.out.read_bytes()
+    (tmp_path / "pairs.jsonl.parts" / "rewritten-000002-000004.jsonl").write_bytes(damage)
+    to_the_end(settings)
+    assert settings.out.read_bytes() == whole
+
+
 def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
     for visible, local_rank, expected in ((None, "3", "3"), ("4,6", "1", "6"), ("", "1", ""), ("4,6", None, "4,6")):
         given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "CUDA_VISIBLE_DEVICES": visible}
@@ -402,7 +460,7 @@ def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
 
 def test_a_file_that_was_being_written_at_the_kill_is_not_taken_for_a_batch(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
-    settings = Settings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
+    settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
     real, calls = os.replace, []
 
     def dies(old, new):
@@ -414,30 +472,30 @@ def test_a_file_that_was_being_written_at_the_kill_is_not_taken_for_a_batch(tmp_
 
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(MemoryError):
-        rephrase.rephrase(settings)
+        to_the_end(settings)
     monkeypatch.setattr(os, "replace", real)
-    rephrase.rephrase(settings)
+    to_the_end(settings)
     assert [row["id"] for row in rows_of(settings.out)] == ["q0", "q1", "q2", "q3", "q4"]
 
 
 def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
-    settings = Settings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl")
-    rephrase.rephrase(settings)
+    settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl")
+    to_the_end(settings)
     finished = settings.out.read_bytes()
     with pytest.raises(UserError, match=r"temperature \(was 0\.7, is 0\.9\)"):
-        rephrase.rephrase(replace(settings, temperature=0.9))
+        to_the_end(replace(settings, temperature=0.9))
     questions(tmp_path, 4)
     with pytest.raises(UserError, match=r"parts was begun with other settings: questions"):
-        rephrase.rephrase(settings)
+        to_the_end(settings)
     assert settings.out.read_bytes() == finished
 
 
 def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
     (tmp_path / "pairs.jsonl").write_text("precious")
-    with pytest.raises(UserError, match="is there already"):
-        rephrase.rephrase(Settings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
+    with pytest.raises(UserError, match="is there already, but no .*settings.json: name another --out"):
+        to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
 
 
@@ -447,10 +505,9 @@ def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def small_model(tmp_path_factory) -> str:
     """Untrained: it babbles, and never in the form that is asked for."""
-    embedded = pytest.importorskip("embedded")
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = embedded.train_tokenizer()
-    model = embedded.new_model(tokenizer, 0)
+    tokenizer = train_tokenizer()
+    model = new_model(tokenizer, 0)
     model.config.max_position_embeddings = 8192  # its tokens are short, the instruction has thousands of them
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -460,30 +517,35 @@ def small_model(tmp_path_factory) -> str:
 def test_a_real_model_that_babbles_gives_no_pair_and_every_reply_is_counted(tmp_path, small_model):
     outputs = []
     for name in ("a.jsonl", "b.jsonl"):
-        settings = Settings(
-            str(questions(tmp_path, 3)), small_model, tmp_path / name, verify=small_model, max_tokens=40, batch_size=2
+        settings = RephrasingSettings(
+            str(questions(tmp_path, 3)),
+            small_model,
+            tmp_path / name,
+            verify=small_model,
+            max_response_tokens=40,
+            batch_size=2,
         )
-        rephrase.rephrase(settings)
+        to_the_end(settings)
         outputs.append(settings.out.read_bytes())
     assert outputs[0] == outputs[1]
     assert [(row["rephrased"], row["faults"]) for row in rows_of(settings.out)] == [(None, {"no result": 7})] * 3
 
 
 def test_a_model_that_cannot_be_used_is_named(tmp_path, small_model):
-    settings = Settings(str(questions(tmp_path)), "./none", tmp_path / "pairs.jsonl")
+    settings = RephrasingSettings(str(questions(tmp_path)), "./none", tmp_path / "pairs.jsonl")
     with pytest.raises(UserError, match="--model ./none: neither a folder nor a hub name"):
-        rephrase.rephrase(settings)
+        to_the_end(settings)
     with pytest.raises(UserError, match="absent.jinja cannot be read"):
-        rephrase.rephrase(replace(settings, model=small_model, chat_template="absent.jinja", out=tmp_path / "other"))
+        to_the_end(replace(settings, model=small_model, chat_template="absent.jinja", out=tmp_path / "other"))
 
 
 def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):
     out = tmp_path / "pairs.jsonl"
     out.write_text("precious")
-    command = [sys.executable, "data.py", "rephrase", "--data", questions(tmp_path), "--model", "m", "--out", out]
+    command = [sys.executable, "-m", "tools.rephrase", "--data", questions(tmp_path), "--model", "m", "--out", out]
     result = subprocess.run([*map(str, command)], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"data.py: {out} is there already")
+    assert result.stderr.startswith(f"error: {out} or a part of it is there already")
 
 
 # ---------------------------------------------------------------- top_p
@@ -510,8 +572,6 @@ def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it()
 
 
 def test_top_p_reaches_the_sampler(small_model):
-    from lm.model import load_pretrained, stop_token_ids
-
     lm, tokenizer = load_pretrained(small_model, torch.float32)
     sampler = TransformersSampler(stop_token_ids(lm, tokenizer))
     prompt = tokenizer("How many apples?").input_ids
