@@ -3,6 +3,10 @@
 Without --model the embedded task runs, on defaults of its own (EMBEDDED): a model of 0.2M parameters wants other ones.
 """
 
+import errno
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
@@ -15,7 +19,27 @@ SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\b
 
 
 class UserError(ValueError):
-    """Bad input, in one sentence: the culprit and the cure. Every command shows it as `error: ...`, exit code 2."""
+    """Bad input, in one sentence: the culprit and the cure."""
+
+
+@contextmanager
+def told_in_a_sentence(when_stopped: str = "stopped") -> Iterator[None]:
+    """What every command does with what a person has caused: bad input and a full disk end it with exit code 2, Ctrl-C
+    with 130, each in one line."""
+    try:
+        yield
+    except UserError as error:
+        sentence, code = f"error: {error}", 2
+    except KeyboardInterrupt:
+        sentence, code = when_stopped, 130
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        sentence, code = f"error: the disk is full ({error.filename or 'while writing'}): make room, then go on", 2
+    else:
+        return
+    print(sentence, file=sys.stderr)
+    raise SystemExit(code)
 
 
 @dataclass(frozen=True)
@@ -63,7 +87,7 @@ class Data:
     decontaminate: tuple[str, ...] = ()
     """benchmarks whose questions, or near copies of them, are dropped from the training data"""
     eval_data: str | None = None
-    """benchmark to evaluate on: math500, gsm8k, ... (see benchmark_data.py), or questions with answers as for data"""
+    """benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data"""
     eval_every: int = 10
     """steps between evaluations; 0: only before and after"""
     eval_samples: int = 1

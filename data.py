@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 import shutil
-import sys
 import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -29,9 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 import tyro
 from tyro.conf import Positional
 
-from config import UserError
+from config import UserError, told_in_a_sentence
 from embedded.word_problems import Split, word_problems
-from lm.prompts import chat_ids, prompt_ids, prompt_text, read_chat_template
+from lm.prompts import chat_ids, prompt_text, read_chat_template
 from sources.benchmarks import SOURCES, Files, find_files
 from sources.faults import rewrite_fault
 from sources.files import PUBLISHED, Columns, read_source, to_rows
@@ -39,8 +38,6 @@ from sources.overlap import overlaps
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["prompt_ids", "read_chat_template"]
 
 T = TypeVar("T")
 EMBEDDED: dict[str, Split] = {"embedded": "train", "embedded:held-out": "held-out"}
@@ -337,8 +334,5 @@ def wordings_side_by_side(pair: Pair) -> str:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         tyro.cli(show, description=__doc__)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

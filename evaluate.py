@@ -21,10 +21,10 @@ evaluation goes on where it was, and ends with the same BENCHMARK.jsonl and resu
 """
 
 import math
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -33,12 +33,14 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from answers import algebra
-from config import UserError
-from data import Benchmark, load_benchmark, prompt_ids
+from config import UserError, told_in_a_sentence
+from data import Benchmark, load_benchmark
 from lm.decoding import Sample
+from lm.model import newest_policy
+from lm.prompts import chat_ids, prompt_text
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, frozen_sampler, request_seed
-from store.files import Row, fingerprint, newest_policy, to_lines, write_whole
+from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, read_whole, split, stand_alone
 from store.results import compare, estimate, keep_results, table
 
@@ -277,7 +279,8 @@ def answer_missing(jobs: dict[Part, Job], process: tuple[int, int], settings: Ev
 
 def prompts_of(job: Job, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[list[int]]:
     benchmark, which = job
-    return [prompt_ids(tokenizer, benchmark.pairs[i].question, template) for i in which]
+    questions = [benchmark.pairs[i].question for i in which]
+    return chat_ids(tokenizer, questions, partial(prompt_text, tokenizer, chat_template=template))
 
 
 def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
@@ -302,17 +305,11 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
 
 def main() -> None:
     settings = tyro.cli(EvaluationSettings, description=__doc__)
-    try:
+    with told_in_a_sentence("stopped; the same command goes on from the answers kept so far"):
         if settings.compare:
             print(compare(*settings.compare))
         else:
             evaluate_model(checked_settings(settings))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from the answers kept so far", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":

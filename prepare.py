@@ -19,7 +19,6 @@ from data import (
     load_benchmark,
     load_pairs,
     prompt_pairs,
-    read_chat_template,
     steps_per_epoch,
     without_overlap,
 )
@@ -27,6 +26,7 @@ from grpo import build_optimizer
 from lm import ranks
 from lm.decoding import Sampler
 from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
+from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from rollout import choose_engine, open_sampler
@@ -57,8 +57,8 @@ class Run:
 def prepare(config: Config) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
     device, variant, engine = ranks.start(), chosen_variant(config), choose_engine(config.sampling.sampler)
-    find = partial(checkpoint.find_checkpoint, config.run.resume, config.run.out)
-    resumed = ranks.on_first(find) if config.run.resume else None
+    resume, out = config.run.resume, config.run.out
+    resumed = ranks.on_first(partial(checkpoint.find_checkpoint, resume, out)) if resume else None
     folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine

@@ -18,11 +18,12 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import Config, UserError
-from data import PromptedPair, prompt_ids, read_chat_template
+from data import PromptedPair
 from lm import ranks
 from lm.decoding import Sample, Sampler, TransformersSampler
 from lm.model import check_length, load_pretrained, stop_token_ids
 from lm.packing import Rollout
+from lm.prompts import prompt_ids, read_chat_template
 from lm.scoring import PackedLM
 from lm.vllm_engine import VLLMSampler
 from rewards import Response, View, Voter

@@ -24,7 +24,6 @@ teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group)
 policy, always in this order: by view, by question, then those of a group.
 """
 
-import errno
 import json
 import os
 import signal
@@ -38,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from config import Config, UserError, parse
+from config import Config, parse, told_in_a_sentence
 from data import questions_of_step
 from evaluate import EvaluationSettings, accuracies
 from grpo import denominators, group_advantages, learning_rate, optimizer_step
@@ -126,7 +125,7 @@ def evaluate(run: Run) -> dict[str, float]:
     settings = EvaluationSettings(
         k=run.config.data.eval_samples,
         temperature=sampling.temperature,
-        max_tokens=sampling.max_response_tokens,
+        max_response_tokens=sampling.max_response_tokens,
         seed=run.config.run.seed,
     )
     with run.sampler.holding(run.policy.lm) as sample:
@@ -204,17 +203,8 @@ def save_checkpoint(run: Run, steps_taken: int) -> Path:
 
 
 def main() -> None:
-    try:
-        config = parse()
-        folder = train(config)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        print("error: the disk is full: make room, then go on with --resume auto", file=sys.stderr)
-        raise SystemExit(2) from None
+    with told_in_a_sentence():
+        folder = train(parse())
     if ranks.is_first():
         curves.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))

@@ -312,7 +312,8 @@ def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
     import torch
     from floor import floor
 
-    from data import load_pairs, prompt_ids
+    from data import load_pairs
+    from lm.prompts import prompt_ids
     from lm.model import load
 
     link.send(memory_gb("VmRSS"))

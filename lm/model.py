@@ -34,8 +34,18 @@ from lm.scoring import PackedLM
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 
 
+def newest_policy(model: str) -> str:
+    """A run's or a checkpoint's folder means its policy, and a link what it points to now: `latest` moves on. Other
+    names of models stay as they are."""
+    for inside in ("checkpoints/latest/policy", "policy", ""):
+        if model not in EMBEDDED_MODELS and (path := Path(model, inside)).is_dir():
+            return str(path.resolve())
+    return model
+
+
 def resolve(name: str) -> str:
     """A local folder or a hub name; a bare name of a known family gets its owner: Qwen3-8B-Base, Qwen/Qwen3-8B-Base."""
+    name = newest_policy(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise UserError(f"--model {name}: the folder has no config.json; give one written by save_pretrained")
@@ -174,7 +184,7 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
     if tokens > known:
         raise UserError(
             f"prompt and response of {tokens} tokens together: the model knows {known} positions; "
-            "ask for shorter responses (--max-response-tokens, in evaluate.py --max-tokens) or drop long prompts"
+            "ask for shorter responses (--max-response-tokens) or drop long prompts"
         )
 
 

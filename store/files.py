@@ -7,7 +7,7 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from config import EMBEDDED_MODELS, UserError
+from config import UserError
 
 Row = dict[str, Any]
 
@@ -60,12 +60,3 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any], harmless: Iterabl
     before, now = json.loads(json.dumps([before, now], default=str))
     differing = [name for name in sorted({*before, *now} - set(harmless)) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in differing)
-
-
-def newest_policy(model: str) -> str:
-    """A run's or a checkpoint's folder means its policy, and a link what it points to now: `latest` moves on. Other
-    names of models stay as they are."""
-    for inside in ("checkpoints/latest/policy", "policy", ""):
-        if model not in EMBEDDED_MODELS and (path := Path(model, inside)).is_dir():
-            return str(path.resolve())
-    return model

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BENCHMARKS = {
     "growth.py": ["--doublings", "1", "--questions", "2", "--repeats", "1", "--hidden", "32"],
-    "gpu.py": "--models tiny --response-tokens 20 --tokens 800 --repeats 1 --steps 2".split(),
+    "gpu.py": ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1", "--steps", "2"],
     "step_vs_trl.py": ["--questions", "4", "--rollouts", "2", "--response-tokens", "6", "--steps", "1"],
 }
 

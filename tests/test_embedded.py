@@ -3,7 +3,7 @@
 import random
 import re
 
-from data import SYSTEM_PROMPT, prompt_ids
+from data import SYSTEM_PROMPT
 from embedded import start_model
 from embedded.word_problems import (
     FAMILIES,
@@ -17,6 +17,7 @@ from embedded.word_problems import (
     solution,
     word_problems,
 )
+from lm.prompts import prompt_ids
 from rewards import equivalent
 
 

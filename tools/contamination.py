@@ -7,13 +7,12 @@ Of what it finds nearly alike, some questions only begin alike: look at the exam
 """
 
 import shutil
-import sys
 import textwrap
 from dataclasses import dataclass
 
 import tyro
 
-from config import UserError
+from config import told_in_a_sentence
 from data import Pair, load_benchmark, load_pairs
 from sources.overlap import RUN, Overlap, overlaps
 
@@ -61,8 +60,5 @@ def show_overlaps(settings: ContaminationSettings) -> None:
 
 
 if __name__ == "__main__":
-    try:
+    with told_in_a_sentence():
         show_overlaps(tyro.cli(ContaminationSettings, description=__doc__))
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)

@@ -26,13 +26,15 @@ from typing import Any, Literal
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError
-from data import Pair, Report, load_pairs, prompt_ids
+from config import told_in_a_sentence
+from data import Pair, Report, load_pairs
 from lm.decoding import Sample
+from lm.model import newest_policy
+from lm.prompts import chat_ids, prompt_ids
 from rewards import Response, are_equal, read_groups
 from rollout import decode, frozen_sampler, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
-from store.files import Row, fingerprint, newest_policy, to_lines, write_whole
+from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, read_part, read_whole, split, stand_alone
 
 INSTRUCTION = """\
@@ -118,14 +120,18 @@ class ChatModel:
 
 
 def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
-    text = tokenizer.apply_chat_template(
-        [{"role": "user", "content": INSTRUCTION + question}],
-        chat_template=chat_template,
-        add_generation_prompt=True,
-        tokenize=False,
-        enable_thinking=False,  # templates that do not know it pass over it
-    )
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    def render(question: str) -> str:
+        messages = [{"role": "user", "content": INSTRUCTION + question}]
+        text = tokenizer.apply_chat_template(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=True,
+            tokenize=False,
+            enable_thinking=False,  # templates that do not know it pass over it
+        )
+        return str(text)
+
+    return chat_ids(tokenizer, [question], render)[0]
 
 
 @contextmanager
@@ -290,16 +296,10 @@ def tally(rows: Sequence[Row]) -> Counter[str]:
 def main() -> None:
     command, environment = [sys.executable, *sys.orig_argv[1:]], dict(os.environ)
     settings = tyro.cli(RephrasingSettings, description=__doc__)
-    try:
+    with told_in_a_sentence(f"stopped; the same command goes on from {settings.out}.parts"):
         if not rephrase(settings):  # the same command, in place of this process, finds the rewriting done
             sys.stdout.flush()
             os.execve(sys.executable, command, environment)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        print(f"stopped; the same command goes on from {settings.out}.parts", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 if __name__ == "__main__":
