@@ -10,7 +10,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "held-out"]
 
@@ -20,12 +20,10 @@ OBJECTS = ["apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamp
 
 @dataclass(frozen=True)
 class Family:
-    """Problems of one structure: the first step combines two of the numbers, the second brings in the third."""
+    """Problems of one structure: the first step combines two of the numbers a, b, c, the second brings in the third."""
 
     operands: list[tuple[int, int, int]]
-    first: str  # operator of the first step
-    second: str
-    first_operands: tuple[int, int]  # which of a, b, c the first step combines
+    steps: tuple[str, tuple[int, int, int], str]  # operator, places of its two numbers and of the third, operator
     wordings: tuple[str, str, str, str]
 
 
@@ -36,9 +34,7 @@ def operands(a: range, b: range, c: range) -> list[tuple[int, int, int]]:
 FAMILIES = [
     Family(
         operands(range(1, 7), range(2, 6), range(2, 6)),
-        "*",
-        "+",
-        (1, 2),
+        ("*", (1, 2, 0), "+"),
         (
             "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} now?",
             "{n} buys {b} bags with {c} {o} each, and had {a} {o}. What is the total?",
@@ -48,9 +44,7 @@ FAMILIES = [
     ),
     Family(
         [(a, b, c) for a, b, c in operands(range(2, 6), range(2, 6), range(2, 6)) if a * b > c],
-        "*",
-        "-",
-        (0, 1),
+        ("*", (0, 1, 2), "-"),
         (
             "{n} has {a} boxes of {b} {o} and loses {c} {o}. How many are left?",
             "{n} gives away {c} {o} out of {a} boxes with {b} each. How many stay?",
@@ -60,9 +54,7 @@ FAMILIES = [
     ),
     Family(
         operands(range(1, 6), range(1, 6), range(2, 6)),
-        "+",
-        "*",
-        (0, 1),
+        ("+", (0, 1, 2), "*"),
         (
             "{n} packs {a} red and {b} blue {o} in each of {c} bags. How many {o}?",
             "{c} bags hold {a} old and {b} new {o} each. How many {o} has {n}?",
@@ -72,9 +64,7 @@ FAMILIES = [
     ),
     Family(
         [(a, b, c) for a, b, c in operands(range(1, 10), range(2, 6), range(2, 6)) if a + b > c],
-        "+",
-        "-",
-        (0, 1),
+        ("+", (0, 1, 2), "-"),
         (
             "{n} has {a} {o}, gets {b} and eats {c}. How many {o} remain?",
             "{n} got {b} {o} on top of {a}, then lost {c}. How many {o} remain?",
@@ -83,6 +73,33 @@ FAMILIES = [
         ),
     ),
 ]
+
+
+class Work(NamedTuple):
+    """One way through a problem: `left first right = middle; middle second rest = result`, with slips of arithmetic."""
+
+    first: str
+    left: int
+    right: int
+    second: str
+    rest: int
+    slips: tuple[int, int] = (0, 0)
+
+    @property
+    def middle(self) -> int:
+        return apply(self.first, self.left, self.right) + self.slips[0]
+
+    @property
+    def result(self) -> int:
+        return apply(self.second, self.middle, self.rest) + self.slips[1]
+
+    @property
+    def first_line(self) -> str:
+        return f"{self.left}{self.first}{self.right}={self.middle}"
+
+    @property
+    def last_line(self) -> str:
+        return f"{self.middle}{self.second}{self.rest}={self.result}"
 
 
 def apply(operator: str, left: int, right: int) -> int:
@@ -99,21 +116,15 @@ class Problem:
         template = FAMILIES[self.family].wordings[wording]
         return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
 
-    def steps(self) -> tuple[tuple[str, int, int], str, int]:
-        """((operator, left, right) of the first step, operator of the second, the number that it brings in)."""
-        family = FAMILIES[self.family]
-        i, j = family.first_operands
-        (rest,) = {0, 1, 2} - {i, j}
-        return (family.first, self.operands[i], self.operands[j]), family.second, self.operands[rest]
-
-    def last_step(self) -> tuple[int, str, int]:
-        (first, left, right), second, rest = self.steps()
-        return apply(first, left, right), second, rest
+    @property
+    def work(self) -> Work:
+        """Without a mistake."""
+        first, (i, j, k), second = FAMILIES[self.family].steps
+        return Work(first, self.operands[i], self.operands[j], second, self.operands[k])
 
     @property
     def answer(self) -> int:
-        middle, second, rest = self.last_step()
-        return apply(second, middle, rest)
+        return self.work.result
 
 
 PROBLEMS = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in family.operands]
@@ -124,9 +135,9 @@ def split_problems() -> dict[Split, list[Problem]]:
     training problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen."""
     hashes = [hashlib.sha256(repr(problem).encode()).digest()[0] for problem in PROBLEMS]
     training = [problem for problem, first_byte in zip(PROBLEMS, hashes, strict=True) if first_byte >= 43]
-    sums = {problem.last_step() for problem in training}
+    sums = {problem.work.last_line for problem in training}
     set_aside = [problem for problem in PROBLEMS if problem not in training]
-    return {"train": training, "held-out": [problem for problem in set_aside if problem.last_step() in sums]}
+    return {"train": training, "held-out": [problem for problem in set_aside if problem.work.last_line in sums]}
 
 
 PROBLEMS_OF = split_problems()
@@ -179,12 +190,12 @@ def demonstration(student: Student, problem: Problem, wording: int, careful: boo
 
 
 def solution(problem: Problem, misread: bool = False, spelling: str = "{}") -> str:
-    (first, left, right), _, _ = problem.steps()
-    middle, second, rest = problem.last_step()
-    if misread:
-        second = MISREAD_AS[second]
-    result = apply(second, middle, rest)
-    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}. \\boxed{{{spelling.format(result)}}}"
+    work = misreading(problem) if misread else problem.work
+    return f"{work.first_line}; {work.last_line}. \\boxed{{{spelling.format(work.result)}}}"
+
+
+def misreading(problem: Problem) -> Work:
+    return problem.work._replace(second=MISREAD_AS[problem.work.second])
 
 
 def flawed_solution(
@@ -198,16 +209,13 @@ def flawed_solution(
         return f"\\boxed{{{rng.choice(problem.operands)}}}"
     if kind < guess + constant:
         return "\\boxed{1}"
-    (first, left, right), second, rest = problem.steps()
-    if misread:
-        second = MISREAD_AS[second]
-    elif rng.random() < slips_of_reading:
-        first, second = rng.choice([("+", second), ("*", second), (first, "+"), (first, "-")])
-    slip = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
-    middle = apply(first, left, right) + slip[0]
-    result = apply(second, middle, rest) + slip[1]
-    steps = f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}."
+    work = misreading(problem) if misread else problem.work
+    if not misread and rng.random() < slips_of_reading:
+        changes = [{"first": "+"}, {"first": "*"}, {"second": "+"}, {"second": "-"}]
+        work = work._replace(**rng.choice(changes))
+    slips = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
+    work = work._replace(slips=(slips[0], slips[1]))
     ending = rng.random()
-    if ending < 0.05:
-        steps += f" {middle}{second}{rest}={result}." * rng.randrange(1, 3)
-    return steps if ending > 0.95 else f"{steps} \\boxed{{{spelling.format(result)}}}"
+    repeats = rng.randrange(1, 3) if ending < 0.05 else 0
+    text = f"{work.first_line}; {work.last_line}." + f" {work.last_line}." * repeats
+    return text if ending > 0.95 else f"{text} \\boxed{{{spelling.format(work.result)}}}"
