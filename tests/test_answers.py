@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from equivalence.equivalence import equivalent, equivalent_many, extract_boxed, normalise, vote_classes
+from answers.equivalence import equivalent, equivalent_many, extract_boxed, normalise, vote_classes
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
