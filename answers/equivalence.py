@@ -87,10 +87,12 @@ REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
-    # 0.1\overline{6} is 0.1 + 6/90.
+    # 0.1\overline{6} is (16 - 1)/90.
     (
         r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}",
-        lambda d: rf"({d[1]}.{d[2]}0+\frac{{{d[3]}}}{{{'9' * len(d[3]) + '0' * len(d[2])}}})",
+        lambda d: (
+            rf"\frac{{{int(d[1] + d[2] + d[3]) - int('0' + d[1] + d[2])}}}{{{'9' * len(d[3]) + '0' * len(d[2])}}}"
+        ),
     ),
     # 1 1/2 is a mixed number, not 1 * 1/2.
     (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),
