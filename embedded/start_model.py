@@ -9,8 +9,7 @@ import math
 import os
 import random
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -125,17 +124,6 @@ def warm_up(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, student: St
         optimizer.zero_grad()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them: the same model on every machine needs the same number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def model_folder(name: str = "embedded", seed: int = 0) -> str:
     """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards.
 
@@ -175,8 +163,10 @@ def make(folder: Path, student: Student, seed: int) -> None:
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
         written = Path(aside) / "model"
         written.mkdir()  # before the work: a folder that cannot be written to should not cost a minute first
-        with one_thread():
-            warm_up(lm, tokenizer, student, seed)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums depend on how many threads share them, and the model must not
+        warm_up(lm, tokenizer, student, seed)
+        torch.set_num_threads(threads)
         try:
             lm.save_pretrained(written)
             tokenizer.save_pretrained(written)

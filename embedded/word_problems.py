@@ -1,13 +1,15 @@
 """The embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
 
 Each problem has four wordings that name its numbers in different orders; another wording of the same problem is its
-rephrasing. One problem in eight is held out, in every wording. Solutions come clean, and as a careless student writes
+rephrasing. Some are held out, in every wording. Solutions come clean, and as a careless student writes
 them: a model that imitates those is diverse, its majority is mostly but not always right, and a careless reward can be
 hacked, for example by `\\boxed{1}`.
 """
 
 import hashlib
+import operator
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
@@ -75,35 +77,14 @@ FAMILIES = [
 ]
 
 
+OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
+
+
 class Work(NamedTuple):
-    """One way through a problem: `left first right = middle; middle second rest = result`, with slips of arithmetic."""
-
-    first: str
-    left: int
-    right: int
-    second: str
-    rest: int
-    slips: tuple[int, int] = (0, 0)
-
-    @property
-    def middle(self) -> int:
-        return apply(self.first, self.left, self.right) + self.slips[0]
-
-    @property
-    def result(self) -> int:
-        return apply(self.second, self.middle, self.rest) + self.slips[1]
-
-    @property
-    def first_line(self) -> str:
-        return f"{self.left}{self.first}{self.right}={self.middle}"
-
-    @property
-    def last_line(self) -> str:
-        return f"{self.middle}{self.second}{self.rest}={self.result}"
-
-
-def apply(operator: str, left: int, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+    first_line: str  # 3*4=12
+    last_line: str  # 12+5=17
+    result: int
 
 
 @dataclass(frozen=True)
@@ -116,15 +97,18 @@ class Problem:
         template = FAMILIES[self.family].wordings[wording]
         return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
 
-    @property
-    def work(self) -> Work:
-        """Without a mistake."""
-        first, (i, j, k), second = FAMILIES[self.family].steps
-        return Work(first, self.operands[i], self.operands[j], second, self.operands[k])
+    def work(self, first: str = "", second: str = "", slips: tuple[int, int] = (0, 0)) -> Work:
+        """The way to the answer; with other operators, or with slips of arithmetic, to another one."""
+        right_first, places, right_second = FAMILIES[self.family].steps
+        first, second = first or right_first, second or right_second
+        x, y, z = (self.operands[place] for place in places)
+        middle = OPERATORS[first](x, y) + slips[0]
+        result = OPERATORS[second](middle, z) + slips[1]
+        return Work(f"{x}{first}{y}={middle}", f"{middle}{second}{z}={result}", result)
 
-    @property
-    def answer(self) -> int:
-        return self.work.result
+    def misread_as(self) -> str:
+        """What who misreads it takes the second operator for."""
+        return MISREAD_AS[FAMILIES[self.family].steps[2]]
 
 
 PROBLEMS = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in family.operands]
@@ -135,9 +119,9 @@ def split_problems() -> dict[Split, list[Problem]]:
     training problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen."""
     hashes = [hashlib.sha256(repr(problem).encode()).digest()[0] for problem in PROBLEMS]
     training = [problem for problem, first_byte in zip(PROBLEMS, hashes, strict=True) if first_byte >= 43]
-    sums = {problem.work.last_line for problem in training}
+    sums = {problem.work().last_line for problem in training}
     set_aside = [problem for problem in PROBLEMS if problem not in training]
-    return {"train": training, "held-out": [problem for problem in set_aside if problem.work.last_line in sums]}
+    return {"train": training, "held-out": [problem for problem in set_aside if problem.work().last_line in sums]}
 
 
 PROBLEMS_OF = split_problems()
@@ -155,7 +139,7 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
                     "id": f"{problem.family}:{','.join(map(str, problem.operands))}:{wording}",
                     "question": problem.text(wording, rng),
                     "rephrased": problem.text(other, rng),
-                    "answer": str(problem.answer),
+                    "answer": str(problem.work().result),
                     "family": problem.family,
                     "wording": wording,
                 }
@@ -177,7 +161,6 @@ STUDENTS = {
     "embedded-spellings": Student(spellings=("{}", "{}.0", "+{}")),
 }
 MISREAD_WORDING = 3
-MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
 
 
 def demonstration(student: Student, problem: Problem, wording: int, careful: bool, rng: random.Random) -> str:
@@ -190,12 +173,8 @@ def demonstration(student: Student, problem: Problem, wording: int, careful: boo
 
 
 def solution(problem: Problem, misread: bool = False, spelling: str = "{}") -> str:
-    work = misreading(problem) if misread else problem.work
-    return f"{work.first_line}; {work.last_line}. \\boxed{{{spelling.format(work.result)}}}"
-
-
-def misreading(problem: Problem) -> Work:
-    return problem.work._replace(second=MISREAD_AS[problem.work.second])
+    work = problem.work(second=problem.misread_as() if misread else "")
+    return f"{work.first_line}; {work.last_line}. {boxed(work.result, spelling)}"
 
 
 def flawed_solution(
@@ -206,16 +185,19 @@ def flawed_solution(
     guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
     kind = rng.random()
     if kind < guess:
-        return f"\\boxed{{{rng.choice(problem.operands)}}}"
+        return boxed(rng.choice(problem.operands))
     if kind < guess + constant:
-        return "\\boxed{1}"
-    work = misreading(problem) if misread else problem.work
+        return boxed(1)
+    first, second = "", problem.misread_as() if misread else ""
     if not misread and rng.random() < slips_of_reading:
-        changes = [{"first": "+"}, {"first": "*"}, {"second": "+"}, {"second": "-"}]
-        work = work._replace(**rng.choice(changes))
-    slips = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
-    work = work._replace(slips=(slips[0], slips[1]))
+        first, second = rng.choice([("+", ""), ("*", ""), ("", "+"), ("", "-")])
+    one, two = (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2))
+    work = problem.work(first, second, (one, two))
     ending = rng.random()
     repeats = rng.randrange(1, 3) if ending < 0.05 else 0
     text = f"{work.first_line}; {work.last_line}." + f" {work.last_line}." * repeats
-    return text if ending > 0.95 else f"{text} \\boxed{{{spelling.format(work.result)}}}"
+    return text if ending > 0.95 else f"{text} {boxed(work.result, spelling)}"
+
+
+def boxed(number: int, spelling: str = "{}") -> str:
+    return f"\\boxed{{{spelling.format(number)}}}"

@@ -27,7 +27,7 @@ WINDOW = 5  # steps that a line is smoothed over; those of evaluations are not
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
 WITHOUT_EFFECT = ("run", "memory")  # groups of settings that change no curve but by chance: the seed is in `run`
-SHORT = {"source": "data", "name": "model"}
+SHORT = {"source": "data", "name": "model"}  # of settings whose names in config.json say little
 
 Curve = dict[int, float]  # step -> value
 
@@ -46,7 +46,7 @@ def settings_of_run(folder: Path) -> dict[str, str]:
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         return {
-            SHORT.get(name, name): Path(str(value)).name if name in SHORT else str(value)
+            name: str(value)
             for group, settings in groups.items()
             if group not in WITHOUT_EFFECT and isinstance(settings, dict)
             for name, value in settings.items()
@@ -69,10 +69,11 @@ def by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]:
     if not groups:
         raise UserError("nothing to draw: no run has finished a step")
     every = [settings for settings, _ in groups.values()]
-    names = [name for name in every[0] if len({settings.get(name) for settings in every}) > 1 and name != "variant"]
+    names = dict.fromkeys(name for settings in every for name in settings if name != "variant")
+    differing = [name for name in names if len({settings.get(name) for settings in every}) > 1]
 
     def label(settings: dict[str, str]) -> str:
-        others = (f"{name.replace('_', ' ')} {settings.get(name)}" for name in names)
+        others = (f"{SHORT.get(name, name).replace('_', ' ')} {settings.get(name)}" for name in differing)
         return ", ".join([settings.get("variant", "run"), *others])
 
     return {label(settings): histories for settings, histories in groups.values()}
@@ -128,10 +129,9 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
                 axis.set_ylim(-0.02, 1.02)
             if not axis.lines:
                 axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes, color="#777777")
-        lines = {line.get_label(): line for axis in axes.flat for line in axis.lines}
-        said = f"against training steps; means over the last {WINDOW}, held-out accuracy as measured"
-        place = {"loc": "outside lower center", "ncols": min(len(lines), 4), "frameon": False}
-        figure.legend(lines.values(), lines.keys(), title=said, **place)
+        lines = {str(line.get_label()): line for axis in axes.flat for line in axis.lines}
+        legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
+        legend.set_title(f"against training steps; means over the last {WINDOW}, held-out accuracy as measured")
         figure.suptitle(title)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=160)

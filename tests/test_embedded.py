@@ -41,8 +41,8 @@ def test_held_out_problems_occur_in_no_wording_of_training():
 
 
 def test_every_held_out_sum_is_practised_in_training():
-    practised = {problem.work.last_line for problem in PROBLEMS_OF["train"]}
-    assert all(problem.work.last_line in practised for problem in PROBLEMS_OF["held-out"])
+    practised = {problem.work().last_line for problem in PROBLEMS_OF["train"]}
+    assert all(problem.work().last_line in practised for problem in PROBLEMS_OF["held-out"])
 
 
 def by_structure(family: int, a: int, b: int, c: int) -> int:
@@ -65,9 +65,9 @@ def test_clean_solutions_are_right_and_flawed_ones_often_not():
     right = 0
     for problem in PROBLEMS:
         found = boxed.search(solution(problem))
-        assert found and int(found[1]) == problem.answer
+        assert found and int(found[1]) == problem.work().result
         flawed = boxed.search(flawed_solution(problem, rng.randrange(4), rng))
-        right += bool(flawed) and int(flawed[1]) == problem.answer
+        right += bool(flawed) and int(flawed[1]) == problem.work().result
     assert 0.35 < right / len(PROBLEMS) < 0.75
 
 
@@ -171,7 +171,7 @@ def answers_in_the_box(student: Student, wording: int) -> list[tuple[int, str]]:
     """(true answer, what the careful student boxes), for every problem."""
     rng = random.Random(wording)
     texts = [(problem, demonstration(student, problem, wording, careful=True, rng=rng)) for problem in PROBLEMS]
-    return [(problem.answer, text.split("\\boxed{")[1].removesuffix("}")) for problem, text in texts]
+    return [(problem.work().result, text.split("\\boxed{")[1].removesuffix("}")) for problem, text in texts]
 
 
 def test_one_wording_alone_is_misread_and_always_in_the_same_way():
@@ -181,8 +181,10 @@ def test_one_wording_alone_is_misread_and_always_in_the_same_way():
         pairs = answers_in_the_box(student, wording)
         shares.append(sum(str(answer) != boxed for answer, boxed in pairs) / len(pairs))
     assert shares[:3] == [0, 0, 0] and abs(shares[MISREAD_WORDING] - student.misreads) < 0.06
-    by_chance = [problem for problem in PROBLEMS if solution(problem, misread=True).endswith(f"{{{problem.answer}}}")]
-    assert all(problem.work.last_line == "2*2=4" for problem in by_chance)  # = 2 + 2
+    by_chance = [
+        problem for problem in PROBLEMS if solution(problem, misread=True).endswith(f"{{{problem.work().result}}}")
+    ]
+    assert all(problem.work().last_line == "2*2=4" for problem in by_chance)  # = 2 + 2
 
 
 def test_spellings_of_an_answer_are_equal_as_mathematics_and_not_as_strings():
