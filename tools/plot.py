@@ -19,7 +19,7 @@ def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: st
     """Draw what README tells people to watch, of runs or of anything in their folders, against training steps."""
     try:
         print(f"written: {draw(runs, out, title)}")
-    except UserError as problem:
+    except (UserError, OSError, ValueError) as problem:  # a place that cannot be written, a format that nobody knows
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 
