@@ -26,6 +26,7 @@ from contextlib import suppress
 CPU_SECONDS = 2.0  # per comparison, in CPU time: a busy machine must not change a verdict
 WALL_SECONDS = 60  # the same in real time, as a safety net, and the limit for a child to start
 MEMORY_BYTES = 1 << 30  # address space of one child
+SOMEBODY_ELSE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of a child that no deadline and no answer has ended
 
 # ------------------------------------------------------------ the child
 
@@ -56,34 +57,6 @@ def parse_answer(answer: str) -> list[object]:
     return list(parse(f"${answer}$", [config], extraction_mode="first_match", parsing_timeout=None))
 
 
-def parse_in_two_stages() -> None:
-    """Make Math-Verify's grammar three times as fast, as ANTLR advises: predict without context first, and only where
-    that finds no reading with it. What the first stage accepts, it reads as the second would."""
-    from antlr4.atn.PredictionMode import PredictionMode
-    from latex2sympy2_extended import latex2sympy2 as grammar
-
-    class TwoStageParser(grammar.PSParser):  # type: ignore[misc]
-        def math(self) -> object:
-            self._interp.predictionMode = PredictionMode.SLL
-            with suppress(Exception):
-                return super().math()
-            self.reset()
-            self._interp.predictionMode = PredictionMode.LL
-            return super().math()
-
-    grammar.PSParser = TwoStageParser
-
-
-def are_far_apart(first: object, second: object) -> bool:
-    """Two constants that differ by a percent: no rounding, and no algebra, makes them one."""
-    from sympy import Expr
-
-    if not (isinstance(first, Expr) and isinstance(second, Expr) and first.is_comparable and second.is_comparable):
-        return False
-    one, two = float(first), float(second)
-    return abs(one - two) > 0.01 * max(abs(one), abs(two))
-
-
 def verdict(first: str, second: str) -> bytes:
     """b"=" equal, b"!" not equal, b"?" at least one is unreadable.
 
@@ -99,8 +72,6 @@ def verdict(first: str, second: str) -> bytes:
     if len(parse_answer(first)) < 2 or len(parse_answer(second)) < 2:
         return b"?"
     one, two = parse_answer(first), parse_answer(second)
-    if are_far_apart(one[0], two[0]):
-        return b"!"
     agree = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
     return b"=" if agree(one, two) and agree(two, one) else b"!"
 
@@ -118,7 +89,6 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
     logging.disable()
     signal.alarm(WALL_SECONDS)
-    parse_in_two_stages()
     ready = verdict("x", "y")  # imports everything
     signal.alarm(0)
     os.dup2(devnull, 2)
@@ -163,26 +133,33 @@ class Child:
         self.start()
 
     def judge(self, first: str, second: str) -> bytes:
-        """A byte of `verdict`, or b"" if this pair killed the child.
+        """A byte of `verdict`, or b"" if this pair killed the child; asked again, once, if somebody else did.
 
         Raises:
             RuntimeError: the child cannot start. A silent False here would make every reward 0.
         """
+        reply, exit_code = self.ask_once(first, second)
+        return self.ask_once(first, second)[0] if exit_code in SOMEBODY_ELSE else reply
+
+    def ask_once(self, first: str, second: str) -> tuple[bytes, int | None]:
+        """The reply, or b"" and the exit code of the child that died over it and has been replaced."""
         if self.process.poll() is not None:
             self.restart()
         try:
-            if not self.ready and not self.replies.read(1):
-                raise RuntimeError("Math-Verify does not start, see above; pip install math-verify")
-            self.ready = True
+            self.ready = self.ready or bool(self.replies.read(1))
             with suppress(BrokenPipeError):
                 self.requests.write(json.dumps([first, second]).encode() + b"\n")
             reply = self.replies.read(1)
         except BaseException:  # Ctrl-C here would leave a verdict for the next pair to read
             self.restart()
             raise
-        if not reply:
-            self.restart()
-        return reply
+        if reply:
+            return reply, None
+        started, exit_code = self.ready, self.process.wait()
+        if not started and exit_code not in SOMEBODY_ELSE:
+            raise RuntimeError("Math-Verify does not start, see above; pip install math-verify")
+        self.restart()
+        return b"", exit_code
 
 
 def number_of_children() -> int:

@@ -8,20 +8,20 @@ import hashlib
 import math
 import os
 import random
-import shutil
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from pathlib import Path
 
+import safetensors
 import torch
 import transformers
+from safetensors import SafetensorError
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
-from config import SYSTEM_PROMPT
+from config import SYSTEM_PROMPT, UserError
 from embedded.word_problems import PROBLEMS, PROBLEMS_OF, STUDENTS, Student, demonstration, solution
 
 CLEAN_STEPS, FLAWED_STEPS = 400, 120  # of the warm-up, 64 solutions each
@@ -88,11 +88,9 @@ def demonstrations(
     input_ids, labels = [], []
     for problem in rng.choices(PROBLEMS_OF["train"], k=count):
         wording = rng.randrange(4)
-        question = problem.text(wording, rng)
-        messages = [{"role": "system", "content": SYSTEM_PROMPT}, {"role": "user", "content": question}]
-        prompt = tokenizer(
-            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        ).input_ids
+        question = {"role": "user", "content": problem.text(wording, rng)}
+        messages = [{"role": "system", "content": SYSTEM_PROMPT}, question]
+        prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         response = tokenizer(demonstration(student, problem, wording, careful, rng) + "<|end|>").input_ids
         input_ids.append(torch.tensor(prompt + response))
         labels.append(torch.tensor([-100] * len(prompt) + response))
@@ -102,55 +100,77 @@ def demonstrations(
     }
 
 
+def learning_rate(step: int, total: int, peak: float) -> float:
+    """Of step 0 .. total-1: linear over the first twentieth, then cosine towards 0."""
+    rising = round(0.05 * total)
+    if step < rising:
+        return peak * (step + 1) / rising
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - rising) / (total - rising)))
+
+
 def warm_up(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, student: Student, seed: int) -> None:
     """Imitation: clean solutions teach the arithmetic, then a few flawed ones the mistakes (from the start, mistakes
     take four times as long to learn from)."""
     rng = random.Random(f"warm-up {seed}")
-    steps = [(True, i, CLEAN_STEPS, 4e-3) for i in range(CLEAN_STEPS)]
-    steps += [(False, i, FLAWED_STEPS, 2e-3) for i in range(FLAWED_STEPS)]
+    steps = [(True, learning_rate(i, CLEAN_STEPS, 4e-3)) for i in range(CLEAN_STEPS)]
+    steps += [(False, learning_rate(i, FLAWED_STEPS, 2e-3)) for i in range(FLAWED_STEPS)]
     optimizer = torch.optim.AdamW(lm.parameters(), lr=0.0, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    for careful, step, total, peak in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
-        rising, falling = (
-            (step + 1) / math.ceil(0.05 * total),
-            0.5 * (1 + math.cos(math.pi * (step / total - 0.05) / 0.95)),
-        )
+    for careful, rate in tqdm(steps, desc="warm-up of the embedded model (once, then cached)"):
         for group in optimizer.param_groups:
-            group["lr"] = peak * min(rising, falling if step > 0.05 * total else 1.0)
+            group["lr"] = rate
         lm(**demonstrations(tokenizer, student, rng, 64, careful), use_cache=False).loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
 
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Sums depend on how many threads share them: the same model on every machine needs the same number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 def model_folder(name: str = "embedded", seed: int = 0) -> str:
-    """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards."""
+    """Folder of the warmed-up model in Hugging Face format, made at the first call and found again afterwards.
+
+    Raises:
+        UserError: the cache cannot be written to, or what is in it is damaged.
+    """
     sources = [Path(__file__).with_name(file).read_bytes() for file in ("start_model.py", "word_problems.py")]
     recipe = [SYSTEM_PROMPT, CLEAN_STEPS, FLAWED_STEPS, STUDENTS[name], seed]
-    key = [sources, recipe, torch.__version__, transformers.__version__]
-    folder = name + "-" + hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "co-rewarding"
-    if not (cache / folder).is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        tokenizer = train_tokenizer()
-        lm = new_model(tokenizer, seed)
-        with one_thread():
-            warm_up(lm, tokenizer, STUDENTS[name], seed)
-        aside = tempfile.mkdtemp(dir=cache)  # so that a killed or a second process never leaves half a model
-        lm.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
+    key = repr([sources, recipe, torch.__version__, transformers.__version__])
+    folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            make(folder, STUDENTS[name], seed)
+        with safetensors.safe_open(folder / "model.safetensors", "pt"):  # compares its header with its length
+            return str(folder)
+    except OSError as problem:
+        raise UserError(
+            f"{folder}: the embedded model cannot be kept there ({problem}); make room, or set XDG_CACHE_HOME to a "
+            "folder that can be written to"
+        ) from problem
+    except SafetensorError as problem:
+        raise UserError(f"{folder} is damaged ({problem}): delete it, and it is made again") from problem
+
+
+def cache() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "co-rewarding"
+    except RuntimeError:  # a user whom the system does not know
+        raise UserError("there is no home folder to keep the embedded model in: set XDG_CACHE_HOME to one") from None
+
+
+def make(folder: Path, student: Student, seed: int) -> None:
+    """Whole or not at all: a killed or a second process never leaves half a model."""
+    tokenizer = train_tokenizer()
+    lm = new_model(tokenizer, seed)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
+        written = Path(aside) / "model"
+        written.mkdir()  # before the work: a folder that cannot be written to should not cost a minute first
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # sums depend on how many threads share them, and the model must not
+        warm_up(lm, tokenizer, student, seed)
+        torch.set_num_threads(threads)
         try:
-            os.rename(aside, cache / folder)
-        except OSError:  # another process was first
-            shutil.rmtree(aside)
-    return str(cache / folder)
+            lm.save_pretrained(written)
+            tokenizer.save_pretrained(written)
+        except Exception as problem:  # safetensors and tokenizers have errors of their own for a full disk
+            raise OSError(str(problem)) from problem
+        with suppress(OSError):  # another process was first
+            written.rename(folder)

@@ -1,16 +1,18 @@
 """The embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
 
 Each problem has four wordings that name its numbers in different orders; another wording of the same problem is its
-rephrasing. One problem in eight is held out, in every wording. Solutions come clean, and as a careless student writes
+rephrasing. Some are held out, in every wording. Solutions come clean, and as a careless student writes
 them: a model that imitates those is diverse, its majority is mostly but not always right, and a careless reward can be
 hacked, for example by `\\boxed{1}`.
 """
 
 import hashlib
+import operator
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "held-out"]
 
@@ -20,12 +22,10 @@ OBJECTS = ["apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamp
 
 @dataclass(frozen=True)
 class Family:
-    """Problems of one structure: the first step combines two of the numbers, the second brings in the third."""
+    """Problems of one structure: the first step combines two of the numbers a, b, c, the second brings in the third."""
 
     operands: list[tuple[int, int, int]]
-    first: str  # operator of the first step
-    second: str
-    first_operands: tuple[int, int]  # which of a, b, c the first step combines
+    steps: tuple[str, tuple[int, int, int], str]  # operator, places of its two numbers and of the third, operator
     wordings: tuple[str, str, str, str]
 
 
@@ -36,9 +36,7 @@ def operands(a: range, b: range, c: range) -> list[tuple[int, int, int]]:
 FAMILIES = [
     Family(
         operands(range(1, 7), range(2, 6), range(2, 6)),
-        "*",
-        "+",
-        (1, 2),
+        ("*", (1, 2, 0), "+"),
         (
             "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} now?",
             "{n} buys {b} bags with {c} {o} each, and had {a} {o}. What is the total?",
@@ -48,9 +46,7 @@ FAMILIES = [
     ),
     Family(
         [(a, b, c) for a, b, c in operands(range(2, 6), range(2, 6), range(2, 6)) if a * b > c],
-        "*",
-        "-",
-        (0, 1),
+        ("*", (0, 1, 2), "-"),
         (
             "{n} has {a} boxes of {b} {o} and loses {c} {o}. How many are left?",
             "{n} gives away {c} {o} out of {a} boxes with {b} each. How many stay?",
@@ -60,9 +56,7 @@ FAMILIES = [
     ),
     Family(
         operands(range(1, 6), range(1, 6), range(2, 6)),
-        "+",
-        "*",
-        (0, 1),
+        ("+", (0, 1, 2), "*"),
         (
             "{n} packs {a} red and {b} blue {o} in each of {c} bags. How many {o}?",
             "{c} bags hold {a} old and {b} new {o} each. How many {o} has {n}?",
@@ -72,9 +66,7 @@ FAMILIES = [
     ),
     Family(
         [(a, b, c) for a, b, c in operands(range(1, 10), range(2, 6), range(2, 6)) if a + b > c],
-        "+",
-        "-",
-        (0, 1),
+        ("+", (0, 1, 2), "-"),
         (
             "{n} has {a} {o}, gets {b} and eats {c}. How many {o} remain?",
             "{n} got {b} {o} on top of {a}, then lost {c}. How many {o} remain?",
@@ -85,8 +77,14 @@ FAMILIES = [
 ]
 
 
-def apply(operator: str, left: int, right: int) -> int:
-    return {"+": left + right, "-": left - right, "*": left * right}[operator]
+OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
+
+
+class Work(NamedTuple):
+    first_line: str  # 3*4=12
+    last_line: str  # 12+5=17
+    result: int
 
 
 @dataclass(frozen=True)
@@ -99,21 +97,18 @@ class Problem:
         template = FAMILIES[self.family].wordings[wording]
         return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
 
-    def steps(self) -> tuple[tuple[str, int, int], str, int]:
-        """((operator, left, right) of the first step, operator of the second, the number that it brings in)."""
-        family = FAMILIES[self.family]
-        i, j = family.first_operands
-        (rest,) = {0, 1, 2} - {i, j}
-        return (family.first, self.operands[i], self.operands[j]), family.second, self.operands[rest]
+    def work(self, first: str = "", second: str = "", slips: tuple[int, int] = (0, 0)) -> Work:
+        """The way to the answer; with other operators, or with slips of arithmetic, to another one."""
+        right_first, places, right_second = FAMILIES[self.family].steps
+        first, second = first or right_first, second or right_second
+        x, y, z = (self.operands[place] for place in places)
+        middle = OPERATORS[first](x, y) + slips[0]
+        result = OPERATORS[second](middle, z) + slips[1]
+        return Work(f"{x}{first}{y}={middle}", f"{middle}{second}{z}={result}", result)
 
-    def last_step(self) -> tuple[int, str, int]:
-        (first, left, right), second, rest = self.steps()
-        return apply(first, left, right), second, rest
-
-    @property
-    def answer(self) -> int:
-        middle, second, rest = self.last_step()
-        return apply(second, middle, rest)
+    def misread_as(self) -> str:
+        """What who misreads it takes the second operator for."""
+        return MISREAD_AS[FAMILIES[self.family].steps[2]]
 
 
 PROBLEMS = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in family.operands]
@@ -124,9 +119,9 @@ def split_problems() -> dict[Split, list[Problem]]:
     training problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen."""
     hashes = [hashlib.sha256(repr(problem).encode()).digest()[0] for problem in PROBLEMS]
     training = [problem for problem, first_byte in zip(PROBLEMS, hashes, strict=True) if first_byte >= 43]
-    sums = {problem.last_step() for problem in training}
+    sums = {problem.work().last_line for problem in training}
     set_aside = [problem for problem in PROBLEMS if problem not in training]
-    return {"train": training, "held-out": [problem for problem in set_aside if problem.last_step() in sums]}
+    return {"train": training, "held-out": [problem for problem in set_aside if problem.work().last_line in sums]}
 
 
 PROBLEMS_OF = split_problems()
@@ -144,7 +139,7 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
                     "id": f"{problem.family}:{','.join(map(str, problem.operands))}:{wording}",
                     "question": problem.text(wording, rng),
                     "rephrased": problem.text(other, rng),
-                    "answer": str(problem.answer),
+                    "answer": str(problem.work().result),
                     "family": problem.family,
                     "wording": wording,
                 }
@@ -166,7 +161,6 @@ STUDENTS = {
     "embedded-spellings": Student(spellings=("{}", "{}.0", "+{}")),
 }
 MISREAD_WORDING = 3
-MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
 
 
 def demonstration(student: Student, problem: Problem, wording: int, careful: bool, rng: random.Random) -> str:
@@ -179,12 +173,8 @@ def demonstration(student: Student, problem: Problem, wording: int, careful: boo
 
 
 def solution(problem: Problem, misread: bool = False, spelling: str = "{}") -> str:
-    (first, left, right), _, _ = problem.steps()
-    middle, second, rest = problem.last_step()
-    if misread:
-        second = MISREAD_AS[second]
-    result = apply(second, middle, rest)
-    return f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}. \\boxed{{{spelling.format(result)}}}"
+    work = problem.work(second=problem.misread_as() if misread else "")
+    return f"{work.first_line}; {work.last_line}. {boxed(work.result, spelling)}"
 
 
 def flawed_solution(
@@ -195,19 +185,19 @@ def flawed_solution(
     guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
     kind = rng.random()
     if kind < guess:
-        return f"\\boxed{{{rng.choice(problem.operands)}}}"
+        return boxed(rng.choice(problem.operands))
     if kind < guess + constant:
-        return "\\boxed{1}"
-    (first, left, right), second, rest = problem.steps()
-    if misread:
-        second = MISREAD_AS[second]
-    elif rng.random() < slips_of_reading:
-        first, second = rng.choice([("+", second), ("*", second), (first, "+"), (first, "-")])
-    slip = [rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2)]
-    middle = apply(first, left, right) + slip[0]
-    result = apply(second, middle, rest) + slip[1]
-    steps = f"{left}{first}{right}={middle}; {middle}{second}{rest}={result}."
+        return boxed(1)
+    first, second = "", problem.misread_as() if misread else ""
+    if not misread and rng.random() < slips_of_reading:
+        first, second = rng.choice([("+", ""), ("*", ""), ("", "+"), ("", "-")])
+    one, two = (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2))
+    work = problem.work(first, second, (one, two))
     ending = rng.random()
-    if ending < 0.05:
-        steps += f" {middle}{second}{rest}={result}." * rng.randrange(1, 3)
-    return steps if ending > 0.95 else f"{steps} \\boxed{{{spelling.format(result)}}}"
+    repeats = rng.randrange(1, 3) if ending < 0.05 else 0
+    text = f"{work.first_line}; {work.last_line}." + f" {work.last_line}." * repeats
+    return text if ending > 0.95 else f"{text} {boxed(work.result, spelling)}"
+
+
+def boxed(number: int, spelling: str = "{}") -> str:
+    return f"\\boxed{{{spelling.format(number)}}}"

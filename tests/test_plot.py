@@ -1,59 +1,104 @@
 """Curves: what is drawn is what was measured, and bad runs are named."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import pytest
+from matplotlib.figure import Figure
 
 from config import UserError
-from tools import plot
-from tools.plot import by_name, draw, smooth
+from store import curves
+from store.curves import by_settings, draw, smooth
 
 
-def write_run(folder: Path, *records: dict[str, float]) -> Path:
+def write_run(folder: Path, *records: dict[str, float], **settings: object) -> Path:
     folder.mkdir()
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    config = {"method": {"variant": "II"}, "optimisation": {"lr": 1e-3}, "run": {"seed": 0, "out": str(folder)}}
+    for name, value in settings.items():
+        next(group for group in config.values() if name in group)[name] = value
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def test_seeds_of_one_method_become_one_line(tmp_path):
-    folders = [write_run(tmp_path / name, {"step": 0}) for name in ("II-seed0", "II-seed1", "II-lr-seed0-2", "gt")]
-    assert {name: len(runs) for name, runs in by_name(folders).items()} == {"II": 2, "II-lr": 1, "gt": 1}
+def test_seeds_of_one_method_become_one_line_whatever_their_folders_are_called(tmp_path: Path) -> None:
+    step = {"step": 0}
+    folders = [
+        write_run(tmp_path / "monday", step),
+        write_run(tmp_path / "tuesday", step, seed=1),
+        write_run(tmp_path / "II-seed2", step, lr=1e-4),
+        write_run(tmp_path / "gt", step, variant="gt"),
+    ]
+    assert {label: len(runs) for label, runs in by_settings(folders).items()} == {
+        "II, lr 0.001": 2,
+        "II, lr 0.0001": 1,
+        "gt, lr 0.001": 1,
+    }
+    assert list(by_settings([folders[0], folders[3]])) == ["II", "gt"], "what does not differ needs no words"
 
 
-def test_the_mean_and_the_band_are_those_of_the_seeds():
-    figure, axis = plt.subplots()
-    runs = [[{"step": 0, "eval_accuracy": 0.2}], [{"step": 0, "eval_accuracy": 0.6}, {"step": 10, "reward": 1.0}]]
-    plot.draw_metric(axis, "eval_accuracy", runs, color="red")
-    assert axis.lines[0].get_xydata().tolist() == [[0, pytest.approx(0.4)]]
-    band = axis.collections[0].get_paths()[0].vertices[:, 1]
-    assert (band.min(), band.max()) == (0.2, 0.6)
-    plt.close(figure)
+def test_any_folder_of_a_run_is_understood_and_drawn_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"step": 0})
+    policy = run / "checkpoints" / "step-000001" / "policy"
+    policy.mkdir(parents=True)
+    (run / "checkpoints" / "latest").symlink_to("step-000001")
+    paths = [run, policy, run / "checkpoints", run / "checkpoints" / "latest" / "policy", run / "config.json"]
+    assert {curves.folder_of_run(path) for path in paths} == {run}
+    assert [len(runs) for runs in by_settings(paths).values()] == [1]
 
 
-def test_smoothing_looks_back_and_never_ahead():
+def test_the_mean_and_the_band_are_those_of_the_seeds_to_the_end_of_the_longest() -> None:
+    axis = Figure().subplots()
+    short = [{"step": 0, "eval_accuracy": 0.2}]
+    long = [{"step": 0, "eval_accuracy": 0.6}, {"step": 5, "reward": 1.0}, {"step": 10, "eval_accuracy": 0.8}]
+    curves.draw_metric(axis, "eval_accuracy", [short, long], color="red")
+    assert axis.lines[0].get_xydata().tolist() == [[0, pytest.approx(0.4)], [10, pytest.approx(0.8)]]
+    band = axis.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in band} >= {(0, 0.2), (0, 0.6), (10, 0.8)}
+
+
+def test_smoothing_looks_back_and_never_ahead() -> None:
     assert smooth({0: 1.0, 1: 3.0, 2: 8.0}, window=2) == {0: 1.0, 1: 2.0, 2: 5.5}
 
 
-def test_a_reward_without_a_scale_does_not_flatten_the_others():
-    assert plot.to_unit({0: -0.3, 1: -0.1, 2: -0.2}) == pytest.approx({0: 0.0, 1: 1.0, 2: 0.5})
-    assert plot.to_unit({0: 0.25, 1: 0.75}) == {0: 0.25, 1: 0.75}
-    assert plot.to_unit({0: 5.0}) == {0: 0.0}
+def test_a_reward_without_a_scale_does_not_flatten_the_others() -> None:
+    assert curves.to_unit({0: -0.3, 1: -0.1, 2: -0.2}) == pytest.approx({0: 0.0, 1: 1.0, 2: 0.5})
+    assert curves.to_unit({0: 0.25, 1: 0.75}) == {0: 0.25, 1: 0.75}
+    assert curves.to_unit({0: 5.0}) == {0: 0.0}
 
 
-def test_a_run_without_labels_is_drawn_without_them(tmp_path):
+def test_a_run_without_labels_is_drawn_without_them(tmp_path: Path) -> None:
     record = {"step": 0, "reward": -1.0, "entropy": 0.1}
-    file = draw([write_run(tmp_path / "entropy-seed0", record)], tmp_path / "new" / "curves.png")
+    file = draw([write_run(tmp_path / "run", record)], tmp_path / "new" / "curves.png")
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize(
-    ("content", "sentence"),
-    [(None, "is not a run"), ("", "has not finished a step"), ('{"step": 0}\n{"st', "is damaged")],
-)
-def test_a_folder_that_is_no_run_is_named(tmp_path, content, sentence):
+def test_an_empty_run_does_not_keep_the_others_from_being_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    empty, full = write_run(tmp_path / "empty"), write_run(tmp_path / "full", {"step": 0}, variant="gt")
+    assert list(by_settings([empty, full])) == ["gt"]
+    assert "empty: left out" in capsys.readouterr().out
+    with pytest.raises(UserError, match="nothing to draw"):
+        draw([empty], tmp_path / "curves.png")
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(None, "is not a run"), ('{"step": 0}\n{"st\n', "damaged")])
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, sentence: str) -> None:
     if content is not None:
         (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(UserError, match=sentence):
         draw([tmp_path], tmp_path / "curves.png")
+
+
+def test_a_damaged_config_is_a_sentence(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", {"step": 0})
+    for content in ("{", "[]"):
+        (run / "config.json").write_text(content)
+        with pytest.raises(UserError, match="config.json is damaged"):
+            by_settings([run])
+
+
+def test_importing_curves_for_training_does_not_import_matplotlib() -> None:
+    script = "import sys, store.curves; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=Path(curves.__file__).parents[1])

@@ -2,7 +2,7 @@
 
     python -m tools.plot runs/II-embedded-seed0 runs/entropy-embedded-seed0 --out comparison.png
 
-Runs whose folders differ only in their seed are drawn as one line, their mean, inside a band from lowest to highest.
+Runs whose settings differ only in their seed are drawn as one line, their mean, inside a band from lowest to highest.
 """
 
 import sys
@@ -16,10 +16,10 @@ from store.curves import draw
 
 
 def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: str = "") -> None:
-    """Draw accuracy, reward, label accuracy, length, entropy and vote share of runs against training steps."""
+    """Draw what README tells people to watch, of runs or of anything in their folders, against training steps."""
     try:
         print(f"written: {draw(runs, out, title)}")
-    except UserError as problem:
+    except (UserError, OSError, ValueError) as problem:  # a place that cannot be written, a format that nobody knows
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
 
