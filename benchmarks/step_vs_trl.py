@@ -313,8 +313,8 @@ def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
     from floor import floor
 
     from data import load_pairs
-    from lm.prompts import prompt_ids
     from lm.model import load
+    from lm.prompts import prompt_ids
 
     link.send(memory_gb("VmRSS"))
     policy, tokenizer = load(model_folder(settings), torch.device("cpu"))

@@ -75,8 +75,10 @@ def load_pretrained(
         if weights:
             return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False), tokenizer
         return skeleton(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype), tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except UserError:
+        raise
+    except Exception as error:  # a file of any kind may be damaged in any way
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
 
 

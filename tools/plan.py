@@ -15,7 +15,6 @@ Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's
 """
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
@@ -23,9 +22,10 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from config import Config, UserError, parse
+from config import Config, parse, told_in_a_sentence
 from lm.decoding import ROWS_PER_CALL
 from lm.model import decoder_layers, load_pretrained
+from lm.scoring import ON_GPU as LOGITS_ON_GPU
 from prepare import chosen_variant, read_data, to_questions, total_steps
 from rewards import Variant
 
@@ -33,7 +33,6 @@ GPU_BYTES = 80e9
 USABLE = 0.92  # of a GPU, for what is planned here
 GPUS = (1, 2, 4, 8)
 CUDA_GRAPHS = 1e9  # assumed: vLLM logs what its capture took
-HEAD_CHUNK = 2**26  # logits at once on a GPU, see lm.scoring
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def bytes_needed(of: Shape, config: Config, variant: Variant, gpus: int) -> dict
     recomputed = config.memory.activation_checkpointing == "on"
     # The head: float32 logits and probabilities, and its gradient in float32 and rounded. A layer: its weights and the
     # next one's, its gradients in bfloat16 and in float32, and its activations if they are computed again.
-    head_at_work = 8 * min(HEAD_CHUNK, tokens * of.vocabulary) + 6 * of.head
+    head_at_work = 8 * min(LOGITS_ON_GPU, tokens * of.vocabulary) + 6 * of.head
     layer_at_work = 10 * layer + 2 * of.head + tokens * of.kept_of_a_token / of.layers * recomputed
     need = {
         "master weights": 4 * own,
@@ -175,15 +174,12 @@ def as_text(of: Shape, config: Config, variant: Variant, questions: int, prompt_
 
 def main() -> None:
     """What the run would need, from the data, the tokenizer and the architecture alone."""
-    try:
+    with told_in_a_sentence():
         config = parse()
         variant = chosen_variant(config)
         pairs, report, _ = read_data(config)
         lm, tokenizer = load_pretrained(config.model.name, torch.float32, weights=False)
         questions = to_questions(config, variant, tokenizer, pairs, report)
-    except UserError as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
     prompt_tokens = fmean(len(prompt) for question in questions for prompt in question.prompts.values())
     steps = total_steps(config, len(questions))
     print("\n" + as_text(shape_of(lm), config, variant, len(questions), prompt_tokens, steps))
