@@ -95,7 +95,7 @@ def load_policy(name: str, device: torch.device, offload: bool = False) -> tuple
         return policy.to(device), tokenizer
     weights = ranks.tensors_of(policy)
     shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
-    ranks.fill_from_first(weights, policy)
+    ranks.fill_from_first(weights.__getitem__, ranks.tensors_of(policy))
     return policy, tokenizer
 
 

@@ -9,7 +9,7 @@ A rank is one process, usually one GPU; rank 0, the first, alone prints and writ
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -134,18 +134,19 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_from_first(weights: dict[str, Tensor], model: nn.Module) -> None:
-    """Fill a model, sharded or not, with the weights that rank 0 has; the other ranks' `weights` are not read. One
-    tensor at a time: no rank needs memory for another whole model."""
-    for name, mine in tensors_of(model).items():
+def fill_from_first(read: Callable[[str], Tensor] | None, tensors: Mapping[str, Tensor]) -> None:
+    """Fill tensors, sharded or not, with what `read` gives rank 0 for their names; on other ranks it is not called. One
+    at a time: no rank needs memory for another whole model."""
+    for name, mine in tensors.items():
+        source = read(name) if read and is_first() else None
         if isinstance(mine, DTensor):
             device = torch.device(mine.device_mesh.device_type)
             empty = torch.empty(mine.shape, dtype=mine.dtype, device=device)
-            whole = weights[name].to(empty) if is_first() else empty
+            whole = empty if source is None else source.to(empty)
             local(mine).copy_(local(distribute_tensor(whole, mine.device_mesh, mine.placements)))
         else:
-            if is_first():
-                mine.copy_(weights[name])
+            if source is not None:
+                mine.copy_(source)
             if count() > 1:
                 distributed.broadcast(mine, src=0)
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from lm import ranks
 from lm.packing import MicroBatch
 
-# In float32 1 GiB on a GPU, a fifth faster there than 256 MiB; on a CPU 32 MiB, where larger ones leave the cache and smaller ones add up too often.
+# Logits at once. In float32 1 GiB on a GPU, a fifth faster there than 256 MiB; on a CPU 32 MiB, where larger ones leave
+# the cache and smaller ones add up too often.
 ON_GPU, ON_CPU = 2**28, 2**23
 LOGITS_PER_CHUNK = ON_GPU if torch.cuda.is_available() else ON_CPU
 

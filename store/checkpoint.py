@@ -1,14 +1,15 @@
 """Checkpoints from which a run continues as if it had never stopped, on any number of processes.
 
     checkpoints/step-000010/{policy,teacher}/     Hugging Face format, float32
-                            optimizer/            every process's shards (torch.distributed.checkpoint)
+                            optimizer/            AdamW's two moments under the names of their weights, safetensors
                             trainer.json          step, settings, fingerprint of the questions
                             manifest.json         size and SHA-256 of every other file
     checkpoints/latest -> step-000010
 
 Everything random in a run is derived from (seed, step, question), so there is no random state to keep. A checkpoint
 is written aside, synced and renamed: it is there whole or not at all. What the disk does to it later, the manifest
-tells before anything is loaded. Processes on several machines need a folder that all of them see.
+tells before anything is loaded, and nothing in it is code: a stranger's checkpoint can be wrong, but it cannot act.
+Processes on several machines need a folder that all of them see.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ import json
 import os
 import shutil
 import sys
-import warnings
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -24,11 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.checkpoint.state_dict_loader import load as load_shards
-from torch.distributed.checkpoint.state_dict_saver import save as save_shards
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from config import UserError
@@ -36,15 +35,13 @@ from lm import ranks
 from lm.scoring import PackedLM
 from store.files import changes
 
-HARMLESS = {
-    f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb", "profile")
-}
+MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
+
+# Settings that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
+HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb")}
 HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
 HARMLESS |= {f"memory.{name}" for name in ("activation_checkpointing", "offload_optimizer", "offload_teacher")}
-# These change rounding, as another number of processes does.
 HARMLESS |= {"sampling.engine_memory", "optimisation.tokens_per_micro_batch"}
-
-warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # one process needs no group
 
 
 @dataclass
@@ -77,42 +74,62 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
     try:
         ranks.on_first(partial(begin, aside))
         for name, model in training.models().items():
-            save_model(model, training.tokenizer, aside / name)
-        state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-        save_shards(state, checkpoint_id=aside / "optimizer", no_dist=not ranks.in_group())
+            weights = gathered(model.lm.state_dict(keep_vars=True))
+            ranks.on_first(partial(write_model, model, training.tokenizer, weights, aside / name))
+        for moment in MOMENTS:
+            values = gathered(moments_of(training, moment))
+            ranks.on_first(partial(write_tensors, values, aside / "optimizer" / f"{moment}.safetensors"))
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}
+        trainer["optimizer_steps"] = optimizer_steps(training.optimizer)
         ranks.on_first(partial(finish, aside, final, trainer))
-        ranks.on_first(partial(prune, folder, keep, keep_every))
-    except (OSError, SafetensorError, CheckpointException) as error:
-        reasons = [str(e) for e, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
+        ranks.on_first(partial(prune, final, keep, keep_every))
+    except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the checkpoint {final} could not be written ({str(reasons[0]).splitlines()[0]}): make room, then go on "
-            "with --resume auto; those before it are intact"
+            f"the checkpoint {final} could not be written ({str(error).splitlines()[0]}): make room, then go on with "
+            "--resume auto; those before it are intact"
         ) from error
     return final
 
 
 def begin(aside: Path) -> None:
     for left_over in aside.parent.glob("*.incomplete"):
-        shutil.rmtree(left_over) if left_over.is_dir() else left_over.unlink()
-    aside.mkdir(parents=True)
+        remove(left_over)
+    (aside / "optimizer").mkdir(parents=True)
 
 
-def save_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """In Hugging Face format; a sharded model is put together tensor by tensor, in the first process's own memory."""
-    whole: dict[int, torch.Tensor] = {}  # a tied weight is one parameter under two names
-    weights: dict[str, torch.Tensor] = {}
-    for name, tensor in model.lm.state_dict(keep_vars=True).items():
+def remove(path: Path) -> None:
+    """A file, a link (and not what it points to) or a folder."""
+    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """In the first process's own memory, put together from all shards, one at a time; a tied weight once."""
+    whole: dict[int, Tensor] = {}
+    for tensor in tensors.values():
         if id(tensor) not in whole:
             full = ranks.full(tensor.detach())
             whole[id(tensor)] = full.cpu() if ranks.is_first() else full.new_empty(0)
-        weights[name] = whole[id(tensor)]
+    return {name: whole[id(tensor)] for name, tensor in tensors.items()}
 
-    def write() -> None:
-        model.lm.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
 
-    ranks.on_first(write)
+def moments_of(training: Training, moment: str) -> dict[str, Tensor]:
+    """Of the weights that have had a gradient."""
+    states, named = training.optimizer.state, training.policy.lm.named_parameters()
+    return {name: states[parameter][moment] for name, parameter in named if parameter in states}
+
+
+def optimizer_steps(optimizer: torch.optim.Optimizer) -> float:
+    """Those that were not skipped."""
+    return max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
+
+
+def write_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path) -> None:
+    model.lm.save_pretrained(folder, state_dict=weights)
+    tokenizer.save_pretrained(folder)
+
+
+def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
@@ -121,15 +138,18 @@ def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
     (aside / "manifest.json").write_text(json.dumps(manifest_of(aside), indent=2) + "\n")
     for path in [*aside.rglob("*"), aside]:
         sync(path)
-    replaced = final.with_suffix(".replaced.incomplete")
+    replaced, latest = final.with_suffix(".replaced.incomplete"), final.parent / "latest"
     if final.exists():
         final.rename(replaced)
     aside.rename(final)
     sync(final.parent)
+    if latest.is_dir() and not latest.is_symlink():  # the run's folder was copied by something that follows links
+        latest.rename(latest.with_suffix(".copied.incomplete"))
     link = final.parent / "latest.incomplete"
     link.symlink_to(final.name)
-    os.replace(link, final.parent / "latest")
-    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(link, latest)
+    for left_over in final.parent.glob("*.incomplete"):
+        remove(left_over)
 
 
 def sync(path: Path) -> None:
@@ -153,10 +173,11 @@ def manifest_of(folder: Path) -> dict[str, list[Any]]:
         return dict(zip([str(path.relative_to(folder)) for path in files], pool.map(describe_file, files), strict=True))
 
 
-def prune(folder: Path, keep: int, keep_every: int) -> None:
-    for old in newest_first(folder)[keep:] if keep else []:
-        if not keep_every or step_of(old) % keep_every:
-            shutil.rmtree(old.rename(old.with_suffix(".incomplete")))
+def prune(written: Path, keep: int, keep_every: int) -> None:
+    """Never the checkpoint that has just been written, also where older runs have left newer ones."""
+    for old in newest_first(written.parent)[keep:] if keep else []:
+        if old != written and (not keep_every or step_of(old) % keep_every):
+            remove(old.rename(old.with_suffix(".incomplete")))
 
 
 def step_of(path: Path) -> int:
@@ -193,41 +214,62 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
 def fault_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was written."""
     try:
-        written = json.loads((path / "manifest.json").read_text())
+        written = dict(json.loads((path / "manifest.json").read_text()))
         present = manifest_of(path)
-    except (OSError, ValueError):
+        expected = {"trainer.json", *(f"optimizer/{moment}.safetensors" for moment in MOMENTS)}
+    except (OSError, ValueError, TypeError):
         return "it holds no checkpoint (no readable manifest.json in it)"
-    for file, (size, digest) in written.items():
+    for file in sorted(expected | written.keys()):
         if file not in present:
             return f"{file} is missing"
-        if present[file] != [size, digest]:
-            return f"{file} is damaged ({present[file][0]:,} bytes, {size:,} were written)"
+        if present[file] != written.get(file):
+            return f"{file} is damaged ({present[file][0]:,} bytes; the manifest says {written.get(file)})"
     return None
 
 
 def restore(path: Path, training: Training) -> int:
     """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
-    saved = json.loads((path / "trainer.json").read_text())
-    before, now = (
-        {f"{group}.{name}": value for group, values in settings.items() for name, value in values.items()}
-        for settings in (saved["settings"], training.settings)
-    )
+    try:
+        saved = json.loads((path / "trainer.json").read_text())
+        step, optimizer_steps = int(saved["step"]), float(saved["optimizer_steps"])
+        before, now = (
+            {f"{group}.{name}": value for group, values in settings.items() for name, value in values.items()}
+            for settings in (saved["settings"], training.settings)
+        )
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"--resume {path}: trainer.json is not one of this program's ({error!r})") from error
     if differing := changes(before, now, HARMLESS):
         raise UserError(f"--resume {path}: made with other settings: {differing}")
-    if saved["questions"] != training.questions:
+    if saved.get("questions") != training.questions:
         raise UserError(
             f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
             "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
         )
     for name, model in training.models().items():
-        load_model(path / name, model)
-    state = {"optimizer": get_optimizer_state_dict(training.policy, training.optimizer)}
-    load_shards(state, checkpoint_id=path / "optimizer", no_dist=not ranks.in_group())
-    set_optimizer_state_dict(training.policy, training.optimizer, state["optimizer"])
-    return int(saved["step"])
+        restore_model(path / name, model)
+    restore_optimizer(path / "optimizer", training, optimizer_steps)
+    return step
 
 
-def load_model(folder: Path, model: PackedLM) -> None:
+def restore_model(folder: Path, model: PackedLM) -> None:
     """The first process reads, and gives the others their shards."""
-    saved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) if ranks.is_first() else None
-    ranks.fill_from_first(ranks.tensors_of(saved) if saved else {}, model.lm)
+
+    def read() -> dict[str, Tensor]:
+        how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+        return ranks.tensors_of(AutoModelForCausalLM.from_pretrained(folder, **how))
+
+    ranks.fill_from_first(read().__getitem__ if ranks.is_first() else None, ranks.tensors_of(model.lm))
+
+
+def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
+    """AdamW's state, which does not exist before its first step, made and filled with what was saved."""
+    named, states = dict(training.policy.lm.named_parameters()), dict[str, dict[str, Tensor]]()
+    for moment in MOMENTS:
+        with safe_open(folder / f"{moment}.safetensors", "pt") as file:
+            values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
+            ranks.fill_from_first(file.get_tensor if ranks.is_first() else None, values)
+        for name, value in values.items():
+            states.setdefault(name, {"step": torch.tensor(steps)})[moment] = value
+    state = {i: states[name] for i, name in enumerate(named) if name in states}
+    groups = training.optimizer.state_dict()["param_groups"]
+    training.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -43,7 +43,7 @@ def flip_a_bit(file: Path) -> None:
     [
         ("policy/model.safetensors", cut_in_half, "policy/model.safetensors is damaged"),
         ("teacher/model.safetensors", flip_a_bit, "teacher/model.safetensors is damaged"),
-        ("optimizer/__0_0.distcp", Path.unlink, "optimizer/__0_0.distcp is missing"),
+        ("optimizer/exp_avg.safetensors", Path.unlink, "optimizer/exp_avg.safetensors is missing"),
         ("manifest.json", cut_in_half, "holds no checkpoint"),
     ],
 )
@@ -137,9 +137,9 @@ def test_a_run_on_a_read_only_disk_is_refused_in_one_sentence(small_disk):
 def test_only_the_last_and_every_nth_checkpoint_stay(tmp_path):
     for step in range(1, 8):
         (tmp_path / f"step-{step:06d}").mkdir()
-    checkpoint.prune(tmp_path, keep=2, keep_every=3)
+    checkpoint.prune(tmp_path / "step-000007", keep=2, keep_every=3)
     assert sorted(map(checkpoint.step_of, tmp_path.iterdir())) == [3, 6, 7]
-    checkpoint.prune(tmp_path, keep=0, keep_every=0)
+    checkpoint.prune(tmp_path / "step-000007", keep=0, keep_every=0)
     assert len(list(tmp_path.iterdir())) == 3
 
 

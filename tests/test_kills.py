@@ -96,9 +96,10 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path)
         assert checkpoint.fault_of(latest) is None, "latest points to a damaged or missing checkpoint"
         if process.exitcode == 0:
             break
-        if operation % 7 == 0:  # the next save is not hindered by what the killed one left behind
-            checkpoint.save(run / "checkpoints", 3, training, keep=2)
-            assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step-000002", "step-000003"]
+        checkpoint.save(run / "checkpoints", 3, training, keep=2)  # not hindered by what the killed one left behind
+        assert sorted(os.listdir(run / "checkpoints")) == ["latest", "step-000002", "step-000003"]
+        restored = checkpoint.find_checkpoint("auto", str(run))
+        assert restored is not None and checkpoint.restore(restored, training) == 3
         shutil.rmtree(run)
     assert process.exitcode == 0 and operation > 30
     assert found == sorted(found) and found[0] == 2 and found[-1] == 3
