@@ -3,11 +3,15 @@
 Without --model the embedded task runs, on defaults of its own (EMBEDDED): a model of 0.2M parameters wants other ones.
 """
 
+import argparse
 import errno
+import json
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -88,6 +92,12 @@ class Data:
     """benchmarks whose questions, or near copies of them, are dropped from the training data"""
     eval_data: str | None = None
     """benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data"""
+    eval_question_column: str = "question"
+    """in a file of one's own"""
+    eval_answer_column: str = "answer"
+    """likewise"""
+    data_dir: str = "data"
+    """folder to search for the files of named benchmarks, before the Hugging Face hub"""
     eval_every: int = 10
     """steps between evaluations; 0: only before and after"""
     eval_samples: int = 1
@@ -96,10 +106,12 @@ class Data:
 
 @dataclass(frozen=True)
 class Model:
-    name: Annotated[str, arg(name="model")] = "embedded"
-    """hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or the embedded model"""
+    name: Annotated[str | None, arg(name="model")] = None
+    """hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or a run; None: embedded, a toy of its own task"""
     chat_template: str | None = None
     """Jinja file, for a tokenizer without a chat template"""
+    template_options: str = "{}"
+    """JSON that the chat template gets, such as {"enable_thinking": false}"""
 
 
 @dataclass(frozen=True)
@@ -108,8 +120,6 @@ class Sampling:
     """hf: the trainer's own model; auto: vllm if it is installed and there is a GPU, else hf"""
     engine_memory: float = 0.5
     """share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most"""
-    tensor_parallel: int = 1
-    """processes that share one vLLM engine, for models too large for one GPU"""
     rollouts: int = 8
     """G: sampled answers to each wording of a question"""
     max_response_tokens: int = 3072
@@ -155,8 +165,8 @@ class RunSettings:
     out: str | None = None
     """folder to write (None: a new one under runs/)"""
     resume: str | None = None
-    """auto (the newest of out, or a new run if there is none), or a folder runs/NAME/checkpoints/step-N"""
-    save_every: int = 0
+    """a run or a checkpoint, whose settings hold where no flag is given; auto: the newest of out, or a new run"""
+    save_every: int = 20
     """steps between checkpoints; 0: only at the end"""
     keep: int = 2
     """checkpoints to keep, the newest; 0: all"""
@@ -168,8 +178,6 @@ class RunSettings:
     """also log to TensorBoard, in the run's folder"""
     wandb: bool = False
     """also log to Weights & Biases (WANDB_MODE=offline works)"""
-    profile: bool = False
-    """write a PyTorch trace of the second step to trace.json, for chrome://tracing or ui.perfetto.dev"""
 
 
 @dataclass(frozen=True)
@@ -198,56 +206,104 @@ EMBEDDED = Config(
     ),
     sampling=Sampling(max_response_tokens=32),
     memory=Memory(activation_checkpointing="off"),
+    run=RunSettings(save_every=0),
     optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99, tokens_per_micro_batch=2048),
 )
 
 
+# The lowest and the highest value of each number, and what is wrong with others.
+LIMITS: dict[str, tuple[float, float, str]] = {
+    **dict.fromkeys(("questions_per_step", "max_prompt_tokens", "max_response_tokens"), (1, 10**9, "")),
+    **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs"), (1, 10**9, "")),
+    **dict.fromkeys(("save_every", "keep", "keep_every", "eval_every"), (0, 10**9, "0 switches it off")),
+    **dict.fromkeys(("kl_coef", "clip", "tis_cap", "weight_decay"), (0, 10**3, "")),
+    **dict.fromkeys(("ema_start", "ema_end"), (0, 1, "it is the share that the teacher keeps of itself")),
+    "rollouts": (2, 10**6, "an advantage compares rollouts of one group"),
+    "temperature": (0.01, 100, "learning needs rollouts that differ"),
+    "lr": (0, 1, ""),
+    "warmup": (0, 1, "it is a share of the steps"),
+    "beta2": (0, 1 - 1e-9, ""),
+    "max_grad_norm": (1e-9, math.inf, ""),
+    "engine_memory": (0.01, 0.99, "it is a share of the memory"),
+}
+
+
 def parse(arguments: list[str] | None = None) -> Config:
-    """Settings from the command line; an unknown or mistyped flag ends the program with a hint."""
+    """Settings from the command line; an unknown or mistyped flag ends the program with a hint. Where --resume or
+    --config names a run, its settings are the defaults.
+
+    Raises:
+        UserError: settings that can only fail, or mislead, later.
+    """
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    early.add_argument("--config", type=Path)
+    known, given = early.parse_known_args(arguments)
+    early.add_argument("--resume", type=Path)
+    resumed = early.parse_known_args(given)[0].resume
 
     def read(default: Config) -> Config:
         return tyro.cli(
             Config,
-            args=arguments,
+            args=given,
             default=default,
-            description="Co-rewarding: reinforcement learning for reasoning, without labels.",
+            description="Co-rewarding: reinforcement learning for reasoning, without labels. --config FILE takes the "
+            "settings of another run's config.json where no flag is given; defaults shown are those of MODEL.",
             config=(tyro.conf.FlagCreatePairsOff,),
         )
 
-    config = read(EMBEDDED)
-    if config.model.name not in EMBEDDED_MODELS:
-        config = read(Config())
-    validate(config)
+    if known.config:
+        default = settings_in(known.config)
+        default = replace(default, run=replace(default.run, out=None, resume=None))
+    elif resumed and str(resumed) != "auto":
+        default = settings_in(resumed / ("trainer.json" if (resumed / "trainer.json").is_file() else "config.json"))
+        default = replace(default, run=replace(default.run, out=None))
+    else:
+        default = EMBEDDED if read(EMBEDDED).model.name in (None, *EMBEDDED_MODELS) else Config()
+    return validated(read(default), default)
+
+
+def settings_in(file: Path) -> Config:
+    """Of a run's config.json, or of a checkpoint's trainer.json."""
+    try:
+        groups = json.loads(file.read_text(encoding="utf-8"))
+        groups = groups.get("settings", groups)
+        known = {group: type(default)(**groups[group]) for group, default in vars(Config()).items()}
+        known["data"] = replace(known["data"], decontaminate=tuple(known["data"].decontaminate))  # JSON has lists
+        return Config(**known)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+        raise UserError(f"{file} holds no settings of a run of this version ({problem})") from problem
+
+
+def validated(config: Config, default: Config) -> Config:
+    """The settings, refused before anything is loaded if they could only fail or mislead later."""
+    data, optimisation = config.data, config.optimisation
+    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
+    for name, (lowest, highest, why) in LIMITS.items():
+        if values[name] is not None and not lowest <= values[name] <= highest:
+            range_of = f"must be at least {lowest:g}" if highest >= 10**3 else f"must be {lowest:g} to {highest:g}"
+            raise UserError(f"{flag(name)} {values[name]} {range_of}{': ' if why else ''}{why}")
+    if optimisation.epochs is not None:
+        if optimisation.steps not in (None, default.optimisation.steps):
+            raise UserError("--steps and --epochs say the same thing twice: give one of them")
+        config = replace(config, optimisation=replace(optimisation, steps=None))
+    if data.source is None:
+        raise UserError("--data is missing: a file of questions, a folder, or math, dapo, open-rs, amc")
+    if config.model.name is None:
+        if data.source != EMBEDDED.data.source:
+            raise UserError(f"--data {data.source} without --model: name one, or --model embedded for the built-in toy")
+        config = replace(config, model=replace(config.model, name="embedded"))
+    if config.model.chat_template and not Path(config.model.chat_template).is_file():
+        raise UserError(f"--chat-template {config.model.chat_template} is not a file")
+    try:
+        dict(json.loads(config.model.template_options))
+    except (ValueError, TypeError):
+        raise UserError(f"--template-options {config.model.template_options} is no JSON object") from None
+    for name, package in {"tensorboard": "tensorboard", "wandb": "wandb"}.items():
+        if values[name] and find_spec(package) is None:
+            raise UserError(f"{flag(name)}: pip install {package}, it is not installed")
     return config
 
 
-def validate(config: Config) -> None:
-    """Refuse, before anything is loaded, what could only fail or mislead later."""
-    method, data, sampling, optimisation = config.method, config.data, config.sampling, config.optimisation
-    needed = {
-        "data": (data.source is not None, "is missing: a file of questions, a folder, or math, dapo, open-rs, amc"),
-        "questions_per_step": (data.questions_per_step >= 1, "must be at least 1"),
-        "eval_samples": (data.eval_samples >= 1, "must be at least 1"),
-        "rollouts": (sampling.rollouts >= 2, "must be at least 2: an advantage compares rollouts of one group"),
-        "max_response_tokens": (sampling.max_response_tokens >= 1, "must be at least 1"),
-        "temperature": (sampling.temperature > 0, "must be over 0: learning needs rollouts that differ"),
-        "engine_memory": (0 < sampling.engine_memory < 1, "is a share of the memory: between 0 and 1"),
-        "tensor_parallel": (sampling.tensor_parallel >= 1, "must be at least 1"),
-        "steps": (optimisation.steps is None or optimisation.steps >= 1, "must be at least 1"),
-        "epochs": (optimisation.epochs is None or optimisation.epochs >= 1, "must be at least 1"),
-        "lr": (optimisation.lr >= 0, "must not be negative"),
-        "warmup": (0 <= optimisation.warmup <= 1, "is a share of the steps: between 0 and 1"),
-        "tokens_per_micro_batch": (optimisation.tokens_per_micro_batch >= 1, "must be at least 1"),
-        "keep": (config.run.keep >= 0, "must not be negative"),
-        "ema_start": (0 <= method.ema_start <= 1, "is a weight between 0 and 1"),
-        "ema_end": (0 <= method.ema_end <= 1, "is a weight between 0 and 1"),
-        "chat_template": (
-            config.model.chat_template is None or Path(config.model.chat_template).is_file(),
-            "is not a file",
-        ),
-    }
-    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
-    values |= {"data": data.source}
-    for name, (holds, reason) in needed.items():
-        if not holds:
-            raise UserError(f"--{name.replace('_', '-')} {'' if values[name] is None else values[name]} {reason}")
+def flag(name: str) -> str:
+    """Of a setting."""
+    return "--" + {"source": "data", "name": "model"}.get(name, name).replace("_", "-")

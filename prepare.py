@@ -1,6 +1,9 @@
 """From settings to a run that is ready for its first step: folder, questions, models, optimizer, sampler."""
 
 import fcntl
+import json
+import os
+import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -42,6 +45,7 @@ class Run:
     folder: Path
     variant: Variant  # the row of the table, with what the command line changes in it
     questions: list[PromptedPair]
+    fingerprint: str  # of the questions
     benchmark: Benchmark | None  # those of its questions whose prompts are short enough
     eval_prompts: list[list[int]]  # of these questions
     total_steps: int
@@ -54,16 +58,13 @@ class Run:
     sampler: Sampler
 
 
-def prepare(config: Config) -> tuple[Run, int]:
+def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
     device, variant, engine = ranks.start(), chosen_variant(config), choose_engine(config.sampling.sampler)
-    resume, out = config.run.resume, config.run.out
-    resumed = ranks.on_first(partial(checkpoint.find_checkpoint, resume, out)) if resume else None
-    folder = resumed.parents[1] if resumed else ranks.on_first(partial(new_folder, config))
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
-    policy, tokenizer = load_policy(config.model.name, device, config.memory.offload_optimizer)
+    policy, tokenizer = load_policy(str(config.model.name), device, config.memory.offload_optimizer)
     questions = to_questions(config, variant, tokenizer, pairs, report)
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
     if benchmark:
@@ -83,13 +84,13 @@ def prepare(config: Config) -> tuple[Run, int]:
         max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
         rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
         engine_memory=config.sampling.engine_memory,
-        tensor_parallel=config.sampling.tensor_parallel,
     )
     run = Run(
         config=config,
         folder=folder,
         variant=variant,
         questions=questions,
+        fingerprint=fingerprint([(each.pair.id, sorted(each.prompts.items()), each.pair.gold) for each in questions]),
         benchmark=benchmark,
         eval_prompts=[question.prompts["x"] for question in eval_questions],
         total_steps=total_steps(config, len(questions)),
@@ -117,9 +118,8 @@ def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
     )
 
     def benchmark(name: str) -> Benchmark:
-        return load_benchmark(
-            name, question_column=config.data.question_column, answer_column=config.data.answer_column
-        )
+        data = config.data
+        return load_benchmark(name, data.data_dir, data.eval_question_column, data.eval_answer_column)
 
     if config.data.decontaminate:
         pairs = without_overlap(pairs, [benchmark(name) for name in config.data.decontaminate], report)
@@ -142,6 +142,7 @@ def to_questions(
         tokenizer=tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         chat_template=template,
+        template_options=json.loads(config.model.template_options),
     )
     if report is None:
         return to_prompts()
@@ -150,25 +151,6 @@ def to_questions(
     questions = to_prompts(views=views, needs_gold=needs_gold, report=report)
     print(report)
     return questions
-
-
-@contextmanager
-def claimed(folder: Path) -> Iterator[None]:
-    """Make the run's folder, and keep other runs out of it for as long as this one lives, however it ends."""
-    with ExitStack() as held:
-
-        def claim() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                file = held.enter_context((folder / ".lock").open("w"))
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
-
-        ranks.on_first(claim)
-        yield
 
 
 def chosen_variant(config: Config) -> Variant:
@@ -189,6 +171,50 @@ def chosen_variant(config: Config) -> Variant:
     return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
 
 
+# ---------------------------------------------------------------- the run's folder
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
+    """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
+    this one lives, however it ends; a run that ends before it has written anything leaves nothing behind."""
+    with ExitStack() as held:
+
+        def claim() -> tuple[Path, Path | None]:
+            folder, resumed = folder_of(config)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+                held.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+            held.callback(remove_if_empty, folder)
+            if resumed and resumed.parents[1] != folder.resolve():
+                branch_off(resumed.parents[1], folder)
+            return folder, resumed
+
+        yield ranks.on_first(claim)
+
+
+def folder_of(config: Config) -> tuple[Path, Path | None]:
+    """Where this run writes, and the checkpoint to go on from: in its own run, unless --out names another folder."""
+    resume, out = config.run.resume, config.run.out
+    resumed = checkpoint.find_checkpoint(resume, out) if resume else None
+    if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
+        raise UserError(f"--resume {resume}: made with other settings: {differing}")
+    if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
+        return new_folder(config), resumed
+    if resumed.parent.name != "checkpoints":
+        raise UserError(f"--resume {resume} is in no run's checkpoints/: say where to write, with --out")
+    newer = checkpoint.newest_first(resumed.parent)[0]
+    if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
+        raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
+    return resumed.parents[1], resumed
+
+
 def new_folder(config: Config) -> Path:
     """A folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
@@ -197,21 +223,43 @@ def new_folder(config: Config) -> Path:
                 f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
             )
         return Path(config.run.out)
-    name = f"{config.method.variant}-{Path(config.model.name).name}-seed{config.run.seed}"
-    candidates = (Path("runs") / (name + suffix) for suffix in ["", *(f"-{i}" for i in range(2, 10_000))])
-    return next(folder for folder in candidates if not folder.exists())
+    model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
+    parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
+    for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
+        folder = Path("runs", "-".join(parts) + suffix)
+        try:
+            folder.mkdir(parents=True)  # of two runs that start at once, one makes it
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError("runs/ is full of runs of this name: name another folder with --out")
+
+
+def remove_if_empty(folder: Path) -> None:
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def branch_off(run: Path, folder: Path) -> None:
+    """The log of the steps before."""
+    for name in ("metrics.jsonl", "rollouts.jsonl"):
+        if (run / name).is_file():
+            shutil.copyfile(run / name, folder / name)
+
+
+# ---------------------------------------------------------------- what it takes
 
 
 def total_steps(config: Config, questions: int) -> int:
-    """K; --epochs goes before --steps, so that it also overrides the embedded task's default."""
-    steps, epochs = config.optimisation.steps, config.optimisation.epochs
-    if steps is not None and epochs is None:
-        return steps
-    return (epochs or 3) * steps_per_epoch(questions, config.data.questions_per_step)
+    """K."""
+    epochs = config.optimisation.epochs or 3
+    return config.optimisation.steps or epochs * steps_per_epoch(questions, config.data.questions_per_step)
 
 
 def to_save(run: Run) -> checkpoint.Training:
-    questions = fingerprint([(each.pair.id, sorted(each.prompts.items()), each.pair.gold) for each in run.questions])
     return checkpoint.Training(
-        run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), questions=questions
+        run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), run.fingerprint
     )

@@ -94,14 +94,13 @@ def open_sampler(
     max_sequence_tokens: int,
     rows: int,
     engine_memory: float = 0.5,
-    tensor_parallel: int = 1,
 ) -> Sampler:
     """A sampler for models shaped like `lm`: up to `rows` sequences at once, of prompt and response together up to
-    `max_sequence_tokens`. The last two arguments are vLLM's, see config.Sampling."""
+    `max_sequence_tokens`; `engine_memory` is vLLM's, see config.Sampling."""
     check_length(lm, max_sequence_tokens)
     if engine == "hf":
         return TransformersSampler(eos_ids, dtype)
-    return VLLMSampler(lm, eos_ids, dtype, max_sequence_tokens, rows, engine_memory, tensor_parallel)
+    return VLLMSampler(lm, eos_ids, dtype, max_sequence_tokens, rows, engine_memory)
 
 
 @contextmanager

@@ -48,6 +48,8 @@ from prepare import Run, claimed, prepare, to_save
 from rewards import Group, label_groups, read_groups, with_means
 from rollout import ask, decode
 from store import checkpoint, curves
+from store.files import write_whole
+from store.results import versions
 from teacher import ema_weight, update
 
 
@@ -89,9 +91,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     # 5. One optimizer step; the KL term is anchored to the initial policy, or to the teacher as it answered. Eqs. 4-6
     # Without an anchor, rollouts of advantage 0 change nothing; one is kept: AdamW must see a gradient of 0, not none.
     trained = None if run.reference else advantages.nonzero().flatten().tolist() or [0]
-    batches = micro_batches(
-        rollouts, optimisation.tokens_per_micro_batch, run.device, trained, ranks.rank(), ranks.count()
-    )
+    batches = micro_batches(rollouts, optimisation.tokens_per_micro_batch, run.device, trained)
     anchors = score(run.reference, batches, sampling.temperature) if run.reference else None
     clock.lap("reference")
     of_views = [said["policy", view] for view in row.policy_views]
@@ -111,8 +111,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
 def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[Group]:
     """The groups with the policy's entropy and self-certainty of each rollout: one more forward pass."""
-    tokens = run.config.optimisation.tokens_per_micro_batch
-    batches = micro_batches(rollouts, tokens, run.device, None, ranks.rank(), ranks.count())
+    batches = micro_batches(rollouts, run.config.optimisation.tokens_per_micro_batch, run.device)
     stats = score(run.policy, batches, run.config.sampling.temperature)
     return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
 
@@ -136,25 +135,25 @@ def evaluate(run: Run) -> dict[str, float]:
 
 def train(config: Config) -> Path:
     """Prepare and loop; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
-    run, first_step = prepare(config)
-    with claimed(run.folder), closing(run.sampler):
-        return loop(run, first_step)
+    ranks.start()
+    with claimed(config) as (folder, resumed):
+        run, first_step = prepare(config, folder, resumed)
+        with closing(run.sampler):
+            return loop(run, first_step)
 
 
 def loop(run: Run, first_step: int) -> Path:
     """All steps from the first on, with evaluations and checkpoints when they are due."""
     config = run.config
-    ranks.on_first(lambda: (run.folder / "config.json").write_text(json.dumps(asdict(config), indent=2) + "\n"))
+    record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
+    ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
     log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
     signals = catch_signals()
     steps = range(first_step, run.total_steps)
     bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", disable=log is None)
     for step in bar:
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
-        with metrics.tracing(
-            run.folder / "trace.json", config.run.profile and step == first_step + 1 and log is not None
-        ):
-            seen, sample = train_step(run, step)
+        seen, sample = train_step(run, step)
         seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         if log:
             log.write({"step": step} | evaluated | seen, sample)

@@ -185,7 +185,7 @@ def sanity(settings: Settings) -> Figures:
     """Policy and teacher by turns hold the engine: six loads, six awakenings."""
     with TemporaryDirectory() as folder:
         begin = time.perf_counter()
-        run, _ = prepare(parse(["--variant", "II", *run_flags(Path(folder), settings, 3)]))
+        run, _ = prepare(parse(["--variant", "II", *run_flags(Path(folder), settings, 3)]), Path(folder))
         figures: Figures = {
             "sampler": type(run.sampler).__name__,
             "start_seconds": round(time.perf_counter() - begin, 1),

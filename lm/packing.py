@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
+from lm import ranks
+
 # Up to 2.11, PyTorch lets query heads share a key head without being told to.
 SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
@@ -80,12 +82,7 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
 
 
 def micro_batches(
-    rollouts: Sequence[Rollout],
-    tokens: int,
-    device: torch.device,
-    rows: Iterable[int] | None = None,
-    rank: int = 0,
-    ranks: int = 1,
+    rollouts: Sequence[Rollout], tokens: int, device: torch.device, rows: Iterable[int] | None = None
 ) -> list[MicroBatch]:
     """This rank's share of the rollouts at `rows` (None: all), in micro-batches of at most `tokens` tokens (a longer
     one gets its own).
@@ -102,8 +99,8 @@ def micro_batches(
             used = 0
         groups[-1].append(row)
         used += len(rollouts[row])
-    batches = [pack(rollouts, rows, device) for rows in groups[rank::ranks]]
-    if len(batches) * ranks < len(groups):
+    batches = [pack(rollouts, rows, device) for rows in groups[ranks.rank() :: ranks.count()]]
+    if len(batches) * ranks.count() < len(groups):
         batches.append(muted(pack(rollouts, groups[0][:1], device)))
     return batches
 

@@ -38,7 +38,7 @@ def start() -> torch.device:
         store = distributed.HashStore() if alone else None  # type: ignore[attr-defined]
         size, rank = (1, 0) if alone else (-1, -1)
         distributed.init_process_group(backend, timeout=TIMEOUT, store=store, world_size=size, rank=rank)
-    if not is_first():
+    if not is_first() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device
 

@@ -7,7 +7,7 @@
 
 An engine starts without weights and is only ever sampled inside `holding`, after a complete load, so its weights can be
 neither stale nor half-loaded. The first load is checked against the model's own log-probs. Under torchrun every process
-has an engine of its own, or `tensor_parallel` neighbours share one. The calls below are the same in vLLM 0.24 to 0.33.
+has an engine of its own. The calls below are the same in vLLM 0.24 to 0.33.
 """
 
 import math
@@ -52,7 +52,6 @@ class VLLMSampler:
         max_sequence_tokens: int,
         rows: int,
         engine_memory: float,
-        tensor_parallel: int,
     ) -> None:
         self.eos_ids = list(eos_ids)
         self.dtype = compute_dtype
@@ -61,12 +60,10 @@ class VLLMSampler:
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
         self.sync_seconds: float | None = None
         self._held = self._checked = False
-        self._group = tensor_parallel_group(tensor_parallel)
         self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton(lm.config).state_dict().items()}
         settings: dict[str, Any] = {
             "dtype": str(compute_dtype).removeprefix("torch."),
             "max_model_len": max_sequence_tokens,
-            "tensor_parallel_size": tensor_parallel,
         }
         if self.on_gpu:
             settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
@@ -159,29 +156,15 @@ class VLLMSampler:
     ) -> list[Rollout]:
         if not self._held:
             raise UserError("sampling outside of `holding`: the engine's weights belong to no model")
-        rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
-        if self._group is None:
-            return self._generate(rows, temperature, max_tokens, top_p)
-        # Processes that share an engine must ask it the same, so each asks for all and keeps its own.
-        everyone: list[list[tuple[list[int], int]]] = [[] for _ in range(distributed.get_world_size(self._group))]
-        distributed.all_gather_object(everyone, rows, group=self._group)
-        me = distributed.get_rank(self._group)
-        start = sum(len(others) for others in everyone[:me])
-        rollouts = self._generate([row for others in everyone for row in others], temperature, max_tokens, top_p)
-        return rollouts[start : start + len(rows)]
-
-    def _generate(
-        self, rows: list[tuple[list[int], int]], temperature: float, max_tokens: int, top_p: float
-    ) -> list[Rollout]:
-        """One rollout for each (prompt, seed); a seed is any integer of 64 bits except -1, which vLLM reads as none."""
         from vllm import SamplingParams
 
+        rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
         parameters = [
             SamplingParams(
                 temperature=temperature,
                 top_p=top_p,
                 max_tokens=max_tokens,
-                seed=seed,
+                seed=seed,  # any integer of 64 bits except -1, which vLLM reads as none
                 stop_token_ids=self.eos_ids,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
@@ -189,9 +172,9 @@ class VLLMSampler:
             )
             for _, seed in rows
         ]
-        prompts = [{"prompt_token_ids": prompt} for prompt, _ in rows]
+        asked = [{"prompt_token_ids": prompt} for prompt, _ in rows]
         with undisturbed_host(self.on_gpu):
-            outputs = self.llm.generate(prompts, parameters, use_tqdm=False)
+            outputs = self.llm.generate(asked, parameters, use_tqdm=False)
         said = [output.outputs[0] for output in outputs]
         return [
             Rollout(prompt, list(o.token_ids), list(o.logprobs.logprobs), finished=o.finish_reason == "stop")
@@ -286,19 +269,6 @@ def undisturbed_host(on_gpu: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def tensor_parallel_group(size: int) -> Any:
-    """The processes that share an engine with this one; None if it has one of its own."""
-    if size == 1:
-        return None
-    processes = distributed.get_world_size() if distributed.is_initialized() else 1
-    if processes % size:
-        raise UserError(
-            f"--tensor-parallel {size} needs processes that share an engine, a multiple of {size}, and there are "
-            f"{processes}: start with torchrun --nproc-per-node"
-        )
-    return distributed.new_subgroups(size)[0]
 
 
 def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ Processes on several machines need a folder that all of them see.
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -30,18 +31,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from config import UserError
+from config import UserError, flag
 from lm import ranks
 from lm.scoring import PackedLM
 from store.files import changes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
-# Settings that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
-HARMLESS = {f"run.{name}" for name in ("out", "resume", "save_every", "keep", "keep_every", "tensorboard", "wandb")}
-HARMLESS |= {f"data.{name}" for name in ("eval_data", "eval_every", "eval_samples")}
-HARMLESS |= {f"memory.{name}" for name in ("activation_checkpointing", "offload_optimizer", "offload_teacher")}
-HARMLESS |= {"sampling.engine_memory", "optimisation.tokens_per_micro_batch"}
+# Flags that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
+HARMLESS = {"--out", "--resume", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb"}
+HARMLESS |= {"--eval-data", "--eval-every", "--eval-samples", "--eval-question-column", "--eval-answer-column"}
+HARMLESS |= {"--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
+HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch"}
 
 
 @dataclass
@@ -193,8 +194,10 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str, out: str | None) -> Path | None:
-    """The checkpoint that --resume names; `auto` is the newest intact one of the run in --out, None if that has none
-    yet, so that one command both starts a run and continues it."""
+    """The checkpoint that --resume names, of a run the newest intact one; `auto` is that of the run in --out, or None
+    if it has none yet, so that one command both starts a run and continues it."""
+    if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
+        resume, out = "auto", resume
     if resume != "auto":
         if fault := fault_of(Path(resume)):
             raise UserError(f"--resume {resume}: {fault}")
@@ -227,28 +230,38 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def restore(path: Path, training: Training) -> int:
-    """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
+def read_trainer(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads((path / "trainer.json").read_text())
-        step, optimizer_steps = int(saved["step"]), float(saved["optimizer_steps"])
-        before, now = (
-            {f"{group}.{name}": value for group, values in settings.items() for name, value in values.items()}
-            for settings in (saved["settings"], training.settings)
-        )
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"--resume {path}: trainer.json is not one of this program's ({error!r})") from error
-    if differing := changes(before, now, HARMLESS):
-        raise UserError(f"--resume {path}: made with other settings: {differing}")
-    if saved.get("questions") != training.questions:
+        kinds = {"step": int, "optimizer_steps": float, "settings": dict, "questions": str}
+        return {name: kind(saved[name]) for name, kind in kinds.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
+
+
+def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
+    """Of these settings from those of the checkpoint, as a sentence's end; more steps are none."""
+    before = read_trainer(path)["settings"]
+    old, new = (
+        {flag(name): value for group in groups.values() for name, value in group.items()}
+        for groups in (before, settings)
+    )
+    more = {name for name in ("--steps", "--epochs") if (old.get(name) or math.inf) < (new.get(name) or 0)}
+    return changes(old, new, HARMLESS | more)
+
+
+def restore(path: Path, training: Training) -> int:
+    """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
+    saved = read_trainer(path)
+    if saved["questions"] != training.questions:
         raise UserError(
             f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
             "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
         )
     for name, model in training.models().items():
         restore_model(path / name, model)
-    restore_optimizer(path / "optimizer", training, optimizer_steps)
-    return step
+    restore_optimizer(path / "optimizer", training, saved["optimizer_steps"])
+    return int(saved["step"])
 
 
 def restore_model(folder: Path, model: PackedLM) -> None:

@@ -146,7 +146,7 @@ def test_only_the_last_and_every_nth_checkpoint_stay(tmp_path):
 def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
     rows, file = word_problems()[:12], tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    flags = ["--steps", "1", "--data", str(file)]
+    flags = ["--steps", "1", "--model", "embedded", "--data", str(file)]
     folder = train.train(small(tmp_path / "run", *flags))
     rows[3]["question"] += " Tell me."
     file.write_text("\n".join(map(json.dumps, rows)))
@@ -155,11 +155,11 @@ def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with train.claimed(tmp_path / "run"), pytest.raises(UserError, match="another run is writing to it"):
+    with train.claimed(small(tmp_path / "run")), pytest.raises(UserError, match="another run is writing to it"):
         train.train(small(tmp_path / "run", "--steps", "1"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence():
-    with pytest.raises(UserError, match="cannot be written to"), train.claimed(Path("/proc/self/run")):
+    with pytest.raises(UserError, match="cannot be written to"), train.claimed(small(Path("/proc/self/run"))):
         pass

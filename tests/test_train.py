@@ -73,7 +73,11 @@ def test_gold_answers_do_not_leak_into_label_free_training(tmp_path, variant):
     for name, kept in (("with", rows), ("without", without_answers(rows))):
         file = tmp_path / f"{name}.jsonl"
         file.write_text("\n".join(map(json.dumps, kept)))
-        folders.append(train.train(small(tmp_path / name, "--variant", variant, "--steps", "2", "--data", str(file))))
+        folders.append(
+            train.train(
+                small(tmp_path / name, "--variant", variant, "--steps", "2", "--model", "embedded", "--data", str(file))
+            )
+        )
     with_gold, without_gold = map(metrics_of, folders)
     shared = [{k: v for k, v in record.items() if not k.startswith("label_accuracy")} for record in with_gold]
     assert shared == without_gold
@@ -100,10 +104,39 @@ def test_a_resumed_run_equals_an_undisturbed_one(tmp_path, variant):
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(tmp_path):
     folder = train.train(small(tmp_path / "run", "--steps", "1"))
     checkpoint_of_run = str(folder / "checkpoints" / "step-000001")
-    with pytest.raises(UserError, match="optimisation.lr .was 0.0005, is 0.001"):
+    with pytest.raises(UserError, match="--lr .was 0.0005, is 0.001"):
         train.train(parse([*SMALL, "--steps", "1", "--lr", "1e-3", "--resume", checkpoint_of_run]))
-    with pytest.raises(UserError, match="no checkpoint"):
+    with pytest.raises(UserError, match="holds no settings of a run"):
         train.train(parse(["--resume", str(tmp_path / "nowhere")]))
+
+
+def test_a_resumed_run_needs_no_flags_and_may_have_more_steps(tmp_path):
+    """Settings that have to be repeated are settings that are forgotten."""
+    run = train.train(small(tmp_path / "run", "--steps", "1", "--lr", "1e-3"))
+    for resume, steps in ((run, 2), (run / "checkpoints" / "step-000002", 3)):
+        again = parse(["--resume", str(resume), "--steps", str(steps)])
+        assert (again.optimisation.lr, again.sampling.rollouts) == (1e-3, 4)
+        assert train.train(again).resolve() == run and len(metrics_of(run)) == steps
+
+
+def test_an_older_checkpoint_is_no_way_to_cut_a_run_but_can_be_branched_off(tmp_path):
+    run = train.train(small(tmp_path / "run", "--steps", "3", "--save-every", "1", "--keep", "2"))
+    before = (run / "metrics.jsonl").read_text()
+    at_two = str(run / "checkpoints" / "step-000002")
+    with pytest.raises(UserError, match="has gone on to step-000003; name another folder with --out"):
+        train.train(parse(["--resume", at_two]))
+    branch = train.train(parse(["--resume", at_two, "--out", str(tmp_path / "branch")]))
+    assert branch == tmp_path / "branch" and (run / "metrics.jsonl").read_text() == before
+    assert metrics_of(branch) == metrics_of(run)
+    shutil.copytree(at_two, tmp_path / "alone" / "step-000002")
+    with pytest.raises(UserError, match="in no run's checkpoints/: say where to write"):
+        train.train(parse(["--resume", str(tmp_path / "alone" / "step-000002")]))
+
+
+def test_the_settings_of_a_run_start_another(tmp_path):
+    run = train.train(small(tmp_path / "run", "--steps", "1", "--lr", "1e-3"))
+    again = parse(["--config", str(run / "config.json"), "--seed", "7"])
+    assert (again.optimisation.lr, again.run.seed, again.run.out) == (1e-3, 7, None)
 
 
 def test_a_run_never_overwrites_another(tmp_path):
@@ -174,10 +207,10 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
     [
         (["--variant", "IV"], "--variant IV is not known: choose from I, II, III"),
         (["--variant", "II", "--views", "both"], "--views both is for baselines"),
-        (["--model", "Qwen3-8B-Base"], "--data  is missing"),
-        (["--rollouts", "1"], "--rollouts 1 must be at least 2"),
-        (["--temperature", "0"], "--temperature 0.0 must be over 0"),
-        (["--ema-start", "1.5"], "--ema-start 1.5 is a weight"),
+        (["--model", "Qwen3-8B-Base"], "--data is missing"),
+        (["--rollouts", "1"], "--rollouts 1 must be at least 2: an advantage compares rollouts"),
+        (["--temperature", "0"], "--temperature 0.0 must be 0.01 to 100"),
+        (["--ema-start", "1.5"], "--ema-start 1.5 must be 0 to 1"),
         (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja is not a file"),
     ],
 )
@@ -219,7 +252,7 @@ def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
 
 @pytest.mark.parametrize("variant", ["I", "II", "III", "gt"])
 def test_the_kl_term_is_anchored_to_what_the_row_names(variant, tmp_path):
-    run, _ = prepare.prepare(parse(["--variant", variant, "--out", str(tmp_path), "--beta2", "0.97"]))
+    run, _ = prepare.prepare(parse(["--variant", variant, "--beta2", "0.97"]), tmp_path)
     if variant in ("II", "III"):
         assert run.reference is run.teacher and run.teacher is not run.policy
     else:

@@ -21,6 +21,7 @@ from test_distributed import FLAGS, assert_same_run, run_with
 from test_train import ROOT, SMALL
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
+import prepare
 import train
 from config import UserError, parse
 from embedded import start_model
@@ -299,52 +300,11 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
     seen = {}
     for sampler in ("vllm", "hf"):
         flags = f"--variant III --sampler {sampler} --steps 2 --questions-per-step 2 --rollouts 2 --eval-every 0"
-        run, _ = train.prepare(parse([*flags.split(), "--out", str(tmp_path / sampler)]))
+        run, _ = prepare.prepare(parse(flags.split()), tmp_path)
         seen[sampler], _ = train.train_step(run, 0)
     assert seen["vllm"]["mismatch_max"] < 1e-4 and seen["hf"]["mismatch_max"] < 1e-4
     assert 0 < seen["vllm"]["seconds_sync"] < 60 and "seconds_sync" not in seen["hf"]
     assert seen["vllm"]["seconds_rollout"] > 0 and seen["vllm"]["seconds_teacher"] > 0
-
-
-TWO_PROCESSES_WITH_ONE_ENGINE = """
-import torch
-from torch import distributed
-from test_vllm import LONG, Pair, open_sampler, untied_model
-
-distributed.init_process_group("gloo")
-rank = distributed.get_rank()
-lm = untied_model()
-sampler = open_sampler("vllm", lm, [1], torch.float32, max_sequence_tokens=LONG + 20, rows=8, tensor_parallel=2)
-pair = Pair(lm, sampler)
-for change in range(2):
-    prompts = [[(7 * i + 13 * rank + j) % 100 for j in range(LONG)] for i in range(2 + rank)]
-    rollouts = pair.sample(prompts=prompts, seeds=[100 * rank + 10 * i for i in range(2 + rank)])
-    assert [rollout.prompt_ids for rollout in rollouts] == [prompt for prompt in prompts for _ in range(4)]
-    assert pair.gaps(rollouts).max() < 1e-4
-    pair.change_weights(seed=change)
-ranks = torch.tensor(rank)
-distributed.all_reduce(ranks)
-assert ranks == 1
-print("all is well")
-"""
-
-
-@needs_vllm
-def test_processes_that_share_an_engine_get_each_others_rollouts(tmp_path: Path) -> None:
-    script = tmp_path / "two.py"
-    script.write_text(TWO_PROCESSES_WITH_ONE_ENGINE)
-    here = Path(__file__).parent
-    environment = os.environ | {"PYTHONPATH": f"{here.parent}{os.pathsep}{here}", "OMP_NUM_THREADS": "1"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    ended = subprocess.run([*torchrun, str(script)], env=environment, capture_output=True, text=True)
-    assert ended.stdout.count("all is well") == 2, ended.stderr[-3000:]
-
-
-@needs_vllm
-@tied_model
-def test_an_engine_is_shared_by_processes_that_are_not_there(pair: Pair) -> None:
-    with pytest.raises(UserError, match="--tensor-parallel 2 needs .* there are 1: start with torchrun"):
-        open_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=64, rows=8, tensor_parallel=2)
 
 
 @needs_vllm
