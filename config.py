@@ -34,8 +34,8 @@ def told_in_a_sentence(when_stopped: str = "stopped") -> Iterator[None]:
         yield
     except UserError as error:
         sentence, code = f"error: {error}", 2
-    except KeyboardInterrupt:
-        sentence, code = when_stopped, 130
+    except KeyboardInterrupt as stop:
+        sentence, code = str(stop) or when_stopped, 130
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise

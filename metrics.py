@@ -166,6 +166,21 @@ def readable_sample(
 WINDOW = 5  # steps that an alarm averages over
 
 
+def first_step_signs(seen: dict[str, float]) -> dict[str, str]:
+    """What the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
+    signs = {}
+    if seen["answered"] < 0.1:
+        signs["no box"] = (
+            f"{seen['answered']:.0%} of the answers are boxed, {seen['truncated']:.0%} are cut at the limit: "
+            "raise --max-response-tokens, or show the form with --chat-template docs/two-examples.jinja"
+        )
+    if seen["zero_std_groups"] == 1:
+        signs["no difference"] = "all rewards are equal in every group, so that nothing is learnt from this step"
+    if "label_agreement" in seen and "label_accuracy" not in seen:
+        signs["no gold"] = "no gold answers: whether labels are right is not known"
+    return signs
+
+
 def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     """Signs that the policy games its reward, comparing the last steps with the first: {sign: what was seen}.
 
@@ -231,12 +246,19 @@ class RunLog:
         latest = {name: next((m[key] for m in reversed(self.history) if key in m), None) for key, name in shown.items()}
         return {name: f"{value:.2f}" for name, value in latest.items() if value is not None}
 
-    def new_collapse_signs(self) -> list[str]:
-        """One line for each sign that was not seen before."""
-        signs = collapse_signs(self.history)
-        new = [f"{sign} ({seen})" for sign, seen in signs.items() if sign not in self.alarms]
-        self.alarms |= set(signs)
-        return new
+    def warnings(self, first: bool = False) -> list[str]:
+        """One line for what was not said before: of the `first` step what it shows at once, of all signs of collapse.
+        They are kept in warnings.txt too."""
+        signs = first_step_signs(self.history[-1]) if first else {}
+        if self.history[-1]["skipped_steps"]:
+            signs["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
+        signs |= {sign: f"collapse? {sign} ({seen})" for sign, seen in collapse_signs(self.history).items()}
+        new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
+        self.alarms |= set(new)
+        step = int(self.history[-1]["step"])
+        with (self.metrics_file.parent / "warnings.txt").open("a", encoding="utf-8") as file:
+            file.writelines(f"step {step}: {line}\n" for line in new.values())
+        return list(new.values())
 
     def write(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
         """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""

@@ -29,7 +29,7 @@ import os
 import signal
 import sys
 from contextlib import closing
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from config import Config, parse, told_in_a_sentence
+from config import Config, UserError, parse, told_in_a_sentence
 from data import questions_of_step
 from evaluate import EvaluationSettings, accuracies
 from grpo import denominators, group_advantages, learning_rate, optimizer_step
@@ -133,34 +133,68 @@ def evaluate(run: Run) -> dict[str, float]:
     return accuracy | clock.seconds
 
 
+# ---------------------------------------------------------------- the loop
+
+
+@dataclass
+class Watch:
+    """Signals that ask a run to stop. The first lets it finish its step and save, the second is obeyed at once; not so
+    under torchrun, which passes on what its processes may have got themselves."""
+
+    signal: int = 0
+    finishes: str = ""  # what the run is at and finishes first; empty: there is nothing to lose
+
+    def request(self, number: int, _: object) -> None:
+        asked_before, self.signal = self.signal, number
+        if not self.finishes or (asked_before and "TORCHELASTIC_RUN_ID" not in os.environ):
+            raise KeyboardInterrupt
+        if ranks.is_first() and not asked_before:
+            print(f"\nfinishing {self.finishes}, then saving; again: stops at once", file=sys.stderr)
+
+
 def train(config: Config) -> Path:
     """Prepare and loop; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
     ranks.start()
     with claimed(config) as (folder, resumed):
+        watch = Watch()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, watch.request)
         run, first_step = prepare(config, folder, resumed)
         with closing(run.sampler):
-            return loop(run, first_step)
+            try:
+                loop(run, first_step, watch)
+            except KeyboardInterrupt:
+                saved = checkpoint.newest_first(folder / "checkpoints")
+                on_disk = f"go on with --resume {saved[0]}" if saved else "no checkpoint had been written"
+                raise KeyboardInterrupt(f"stopped at once; {on_disk}") from None
+            finally:
+                if ranks.is_first() and (folder / "metrics.jsonl").exists():
+                    curves.draw([folder], folder / "curves.png")
+    return folder
 
 
-def loop(run: Run, first_step: int) -> Path:
+def loop(run: Run, first_step: int, watch: Watch) -> None:
     """All steps from the first on, with evaluations and checkpoints when they are due."""
-    config = run.config
+    config, skipped_in_a_row = run.config, 0
     record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
     ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
     log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
-    signals = catch_signals()
     steps = range(first_step, run.total_steps)
     bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", disable=log is None)
     for step in bar:
+        watch.finishes = f"step {step}"
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         seen, sample = train_step(run, step)
         seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         if log:
             log.write({"step": step} | evaluated | seen, sample)
             bar.set_postfix(log.headline())
-            for warning in log.new_collapse_signs():
-                bar.write(f"collapse? step {step}: {warning}", file=sys.stderr)
-        done, stop_signal = step + 1, int(ranks.largest(max(signals, default=0)))
+            for warning in log.warnings(first=step == first_step):
+                bar.write(f"step {step}: {warning}", file=sys.stderr)
+        skipped_in_a_row = skipped_in_a_row + 1 if seen["skipped_steps"] else 0
+        if skipped_in_a_row == MOST_SKIPPED:
+            raise UserError(f"{MOST_SKIPPED} steps in a row had no finite gradient and were skipped: lower --lr")
+        done, stop_signal = step + 1, int(ranks.largest(watch.signal))
         if done == run.total_steps or is_due(done, config.run.save_every) or stop_signal:
             saved = save_checkpoint(run, done)
         if stop_signal:
@@ -168,34 +202,24 @@ def loop(run: Run, first_step: int) -> Path:
             if log:
                 print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
             raise SystemExit(128 + stop_signal)
+    watch.finishes = ""
     evaluated = evaluate(run)
-    if log and evaluated:
-        log.write({"step": run.total_steps} | evaluated, [])
     if log:
+        log.write({"step": run.total_steps} | evaluated, [])
         log.close()
-    return run.folder
+
+
+MOST_SKIPPED = 10
 
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def catch_signals() -> list[int]:
-    """The list fills when the run is asked to stop; the loop looks at it between steps. A second request is obeyed
-    at once, without saving; not so under torchrun, which passes on what its processes may have got themselves."""
-    requested: list[int] = []
-
-    def request(number: int, _: object) -> None:
-        if requested and "TORCHELASTIC_RUN_ID" not in os.environ:
-            raise KeyboardInterrupt
-        requested.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, request)
-    return requested
-
-
 def save_checkpoint(run: Run, steps_taken: int) -> Path:
+    finite = all(bool(ranks.local(weight).isfinite().all()) for weight in run.policy.parameters())
+    if not all(ranks.everyones([finite])):
+        raise UserError(f"the policy's weights are not finite after {steps_taken} steps, and are not saved: lower --lr")
     settings = run.config.run
     folder = run.folder / "checkpoints"
     return checkpoint.save(folder, steps_taken, to_save(run), settings.keep, settings.keep_every)
@@ -205,7 +229,6 @@ def main() -> None:
     with told_in_a_sentence():
         folder = train(parse())
     if ranks.is_first():
-        curves.draw([folder], folder / "curves.png")
         print(metrics.closing_table(folder))
     ranks.stop()
 

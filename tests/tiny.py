@@ -163,6 +163,7 @@ def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | N
         folder=Path("nowhere"),
         variant=row,
         questions=[question(pair) for pair in pairs],
+        fingerprint="",
         eval_prompts=[],
         benchmark=None,
         total_steps=10,
