@@ -28,7 +28,7 @@ import json
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -168,8 +168,9 @@ def train(config: Config) -> Path:
                 on_disk = f"go on with --resume {saved[0]}" if saved else "no checkpoint had been written"
                 raise KeyboardInterrupt(f"stopped at once; {on_disk}") from None
             finally:
-                if ranks.is_first() and (folder / "metrics.jsonl").exists():
-                    curves.draw([folder], folder / "curves.png")
+                if ranks.is_first():
+                    with suppress(OSError, UserError):  # a picture is not worth the reason why the run has ended
+                        curves.draw([folder], folder / "curves.png")
     return folder
 
 
@@ -204,8 +205,9 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
             raise SystemExit(128 + stop_signal)
     watch.finishes = ""
     evaluated = evaluate(run)
-    if log:
+    if log and evaluated:
         log.write({"step": run.total_steps} | evaluated, [])
+    if log:
         log.close()
 
 

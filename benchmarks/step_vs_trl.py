@@ -1,4 +1,4 @@
-"""A training step of this project beside the same step of TRL's GRPOTrainer, and beside its matrix products alone.
+"""A training step of this project beside the same step of TRL's GRPOTrainer.
 
     pip install -r requirements-bench.txt
     python benchmarks/step_vs_trl.py                                          # the embedded model
@@ -8,8 +8,6 @@ Same model, questions, group size, forced response lengths, majority reward, KL 
 and number of threads. Each side lives in a process of its own, so that its peak memory is its own; they take their
 steps in turn, and medians of the steps after the warm-up are printed. Row i of a step stops after a number of tokens
 that both sides are forced to, spread evenly between `shortest` x response-tokens and response-tokens.
-
-The third side is the floor: the matrix products with the weights alone, see floor.py.
 """
 
 import json
@@ -39,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 KL_COEF = 0.005
 PHASES = ("generation", "reference", "training", "whole")
-HEAD = ("phase", "ours, s", "TRL, s", "TRL / ours", "ours, tokens/s", "TRL, tokens/s", "floor, s", "ours / floor")
+HEAD = ("phase", "ours, s", "TRL, s", "TRL / ours", "ours, tokens/s", "TRL, tokens/s")
 MEMORY_HEAD = ("resident memory, GB", "ours", "TRL", "ours / TRL")
 
 
@@ -138,7 +136,7 @@ def write_questions(settings: Settings, folder: Path) -> None:
 def our_config(settings: Settings, folder: Path) -> Any:
     from config import EMBEDDED, Config, Data, Model
 
-    config = EMBEDDED if settings.model == "embedded" else Config()
+    config = EMBEDDED if settings.model == "embedded" else replace(Config(), memory=EMBEDDED.memory)
     tokens = settings.tokens_per_micro_batch or config.optimisation.tokens_per_micro_batch
     return replace(
         config,
@@ -158,12 +156,12 @@ def our_side(settings: Settings, folder: Path, link: Connection) -> None:
 
     import metrics
     import prepare
-    import rollout
     import train
+    from lm import decoding
     from lm.model import stop_token_ids
 
     link.send(memory_gb("VmRSS"))
-    run, _ = prepare.prepare(our_config(settings, folder))
+    run, _ = prepare.prepare(our_config(settings, folder), folder / "ours")
     torch.set_num_threads(settings.threads)
     lengths = torch.tensor(settings.lengths())
     eos_ids = stop_token_ids(run.policy.lm, run.tokenizer)
@@ -176,7 +174,7 @@ def our_side(settings: Settings, folder: Path, link: Connection) -> None:
         active = active[active > position]  # rows that have stopped leave the batch
         return drawn
 
-    wrap(rollout, "draw", forced)
+    wrap(decoding, "draw", forced)
     setattr(metrics, "time", SimpleNamespace(perf_counter=clock))  # noqa: B010, mypy takes a module for a constant
     names = {"rollout": "generation", "reference": "reference", "update": "training"}
     forget_peak()
@@ -197,13 +195,13 @@ def trl_dataset(settings: Settings, folder: Path) -> Any:
     """Our questions in the order of our steps."""
     from datasets import Dataset
 
-    from data import SYSTEM_PROMPT, load_pairs, questions_of_step
+    from config import SYSTEM_PROMPT
+    from data import load_pairs, questions_of_step
 
-    pairs = load_pairs(str(folder / "questions.jsonl"))
-    steps = range(settings.warmup + settings.steps)
-    order = [i for step in steps for i in questions_of_step(len(pairs), settings.questions, 0, step)]
+    pairs, steps = load_pairs(str(folder / "questions.jsonl")), range(settings.warmup + settings.steps)
+    order = [pair for step in steps for pair in questions_of_step(pairs, settings.questions, 0, step)]
     system = {"role": "system", "content": SYSTEM_PROMPT}
-    return Dataset.from_dict({"prompt": [[system, {"role": "user", "content": pairs[i].question}] for i in order]})
+    return Dataset.from_dict({"prompt": [[system, {"role": "user", "content": pair.question}] for pair in order]})
 
 
 def trl_reward(settings: Settings) -> Callable[..., list[float | None]]:
@@ -305,32 +303,9 @@ def trl_side(settings: Settings, folder: Path, link: Connection) -> None:
     trainer.train()
 
 
-# ---------------------------------------------------------------- the floor and all
+# ---------------------------------------------------------------- both
 
-
-def floor_side(settings: Settings, folder: Path, link: Connection) -> None:
-    import torch
-    from floor import floor
-
-    from data import load_pairs
-    from lm.model import load
-    from lm.prompts import prompt_ids
-
-    link.send(memory_gb("VmRSS"))
-    policy, tokenizer = load(model_folder(settings), torch.device("cpu"))
-    torch.set_num_threads(settings.threads)
-    pairs = load_pairs(str(folder / "questions.jsonl"))[: settings.questions]
-    prompts = [len(prompt_ids(tokenizer, pair.question)) for pair in pairs]
-    for _ in range(settings.warmup + settings.steps):
-        link.recv()
-        link.send({"seconds": floor(policy.lm, prompts, settings.rollouts, settings.lengths(), clock)})
-
-
-SIDES: dict[str, Callable[[Settings, Path, Connection], None]] = {
-    "ours": our_side,
-    "TRL": trl_side,
-    "floor": floor_side,
-}
+SIDES: dict[str, Callable[[Settings, Path, Connection], None]] = {"ours": our_side, "TRL": trl_side}
 
 
 def take_turns(settings: Settings, folder: Path) -> tuple[dict[str, float], dict[str, list[Any]]]:
@@ -359,18 +334,17 @@ def time_table(settings: Settings, answers: dict[str, list[Any]]) -> str:
     """Medians; tokens are sampled ones."""
     tokens, rows = sum(settings.lengths()), []
     for phase in PHASES:
-        ours, trl, base = (
+        ours, trl = (
             median([answer["seconds"].get(phase, 0.0) for answer in answers.get(name, [])[settings.warmup :]] or [0.0])
             for name in SIDES
         )
         cells = [(ours, 1, ".3f"), (trl, 1, ".3f"), (trl, ours, ".2f"), (tokens, ours, ",.0f"), (tokens, trl, ",.0f")]
-        cells += [(base, 1, ".3f"), (ours, base, ".2f")]
         rows.append([phase, *(f"{a / b:{shown}}" if a and b else "-" for a, b, shown in cells)])
     return markdown(HEAD, rows)
 
 
 def memory_table(libraries: dict[str, float], answers: dict[str, list[Any]]) -> str:
-    peak = {name: each[-1]["peak_gb"] for name, each in answers.items() if name != "floor"}
+    peak = {name: each[-1]["peak_gb"] for name, each in answers.items()}
     parts = {
         "peak of the process": peak,
         "of it, the libraries": libraries,

@@ -36,7 +36,8 @@ from embedded.start_model import model_folder
 from embedded.word_problems import MISREAD_WORDING, STUDENTS, word_problems
 from metrics import collapse_signs
 from rewards import VARIANTS
-from tools import plot
+from store import curves
+from store.files import read_rows
 
 History = list[dict[str, Any]]
 
@@ -83,7 +84,7 @@ SECTIONS: dict[str, dict[str, str]] = {
     },
     "noise": {
         f"{name}, {share:.0%} of the pairs": f"--variant {name}"
-        + (f" --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")
+        + (f" --model embedded --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")
         for name in REPHRASED
         for share in (0.0, *NOISE)
     },
@@ -107,7 +108,7 @@ def folder_of(runs: Path, flags: str, seed: int) -> Path:
 
 
 def is_finished(folder: Path) -> bool:
-    return (folder / "metrics.jsonl").exists() and plot.read_run(folder)[-1]["step"] == STEPS
+    return (folder / "metrics.jsonl").exists() and read_rows(folder / "metrics.jsonl")[-1]["step"] == STEPS
 
 
 def run(flags: str, seed: int, folder: Path) -> str:
@@ -139,7 +140,7 @@ def run_all(runs: Path, wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
 @cache
 def read(folder: Path) -> History:
     """Metrics of a run, with one more: greedy accuracy on the wordings that no student misreads."""
-    history = plot.read_run(folder)
+    history = read_rows(folder / "metrics.jsonl")
     others = [f"eval_accuracy/greedy/wording {i}" for i in range(4) if i != MISREAD_WORDING]
     for record in history:
         if "eval_accuracy" in record:
@@ -254,8 +255,8 @@ def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, key, title in zip(axes, (ON_MISREAD, ON_OTHERS), ("the misread wording", "the other three"), strict=True):
         for i, name in enumerate(VARIANTS):
-            style = {"color": plot.COLOURS[i], "linestyle": plot.DASHES[i % len(plot.DASHES)], "label": name}
-            plot.draw_metric(axis, key, histories[f"{name}, 5e-4"], **style)
+            style = {"color": curves.COLOURS[i], "linestyle": curves.DASHES[i % len(curves.DASHES)], "label": name}
+            curves.draw_metric(axis, key, histories[f"{name}, 5e-4"], **style)
         axis.set(title=title, xlabel="training step", ylim=(-0.02, 1.02))
         axis.grid(alpha=0.25)
     axes[0].set_ylabel("greedy accuracy, held-out")
@@ -292,7 +293,7 @@ def main(
         fill_in(document, name, section_table(name, histories))
     if "usual" in results:
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
-        plot.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
+        curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading"} <= set(results):
