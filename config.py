@@ -56,6 +56,8 @@ class Method:
     """weight of the KL term (None: the variant's)"""
     kl_ref: Literal["init", "ema"] | None = None
     """its reference: initial policy or EMA teacher (None: the variant's)"""
+    kl_cap: float = 0.0
+    """a token's KL is at most this, and has no gradient beyond; 0: no bound (the equation), 10: the authors' code"""
     ema_start: float = 0.99
     """weight that the teacher keeps of itself at the first step"""
     ema_end: float = 0.9999
@@ -216,7 +218,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("questions_per_step", "max_prompt_tokens", "max_response_tokens"), (1, 10**9, "")),
     **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs"), (1, 10**9, "")),
     **dict.fromkeys(("save_every", "keep", "keep_every", "eval_every"), (0, 10**9, "0 switches it off")),
-    **dict.fromkeys(("kl_coef", "clip", "tis_cap", "weight_decay"), (0, 10**3, "")),
+    **dict.fromkeys(("kl_coef", "kl_cap", "clip", "tis_cap", "weight_decay"), (0, 10**3, "")),
     **dict.fromkeys(("ema_start", "ema_end"), (0, 1, "it is the share that the teacher keeps of itself")),
     "rollouts": (2, 10**6, "an advantage compares rollouts of one group"),
     "temperature": (0.01, 100, "learning needs rollouts that differ"),

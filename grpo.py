@@ -7,7 +7,7 @@
 
 Where this differs from the paper: the mean in Eq. 4 runs over all response tokens of a view's whole step ("token");
 "sequence" is the equation as printed. Eq. 5 is printed with its first ratio upside down, which can be negative; this is
-the k3 that the authors' code computes. w_t is 1 except for the correction of the sampler's rounding, see
+k3, as in the authors' code, which also caps it at 10 (`--kl-cap`). w_t is 1 except for the correction of the sampler's rounding, see
 `truncated_importance_weight`.
 
 Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T response tokens (padded).
@@ -44,10 +44,16 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True
     return centred.masked_fill(all_equal, 0.0).flatten()
 
 
-def k3(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Estimate of KL(policy || reference) per sampled token (Eq. 5), never negative; shape of its input."""
+def k3(logp: Tensor, ref_logp: Tensor, cap: float = 0.0) -> Tensor:
+    """Estimate of KL(policy || reference) per sampled token (Eq. 5), never negative; shape of its input.
+
+    With a `cap` it is at most that, and a token beyond it has no gradient: the authors' 10 leaves d in [-11.0, 2.61].
+    """
     d = ref_logp - logp
-    return torch.expm1(d) - d
+    if not cap:
+        return torch.expm1(d) - d
+    d = d.clamp(max=2 * cap)  # or exp overflows, and its gradient times 0 is no number
+    return (torch.expm1(d) - d).clamp(max=cap)
 
 
 def policy_loss(
@@ -132,7 +138,7 @@ def loss_of(
     old_logp = logp.detach()  # one optimizer step a batch: the old policy is the policy at hand, and needs no pass
     weights = truncated_importance_weight(logp, batch.sampler_logp, method.tis_cap) if method.tis_cap else None
     loss = policy_loss(logp, old_logp, advantages[batch.rows], batch.mask, method.clip, weights)
-    return loss if anchor_logp is None else loss + kl_coef * k3(logp, anchor_logp)
+    return loss if anchor_logp is None else loss + kl_coef * k3(logp, anchor_logp, method.kl_cap)
 
 
 def optimizer_step(

@@ -145,6 +145,22 @@ def test_k3_is_never_negative_not_even_by_rounding():
     assert (k3(torch.zeros_like(d), d) >= 0).all()
 
 
+def authors_k3(d: torch.Tensor) -> torch.Tensor:
+    """verl's `kl_penalty("low_var_kl")`, which the authors use: two clamps."""
+    d = d.clamp(-20, 20)
+    return (d.exp() - d - 1).clamp(-10, 10)
+
+
+def test_a_cap_of_10_is_the_authors_clamp_in_value_and_gradient():
+    d = torch.cat([torch.linspace(-30, 30, 601), torch.tensor([-1e3, 2.6, 2.62, -10.99, -11.01, 1e3])]).double()
+    (ours, theirs), gradients_of = (d.clone().requires_grad_() for _ in range(2)), []
+    for value, logits in ((k3(torch.zeros_like(d), ours, cap=10.0), ours), (authors_k3(theirs), theirs)):
+        gradients_of.append(torch.autograd.grad(value.sum(), logits)[0])
+        assert torch.allclose(value, authors_k3(d))
+    assert torch.allclose(*gradients_of) and gradients_of[0].isfinite().all()
+    assert not gradients_of[0][(d > 2.62) | (d < -11.01)].any() and gradients_of[0][d.abs() < 2].any()
+
+
 # ---------------------------------------------------------------- clipped surrogate
 
 
