@@ -8,8 +8,9 @@ any, are only ever used for measuring.
 import math
 import resource
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -29,15 +30,15 @@ class Clock:
     """Seconds by phase: `clock.lap("rollout")` counts what has passed since the last lap as seconds_rollout."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def lap(self, phase: str, sync: float | None = None) -> None:
         """`sync`: of these seconds, those that it took to give an engine its weights, which are counted apart."""
         now = time.perf_counter()
-        for name, seconds in {phase: now - self.last - (sync or 0.0), "sync": sync}.items():
-            if seconds is not None:
-                self.seconds[f"seconds_{name}"] = self.seconds.get(f"seconds_{name}", 0.0) + seconds
+        self.seconds[f"seconds_{phase}"] += now - self.last - (sync or 0.0)
+        if sync is not None:
+            self.seconds["seconds_sync"] += sync
         self.last = now
 
 
@@ -111,11 +112,10 @@ def label_metrics(
         known = [(gold, group.label) for gold, group in zip(golds, of_view[view], strict=True) if gold is not None]
         accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known])
         agreement += [group.vote.label == group.label for group in of_view[view]]
-    metrics = {f"label_accuracy/{view}": fmean(right) for view, right in accuracy.items() if right}
-    metrics = metrics if len(metrics) > 1 else {}
-    every = [right for part in accuracy.values() for right in part]
-    metrics |= {"label_accuracy": fmean(every)} if every else {}
-    return metrics | ({"label_agreement": fmean(agreement)} if agreement else {})
+    parts = {"label_accuracy": list(chain(*accuracy.values())), "label_agreement": agreement}
+    if len(accuracy) > 1:
+        parts |= {f"label_accuracy/{view}": right for view, right in accuracy.items()}
+    return {key: fmean(part) for key, part in parts.items() if part}
 
 
 def sampled_tokens(voted: Mapping[tuple[Voter, View], Sequence[Group]]) -> int:

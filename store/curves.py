@@ -97,6 +97,8 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
         axis.grid(alpha=0.25)
         if key in SHARES:
             axis.set_ylim(-0.02, 1.02)
+        if key == "reward" and axis.dataLim.ymax > 1:  # self-certainty is over 10, where votes pay 1
+            axis.set_yscale("symlog", linthresh=1)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     lines = {str(line.get_label()): line for axis in axes for line in axis.lines}

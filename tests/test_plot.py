@@ -71,6 +71,23 @@ def test_a_run_without_labels_is_drawn_without_them(tmp_path: Path) -> None:
     assert file.read_bytes().startswith(b"\x89PNG")
 
 
+def test_what_is_drawn_is_named_and_a_reward_of_another_scale_leaves_the_others_legible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    votes = write_run(tmp_path / "votes", {"step": 0, "reward": 0.5, "label_accuracy": 1.0})
+    certain = write_run(tmp_path / "certain", {"step": 0, "reward": 14.0}, variant="self-certainty")
+    draw([votes], tmp_path / "one.png")
+    draw([votes, certain], tmp_path / "two.png")
+    one, two = figures
+    assert [axis.get_title() for axis in two.axes] == list(curves.PANELS.values()) and len(two.axes) == 8
+    assert [text.get_text() for text in two.legends[0].get_texts()] == ["II", "self-certainty"]
+    assert [[line.get_label() for line in axis.lines] for axis in two.axes[1:3]] == [["II"], ["II", "self-certainty"]]
+    assert [text.get_text() for text in two.axes[0].texts] == ["not measured"] and not two.axes[1].texts
+    assert (one.axes[2].get_yscale(), two.axes[2].get_yscale()) == ("linear", "symlog")
+
+
 def test_an_empty_run_does_not_keep_the_others_from_being_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty, full = write_run(tmp_path / "empty"), write_run(tmp_path / "full", {"step": 0}, variant="gt")
     assert list(by_settings([empty, full])) == ["gt"]
