@@ -4,7 +4,7 @@ A Pair is a question x, its rephrasing x' if there is one (other words, same ans
 one. Gold never decides which pairs are kept: a set trains the same with and without it.
 
     python data.py math                                             # what is in a set, and what was wrong with it
-    python data.py mine.jsonl --question-column problem --tokenizer Qwen/Qwen3-8B-Base
+    python data.py mine.jsonl --question-column problem --pairs 20
 
 A source is a folder as the authors of Co-rewarding publish theirs (train_original.parquet, train_rewrite_*.parquet),
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
@@ -13,14 +13,11 @@ one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open
 from __future__ import annotations
 
 import math
-import shutil
-import textwrap
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
-from itertools import zip_longest
 from pathlib import Path
 from statistics import median_low
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -30,7 +27,7 @@ from tyro.conf import Positional
 
 from config import UserError, told_in_a_sentence
 from embedded.word_problems import Split, word_problems
-from lm.prompts import chat_ids, prompt_text, read_chat_template
+from lm.prompts import prompt_ids
 from sources.benchmarks import SOURCES, Files, find_files
 from sources.faults import rewrite_fault
 from sources.files import PUBLISHED, Columns, read_source, to_rows
@@ -82,6 +79,13 @@ class Report:
     dropped: Counter[str] = field(default_factory=Counter)
     tokens: dict[str, list[int]] = field(default_factory=dict)  # view -> lengths, too long prompts included
 
+    def usable(self, kept: list[T], of: Sequence[object], reason: str, cure: str) -> list[T]:
+        """Those that are kept; the others are counted, and it is an error if none is."""
+        self.dropped[reason] = len(of) - len(kept)
+        if not kept:
+            raise UserError(f"none of {len(of):,} questions can be used ({reason}): {cure}")
+        return kept
+
     def __str__(self) -> str:
         lines = [f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"]
         for reason, consequence in CONSEQUENCES.items():
@@ -117,11 +121,9 @@ def load_pairs(
         rows = to_rows([(source, problem) for problem in word_problems(EMBEDDED[source])], Columns(), source)
     else:
         rows = read_source(source, Columns(question, rephrased, answer))
-    pairs = [Pair(*row) for row in rows if row.question.strip()]
     report.source, report.rows = source, len(rows)
-    report.dropped["empty question"] = len(rows) - len(pairs)
-    if not pairs:
-        raise UserError(f"{source}: every question is empty")
+    asking = [Pair(*row) for row in rows if row.question]
+    pairs = report.usable(asking, rows, "empty question", f"fill the column of questions of {source}")
     if not keep_bad_rewrites:
         pairs = without_duplicates([checked(pair, report) for pair in pairs], report)
     report.questions = len(pairs)
@@ -162,11 +164,9 @@ def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: 
     """The pairs whose question is in none of the benchmarks; it is an error if no pair is left."""
     asked = [pair.question for benchmark in benchmarks for pair in benchmark.pairs]
     found = {overlap.trained for overlap in overlaps([pair.question for pair in pairs], asked)}
-    report.dropped["in a benchmark"] += len(found)
-    if len(found) == len(pairs):
-        names = " ".join(benchmark.name for benchmark in benchmarks)
-        raise UserError(f"--decontaminate {names} leaves no training question: it is the training set itself")
-    return [pair for i, pair in enumerate(pairs) if i not in found]
+    names = " ".join(benchmark.name for benchmark in benchmarks)
+    cure = f"--decontaminate {names} leaves no training question: it is the training set itself"
+    return report.usable([pair for i, pair in enumerate(pairs) if i not in found], pairs, "in a benchmark", cure)
 
 
 # ---------------------------------------------------------------- benchmarks
@@ -221,7 +221,6 @@ def prompt_pairs(
     views: Sequence[str] = ("x",),
     needs_gold: bool = False,
     chat_template: str | None = None,
-    template_options: Mapping[str, Any] = {},
     report: Report | None = None,
 ) -> list[PromptedPair]:
     """The pairs that a run on these views can use, with their prompts.
@@ -232,28 +231,20 @@ def prompt_pairs(
     report = Report() if report is None else report
     paired = [pair for pair in pairs if all(pair.wording(view) for view in views)]
     cure = "make rephrasings with `python -m tools.rephrase`, or train a variant that needs none, such as II"
-    pairs = unless_none_left(paired, pairs, "no rephrasing", cure, report)
+    pairs = report.usable(paired, pairs, "no rephrasing", cure)
     if needs_gold:
         labelled = [pair for pair in pairs if pair.gold]
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
-        pairs = unless_none_left(labelled, pairs, "no gold", cure, report)
-    render = partial(prompt_text, tokenizer, chat_template=chat_template, **template_options)
-    ids = {view: chat_ids(tokenizer, [str(pair.wording(view)) for pair in pairs], render) for view in views}
-    prompted = [PromptedPair(pair, {view: ids[view][i] for view in views}) for i, pair in enumerate(pairs)]
-    report.tokens = {view: [len(prompt) for prompt in ids[view]] for view in views}
+        pairs = report.usable(labelled, pairs, "no gold", cure)
+    prompted = [
+        PromptedPair(pair, {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views})
+        for pair in pairs
+    ]
+    report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
-    report.dropped["too long"] = len(prompted) - len(fitting)
-    if not fitting:
-        lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())
-        raise UserError(f"no prompt fits --max-prompt-tokens {max_prompt_tokens} (tokens of {lengths})")
-    return fitting
-
-
-def unless_none_left(usable: list[Pair], pairs: list[Pair], reason: str, cure: str, report: Report) -> list[Pair]:
-    report.dropped[reason] = len(pairs) - len(usable)
-    if not usable:
-        raise UserError(f"none of {len(pairs):,} questions can be used ({reason}): {cure}")
-    return usable
+    lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())
+    cure = f"no prompt fits --max-prompt-tokens {max_prompt_tokens} (tokens of {lengths})"
+    return report.usable(fitting, prompted, "too long", cure)
 
 
 # ---------------------------------------------------------------- order
@@ -285,52 +276,19 @@ def questions_of_step(questions: Sequence[T], per_step: int, seed: int, step: in
 
 def show(
     source: Positional[str],
-    tokenizer: str | None = None,
-    chat_template: str | None = None,
-    max_prompt_tokens: int = 512,
     question_column: str = "question",
     rephrased_column: str = "rephrased",
     answer_column: str = "answer",
     keep_bad_rewrites: bool = False,
     pairs: int = 3,
 ) -> None:
-    """Print what is in a set: rows and faults, lengths, levels, a few pairs side by side."""
+    """Print what is in a set: rows and faults, gold answers, a few pairs."""
     report, columns = Report(), Columns(question_column, rephrased_column, answer_column)
     loaded = load_pairs(source, **columns._asdict(), keep_bad_rewrites=keep_bad_rewrites, report=report)
-    if tokenizer:
-        views, template = ("x", "x'") if report.paired else ("x",), chat_template and read_chat_template(chat_template)
-        loaded_tokenizer = load_tokenizer(tokenizer)
-        prompt_pairs(loaded, loaded_tokenizer, max_prompt_tokens, views=views, chat_template=template, report=report)
     print(report)
-    for view in ("x", "x'"):
-        if lengths := [len(text) for pair in loaded if (text := pair.wording(view))]:
-            print(f"  characters of {view:<2}  {min_median_max(lengths)}")
     print(f"  with a gold answer  {sum(pair.gold is not None for pair in loaded):,}")
-    for key in ("level", "type", "split", "source"):
-        if counts := Counter(str(pair.meta[key]) for pair in loaded if key in pair.meta):
-            print(f"  {key}: " + ", ".join(f"{value} {count:,}" for value, count in sorted(counts.items())))
-    for i in epoch_order(len(loaded), seed=0, epoch=0)[:pairs]:
-        print(wordings_side_by_side(loaded[i]))
-
-
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError) as problem:
-        cure, reason = "give a folder, or OWNER/NAME on the Hugging Face hub", str(problem).partition("\n")[0]
-        raise UserError(f"no tokenizer at {name} ({reason}): {cure}") from problem
-
-
-def wordings_side_by_side(pair: Pair) -> str:
-    width = max(shutil.get_terminal_size((120, 24)).columns // 2 - 2, 20)
-    columns = [
-        [part for line in text.splitlines() for part in textwrap.wrap(line, width) or [""]]
-        for text in (pair.question, pair.rephrased or "(no rephrasing)")
-    ]
-    lines = [f"{left:<{width}} | {right}" for left, right in zip_longest(*columns, fillvalue="")]
-    return "\n".join([f"--- {pair.id}, gold {pair.gold}", *lines])
+    for pair in [loaded[i] for i in epoch_order(len(loaded), seed=0, epoch=0)[:pairs]]:
+        print(f"--- {pair.id}, gold {pair.gold}", pair.question, pair.rephrased or "(no rephrasing)", sep="\n\n")
 
 
 if __name__ == "__main__":

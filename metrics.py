@@ -5,13 +5,12 @@ model agrees with itself on one wrong answer. Every number here is a mean over t
 any, are only ever used for measuring.
 """
 
-import json
 import math
 import resource
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
@@ -31,15 +30,15 @@ class Clock:
     """Seconds by phase: `clock.lap("rollout")` counts what has passed since the last lap as seconds_rollout."""
 
     def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def lap(self, phase: str, sync: float | None = None) -> None:
         """`sync`: of these seconds, those that it took to give an engine its weights, which are counted apart."""
         now = time.perf_counter()
-        for name, seconds in {phase: now - self.last - (sync or 0.0), "sync": sync}.items():
-            if seconds is not None:
-                self.seconds[f"seconds_{name}"] = self.seconds.get(f"seconds_{name}", 0.0) + seconds
+        self.seconds[f"seconds_{phase}"] += now - self.last - (sync or 0.0)
+        if sync is not None:
+            self.seconds["seconds_sync"] += sync
         self.last = now
 
 
@@ -48,17 +47,6 @@ def peak_memory_gb(sleeping_bytes: int = 0) -> float:
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - sleeping_bytes) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-
-
-@contextmanager
-def tracing(file: Path, wanted: bool) -> Iterator[None]:
-    """PyTorch's trace of what happens inside, if `wanted`."""
-    if not wanted:
-        yield
-        return
-    with torch.profiler.profile() as profiler:
-        yield
-    profiler.export_chrome_trace(str(file))
 
 
 # ---------------------------------------------------------------- one step
@@ -124,11 +112,10 @@ def label_metrics(
         known = [(gold, group.label) for gold, group in zip(golds, of_view[view], strict=True) if gold is not None]
         accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known])
         agreement += [group.vote.label == group.label for group in of_view[view]]
-    metrics = {f"label_accuracy/{view}": fmean(right) for view, right in accuracy.items() if right}
-    metrics = metrics if len(metrics) > 1 else {}
-    every = [right for part in accuracy.values() for right in part]
-    metrics |= {"label_accuracy": fmean(every)} if every else {}
-    return metrics | ({"label_agreement": fmean(agreement)} if agreement else {})
+    parts = {"label_accuracy": list(chain(*accuracy.values())), "label_agreement": agreement}
+    if len(accuracy) > 1:
+        parts |= {f"label_accuracy/{view}": right for view, right in accuracy.items()}
+    return {key: fmean(part) for key, part in parts.items() if part}
 
 
 def sampled_tokens(voted: Mapping[tuple[Voter, View], Sequence[Group]]) -> int:
@@ -140,9 +127,8 @@ def readable_sample(
 ) -> list[dict[str, Any]]:
     """One question of the step in each of the policy's views: for rollouts.jsonl."""
     sample = []
-    for (view, of_view), its_rewards in zip(
-        by_view(variant, groups).items(), by_view(variant, rewards).values(), strict=True
-    ):
+    rewards_of = by_view(variant, rewards)
+    for view, (group, *_) in by_view(variant, groups).items():
         voter, voted_view = variant.label_of.get(view, (None, None))
         sample.append(
             {
@@ -151,11 +137,11 @@ def readable_sample(
                 "view": view,
                 "question": question.wording(view),
                 "gold": question.gold,
-                "label": of_view[0].label,
+                "label": group.label,
                 "label_from": f"{voter} on {voted_view}" if voter else None,
-                "answers": of_view[0].boxed,
-                "rewards": its_rewards[0],
-                "text": of_view[0].texts[0],
+                "answers": group.boxed,
+                "rewards": rewards_of[view][0],
+                "text": group.texts[0],
             }
         )
     return sample
@@ -164,6 +150,14 @@ def readable_sample(
 # ---------------------------------------------------------------- the alarm
 
 WINDOW = 5  # steps that an alarm averages over
+# One row a sign of collapse: its metric, and when its means over the first and the last steps are alarming.
+SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
+    "one answer to many questions": ("commonest_answer", lambda first, now: now > max(0.4, 1.5 * first)),
+    "answers stop coming": ("answered", lambda first, now: now < first - 0.2),
+    "responses run into the limit": ("truncated", lambda first, now: now > first + 0.2),
+    "responses shrink": ("response_tokens", lambda first, now: now < 0.4 * first),
+    "entropy explodes": ("entropy", lambda first, now: now > 3 * first + 0.1),
+}
 
 
 def first_step_signs(seen: dict[str, float]) -> dict[str, str]:
@@ -189,27 +183,12 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     """
     if len(history) < 2 * WINDOW:
         return {}
-
-    def at_first(key: str) -> float:
-        return fmean(metrics.get(key, 0.0) for metrics in history[:WINDOW])
-
-    def now(key: str) -> float:
-        return fmean(metrics.get(key, 0.0) for metrics in history[-WINDOW:])
-
-    def moved(key: str) -> str:
-        return f"{key} {at_first(key):.2f} -> {now(key):.2f}"
-
-    signs = {
-        "one answer to many questions": (
-            now("commonest_answer") > max(0.4, 1.5 * at_first("commonest_answer")),
-            "commonest_answer",
-        ),
-        "answers stop coming": (now("answered") < at_first("answered") - 0.2, "answered"),
-        "responses run into the limit": (now("truncated") > at_first("truncated") + 0.2, "truncated"),
-        "responses shrink": (now("response_tokens") < 0.4 * at_first("response_tokens"), "response_tokens"),
-        "entropy explodes": (now("entropy") > 3 * at_first("entropy") + 0.1, "entropy"),
-    }
-    return {sign: moved(key) for sign, (seen, key) in signs.items() if seen}
+    seen = {}
+    for sign, (key, is_alarming) in SIGNS.items():
+        first, now = (fmean(m.get(key, 0.0) for m in part) for part in (history[:WINDOW], history[-WINDOW:]))
+        if is_alarming(first, now):
+            seen[sign] = f"{key} {first:.2f} -> {now:.2f}"
+    return seen
 
 
 # ---------------------------------------------------------------- the log of a run
@@ -219,26 +198,22 @@ class RunLog:
     """metrics.jsonl and rollouts.jsonl of a run's folder, and on request TensorBoard and Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
-        self.metrics_file = folder / "metrics.jsonl"
-        self.rollouts_file = folder / "rollouts.jsonl"
+        self.metrics_file, self.rollouts_file = folder / "metrics.jsonl", folder / "rollouts.jsonl"
         for file in (self.metrics_file, self.rollouts_file):
             keep_steps_before(file, first_step)
         self.history = read_rows(self.metrics_file)
         self.alarms: set[str] = set()
-        self.writers: list[Callable[[int, dict[str, float]], None]] = []
-        self.closers: list[Callable[[], None]] = []
+        self.board: Any = None
+        self.wandb: Any = None
         if config["run"]["tensorboard"]:
             from torch.utils.tensorboard import SummaryWriter
 
-            board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-            self.writers.append(lambda step, metrics: to_board(board, step, metrics))
-            self.closers.append(board.close)
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
         if config["run"]["wandb"]:
             import wandb
 
-            wandb.init(project="co-rewarding", name=folder.name, dir=str(folder), config=config, resume="allow")
-            self.writers.append(lambda step, metrics: wandb.log(metrics, step=step))
-            self.closers.append(wandb.finish)
+            name, where = folder.name, str(folder)
+            self.wandb = wandb.init(project="co-rewarding", name=name, dir=where, config=config, resume="allow")
 
     def headline(self) -> dict[str, str]:
         """The numbers that matter, for the progress bar."""
@@ -266,17 +241,18 @@ class RunLog:
         self.history.append(metrics)
         append_rows(self.metrics_file, [metrics])
         append_rows(self.rollouts_file, samples)
-        for writer in self.writers:
-            writer(int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"})
+        step, measured = int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"}
+        if self.board:
+            for key, value in measured.items():
+                self.board.add_scalar(key, value, step)
+        if self.wandb:
+            self.wandb.log(measured, step=step)
 
     def close(self) -> None:
-        for close in self.closers:
-            close()
-
-
-def to_board(board: Any, step: int, metrics: dict[str, float]) -> None:
-    for key, value in metrics.items():
-        board.add_scalar(key, value, step)
+        if self.board:
+            self.board.close()
+        if self.wandb:
+            self.wandb.finish()
 
 
 def keep_steps_before(file: Path, step: int) -> None:
@@ -286,30 +262,23 @@ def keep_steps_before(file: Path, step: int) -> None:
 
 
 def closing_table(folder: Path) -> str:
-    """What a run achieved, where the time went, and what to try next."""
-    config, history = json.loads((folder / "config.json").read_text()), read_rows(folder / "metrics.jsonl")
+    """What a run achieved, where the time went, and where it lies."""
+    history, seconds = read_rows(folder / "metrics.jsonl"), Counter[str]()
+    for metrics in history:
+        seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
 
     def change(key: str, window: int = 1) -> str | None:
         values = [metrics[key] for metrics in history if key in metrics]
         return f"{fmean(values[:window]):.2f} -> {fmean(values[-window:]):.2f}" if values else None
 
-    seconds: Counter[str] = Counter()
-    for metrics in history:
-        seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
-    by_phase = ", ".join(f"{phase} {value:.0f}" for phase, value in seconds.items())
-    model, source, variant = config["model"]["name"], config["data"]["source"], config["method"]["variant"]
-    flags = f" --model {model}" if model != "embedded" else ""
-    flags += f" --data {source}" if source != "embedded" else ""
     rows = {
         "held-out accuracy, sampled": change("eval_accuracy"),
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),
         "label accuracy": change("label_accuracy", window=5),
         "reward": change("reward", window=5),
-        "seconds": f"{seconds.total():.0f} ({by_phase})",
+        "seconds": f"{seconds.total():.0f} ({', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())})",
         "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
-        "see it collapse": f"python train.py{flags} --variant entropy, or --variant majority --lr 1e-3",
         "compare": f"python -m tools.plot {folder} runs/ANOTHER --out comparison.png",
     }
-    lines = [f"  {name:<27} {value}" for name, value in rows.items() if value is not None]
-    return "\n".join([f"variant {variant}, model {model}, data {source}", *lines])
+    return "\n".join(f"  {name:<27} {value}" for name, value in rows.items() if value is not None)

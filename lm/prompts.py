@@ -5,10 +5,10 @@ The prompt is the authors': a system message, then the bare question, for base m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import SYSTEM_PROMPT, UserError
 
@@ -20,16 +20,13 @@ PLACEHOLDER = "<The question stands here: 6f1d0a52.>"  # in no chat template
 
 def read_chat_template(path: str) -> str:
     try:
-        if not Path(path).is_file():  # reading a pipe would wait for its writer
-            raise OSError("it is no file")
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as problem:
         raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **template_options: Any
-) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
+    """What the model reads: the instruction, the question, and the beginning of its own turn."""
     name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
         raise UserError(f"the tokenizer of {name} has no chat template: {cure}")
@@ -41,7 +38,7 @@ def prompt_text(
     ):
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False, **template_options
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as problem:  # a template is a program: it can fail in any way, also by endless recursion
             complaint = (str(problem) or type(problem).__name__).partition("\n")[0]
@@ -51,36 +48,26 @@ def prompt_text(
     raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **template_options: Any
-) -> list[int]:
-    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
-    render = partial(prompt_text, tokenizer, chat_template=chat_template, **template_options)
-    return chat_ids(tokenizer, [question], render)[0]
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> list[int]:
+    """The tokens of a prompt."""
+    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template))
 
 
-def chat_ids(
-    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], render: Callable[[str], str]
-) -> list[list[int]]:
-    """The tokens of each question within the text that `render`, a chat template, makes of it.
+def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable[[str], str]) -> list[int]:
+    """The tokens of the text that `render`, a chat template, makes of a question.
 
     Only the template may speak in special tokens: where a question spells one, it is encoded as the text that it is.
     """
 
-    def encode(text: str | list[str], **how: bool) -> Any:
+    def encode(text: str, **how: bool) -> list[int]:
         # A template writes the BOS itself: a tokenizer left to add its special tokens would double it.
-        return tokenizer(text, add_special_tokens=False, **how)["input_ids"]
+        return list(tokenizer(text, add_special_tokens=False, **how)["input_ids"])
 
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    ids: list[list[int]] = []
-    for start in range(0, len(questions), 1024):  # not all at once: a batch also holds offsets and more of every token
-        ids += encode([render(question) for question in questions[start : start + 1024]])
-    for i, question in enumerate(questions):
-        if any(token in question for token in special):
-            before, said, after = around(question, render, special)
-            plain = encode(said, split_special_tokens=True)
-            ids[i] = [*encode(before), *plain, *encode(after)]
-    return ids
+    if not any(token in question for token in special):
+        return encode(render(question))
+    before, said, after = around(question, render, special)
+    return [*encode(before), *encode(said, split_special_tokens=True), *encode(after)]
 
 
 def around(question: str, render: Callable[[str], str], special: set[str]) -> tuple[str, str, str]:

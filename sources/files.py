@@ -5,7 +5,6 @@ published. Their layouts become ordinary rows here, so that nothing else knows t
 """
 
 import csv
-import io
 import json
 import os
 import re
@@ -39,7 +38,7 @@ class Columns(NamedTuple):
 
 class Row(NamedTuple):
     id: str
-    question: str  # may be blank
+    question: str  # may be empty
     rephrased: str | None
     answer: str | None
     others: dict[str, Any]  # all other columns
@@ -82,18 +81,15 @@ def locate(source: str) -> Path:
 def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """The files of its training set, or else of its test set, and the file of rewrites that belongs to them, if any."""
     for split in ("train", "test"):
-        original = folder / f"{split}_original.parquet"
-        rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
+        original, rewrites = f"{split}_original.parquet", sorted(folder.glob(f"{split}_rewrite_*.parquet"))
         if len(rewrites) > 1:
             raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
-        if original.exists() and rewrites:
-            return [original], rewrites
-        for pattern in (original.name, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
+        for pattern in (original, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
             files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
             if len({file.suffix for file in files}) > 1:
                 raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
             if files:
-                return files, []
+                return files, rewrites if pattern == original else []
     raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
 
@@ -106,7 +102,7 @@ def joined(rows: list[Row], rewrites: list[Row], folder: Path) -> list[Row]:
             golds = f"the answer {row.answer!r} and in its rewrite {rewrite.answer!r}"
             raise UserError(f"{folder}: question {row.id} has {golds}; these files do not belong together")
         if rewrite:
-            rows[i] = row._replace(rephrased=unless_blank(rewrite.question))
+            rows[i] = row._replace(rephrased=rewrite.question or None)
     return rows
 
 
@@ -116,32 +112,24 @@ def joined(rows: list[Row], rewrites: list[Row], folder: Path) -> list[Row]:
 def json_cells(path: Path) -> list[Cells]:
     text = path.read_text(encoding="utf-8-sig")
     if text.lstrip().startswith("["):
-        return [(f"{path}, entry {number}", row) for number, row in enumerate(from_json(text), 1)]
+        return [(f"{path}, entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
     rows = []
     # Not splitlines(): it also cuts at U+2028 and its like, which JSON allows inside a string.
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            if line.strip():
-                rows.append((f"{path}, line {number}", from_json(line)))
+            rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
         except (ValueError, RecursionError) as problem:
             raise ValueError(f"line {number}: {problem}") from problem
     return rows
 
 
-def from_json(text: str) -> Any:
-    value = json.loads(text)
-    if "\\u" in text and re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
-        raise ValueError("it escapes half of a surrogate pair, which is no character and fits in no file")
-    return value
-
-
 def csv_cells(path: Path) -> list[Cells]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 131,072 characters
-    text = path.read_text(encoding="utf-8-sig")
-    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
-    if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
-        raise ValueError(f"two columns are called {twice[0]!r}")
-    return [(f"{path}, line {reader.line_num}", row) for row in reader]
+    with path.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
+            raise ValueError(f"two columns are called {twice[0]!r}")
+        return [(f"{path}, line {reader.line_num}", row) for row in reader]
 
 
 def parquet_cells(path: Path) -> list[Cells]:
@@ -189,7 +177,7 @@ def to_rows(all_cells: list[Cells], columns: Columns, source: str) -> list[Row]:
         row = Row(
             id=text_of(str(number if cells.get("id") is None else cells["id"]), "id", place),
             question=text_of(cells.get(columns.question), columns.question, place),
-            rephrased=unless_blank(text_of(cells.get(columns.rephrased), columns.rephrased, place)),
+            rephrased=text_of(cells.get(columns.rephrased), columns.rephrased, place) or None,
             answer=gold_of(cells.get(columns.answer), columns.answer, place),
             others={name: value for name, value in cells.items() if name not in {"id", *columns}},
         )
@@ -218,27 +206,23 @@ def in_plain_columns(cells: dict[str, Any], columns: Columns, place: str) -> dic
 
 
 def text_of(value: Any, column: str, place: str) -> str:
+    """Text, or what the user says in a chat; empty where nothing is said."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
     if value is None or value != value:  # NaN: a missing cell in pandas
         return ""
     if not isinstance(value, str):
         raise UserError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
-    return value
+    if re.search("[\ud800-\udfff]", value):
+        raise UserError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
+    return value if value.strip() else ""
 
 
 def gold_of(value: Any, column: str, place: str) -> str | None:
+    """A number as text, an answer alone in a list, or the end of a worked solution as in GSM8K: `#### 1,234`."""
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
     if isinstance(value, int | float) and value == value:
-        value = str(value)
-    text = text_of(value, column, place)
-    if "####" in text:  # GSM8K: a worked solution, then "#### 1,234"
-        text = text.rpartition("####")[2].strip().replace(",", "")
-    return unless_blank(text)
-
-
-def unless_blank(text: str) -> str | None:
-    return text if text.strip() else None
+        value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
+    _, mark, end = text_of(value, column, place).rpartition("####")
+    return (end.strip().replace(",", "") if mark else end) or None

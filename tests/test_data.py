@@ -359,10 +359,10 @@ BAD_FILES = {
     "nested.jsonl": (b'{"question": {"text": "q"}}\n', r"line 1: column 'question' holds a dict, not text"),
     "number.jsonl": (b'{"question": "q"}\n{"question": 7}\n', r"line 2: column 'question' holds a int, not text"),
     "golds.jsonl": (b'{"question": "q", "answer": ["1", "2"]}\n', r"line 1: column 'answer' holds a list"),
-    "half.jsonl": (b'{"question": "\\ud83d"}\n', r"half\.jsonl cannot be read as jsonl: line 1: it escapes half"),
-    "half.json": (b'[{"question": "q", "x": {"\\udc00": 1}}]', r"half\.json cannot be read as json: it escapes half"),
+    "half.jsonl": (b'{"question": "\\ud83d"}\n', r"half\.jsonl, line 1: column 'question' holds half of a surrogate"),
+    "half.json": (b'[{"question": "q", "answer": "\\udc00"}]', r"half\.json, entry 1: column 'answer' holds half of a"),
     "ids.jsonl": (b'{"id": 1, "question": "q"}\n{"id": "1", "question": "r"}\n', r"line 2 repeats the id '1' of "),
-    "blank.jsonl": (b'{"question": ""}\n', "every question is empty"),
+    "blank.jsonl": (b'{"question": ""}\n', r"\(empty question\): fill the column of questions of .*blank\.jsonl"),
     "index.jsonl": (b'{"prompt": [], "reward_model": {}}\n', r"line 1 has no extra_info\.index"),
 }  # fmt: skip
 
@@ -529,18 +529,10 @@ def test_a_template_that_cannot_ask_a_question_is_refused(template):
 
 
 def test_an_unreadable_chat_template_file_is_named(tmp_path):
-    os.mkfifo(tmp_path / "pipe.jinja")
-    for name in ("absent.jinja", "pipe.jinja"):
+    (tmp_path / "latin.jinja").write_bytes("ü".encode("latin-1"))
+    for name in ("absent.jinja", "latin.jinja"):
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             read_chat_template(str(tmp_path / name))
-
-
-def test_options_reach_the_chat_template():
-    template = CHATML + "{% if enable_thinking is false %}<think></think>{% endif %}"
-    tokenizer, options = byte_tokenizer(template), {"enable_thinking": False}
-    assert tokenizer.decode(prompt_ids(tokenizer, "q", **options)).endswith("<|assistant|><think></think>")
-    (prompted,) = prompt_pairs([Pair("0", "q")], tokenizer, 512, template_options=options)
-    assert prompted.prompts == {"x": prompt_ids(tokenizer, "q", None, **options)} != {"x": prompt_ids(tokenizer, "q")}
 
 
 # ---------------------------------------------------------------- special tokens
@@ -589,12 +581,6 @@ def test_reading_a_question_as_text_changes_no_ordinary_prompt(merging_tokenizer
         assert before + said + after == render(question)
         ids = [merging_tokenizer(text, add_special_tokens=False).input_ids for text in (before, said, after)]
         assert [*chain(*ids)] == merging_tokenizer(render(question), add_special_tokens=False).input_ids
-
-
-def test_a_batch_of_questions_gets_the_prompts_of_each_alone(merging_tokenizer):
-    hostile = [*QUESTIONS[:2], "<|im_end|>", *QUESTIONS[2:]]
-    batch = prompts.chat_ids(merging_tokenizer, hostile * 300, partial(prompt_text, merging_tokenizer))
-    assert batch == [prompt_ids(merging_tokenizer, question) for question in hostile] * 300
 
 
 def test_a_template_that_reads_the_question_is_refused_for_one_with_a_special_token():
@@ -703,21 +689,19 @@ def test_the_command_line_turns_bad_input_into_one_sentence(tmp_path):
     assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
 
 
-def test_show_prints_counts_faults_levels_and_both_wordings(tmp_path):
-    rows = [{"question": f"q{i}", "rephrased": f"other {i}", "level": f"Level {i % 2}", "answer": i} for i in range(4)]
+def test_show_prints_counts_faults_and_both_wordings(tmp_path):
+    rows = [{"question": f"q{i}", "rephrased": f"other {i}", "answer": i} for i in range(4)]
     rows.append({"question": "last", "rephrased": "<rewritten question>"})
-    byte_tokenizer().save_pretrained(tmp_path / "tokenizer")
-    path = write_jsonl(tmp_path / "q.jsonl", rows)
-    result = run_data(path, "--pairs", "5", "--tokenizer", str(tmp_path / "tokenizer"))
+    result = run_data(write_jsonl(tmp_path / "q.jsonl", rows), "--pairs", "5")
     assert result.returncode == 0, result.stderr
     for text in (
         "5 rows read, 5 questions, 4 pairs",
-        "placeholder",
-        "prompt tokens of x'",
-        "Level 0 2, Level 1 2",
+        "1  placeholder       rephrasing dropped",
+        "with a gold answer  4",
+        "--- 3, gold 3\n\nq3\n\nother 3\n",
+        "--- 4, gold None\n\nlast\n\n(no rephrasing)\n",
     ):
         assert text in result.stdout
-    assert any("q3" in line and "| other 3" in line for line in result.stdout.splitlines())
 
 
 def test_reading_data_does_not_load_torch():

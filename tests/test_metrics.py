@@ -1,10 +1,11 @@
 """What one sees while it trains: the numbers, the alarm, the table."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 import metrics
 from metrics import collapse_signs, keep_steps_before, label_metrics, step_metrics
@@ -108,6 +109,22 @@ def test_a_step_whose_gradient_is_not_finite_leaves_a_log_that_is_json(tmp_path:
     assert json.loads(line, parse_constant=refuse) == {"step": 0, "skipped_steps": 1.0}
 
 
+def test_tensorboard_and_wandb_get_every_step_and_are_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    seen: list[object] = []
+    wandb = SimpleNamespace(
+        log=lambda metrics, step: seen.append((step, metrics)), finish=lambda: seen.append("closed")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: wandb))
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    log = metrics.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True}}, first_step=3)
+    log.write({"step": 3, "reward": 0.5, "kl": float("nan")}, [])
+    log.close()
+    assert seen == [(3, {"reward": 0.5}), "closed"]
+    board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert board.Tags()["scalars"] == ["reward"]
+    assert [(event.step, event.value) for event in board.Scalars("reward")] == [(3, 0.5)]
+
+
 def test_the_closing_table_reads_the_run_and_nothing_else(tmp_path: Path):
     history = [
         {"step": 0, "reward": 0.25, "seconds_rollout": 1.5, "eval_accuracy": 0.5, "eval_accuracy/greedy": 0.75},
@@ -115,17 +132,7 @@ def test_the_closing_table_reads_the_run_and_nothing_else(tmp_path: Path):
         {"step": 2, "eval_accuracy": 0.875, "eval_accuracy/greedy": 1.0, "seconds_evaluation": 1.0},
     ]
     append_rows(tmp_path / "metrics.jsonl", history)
-    config = {"method": {"variant": "II"}, "model": {"name": "embedded"}, "data": {"source": "embedded"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
     table = metrics.closing_table(tmp_path)
     assert "0.50 -> 0.88" in table and "0.75 -> 1.00" in table
     assert "5 (rollout 4, evaluation 1)" in table
     assert "label accuracy" not in table
-
-
-def test_a_trace_is_written_when_wanted_and_only_then(tmp_path):
-    for wanted in (False, True):
-        with metrics.tracing(tmp_path / "trace.json", wanted):
-            torch.ones(3) @ torch.ones(3)
-        assert (tmp_path / "trace.json").exists() == wanted
-    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from config import UserError
 from store import curves
-from store.curves import by_settings, draw, smooth
+from store.curves import by_settings, draw
 
 
 def write_run(folder: Path, *records: dict[str, float], **settings: object) -> Path:
@@ -39,14 +39,9 @@ def test_seeds_of_one_method_become_one_line_whatever_their_folders_are_called(t
     assert list(by_settings([folders[0], folders[3]])) == ["II", "gt"], "what does not differ needs no words"
 
 
-def test_any_folder_of_a_run_is_understood_and_drawn_once(tmp_path: Path) -> None:
+def test_a_run_that_is_named_twice_is_drawn_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"step": 0})
-    policy = run / "checkpoints" / "step-000001" / "policy"
-    policy.mkdir(parents=True)
-    (run / "checkpoints" / "latest").symlink_to("step-000001")
-    paths = [run, policy, run / "checkpoints", run / "checkpoints" / "latest" / "policy", run / "config.json"]
-    assert {curves.folder_of_run(path) for path in paths} == {run}
-    assert [len(runs) for runs in by_settings(paths).values()] == [1]
+    assert [len(runs) for runs in by_settings([run, run]).values()] == [1]
 
 
 def test_the_mean_and_the_band_are_those_of_the_seeds_to_the_end_of_the_longest() -> None:
@@ -59,20 +54,38 @@ def test_the_mean_and_the_band_are_those_of_the_seeds_to_the_end_of_the_longest(
     assert {tuple(point) for point in band} >= {(0, 0.2), (0, 0.6), (10, 0.8)}
 
 
-def test_smoothing_looks_back_and_never_ahead() -> None:
-    assert smooth({0: 1.0, 1: 3.0, 2: 8.0}, window=2) == {0: 1.0, 1: 2.0, 2: 5.5}
-
-
-def test_a_reward_without_a_scale_does_not_flatten_the_others() -> None:
-    assert curves.to_unit({0: -0.3, 1: -0.1, 2: -0.2}) == pytest.approx({0: 0.0, 1: 1.0, 2: 0.5})
-    assert curves.to_unit({0: 0.25, 1: 0.75}) == {0: 0.25, 1: 0.75}
-    assert curves.to_unit({0: 5.0}) == {0: 0.0}
+def test_smoothing_looks_back_and_never_ahead_and_leaves_evaluations_alone() -> None:
+    axis = Figure().subplots()
+    values = [1.0, 3.0, 8.0, 0.0, 0.0, 4.0]
+    history = [{"step": step, "reward": value, "eval_accuracy": value} for step, value in enumerate(values)]
+    curves.draw_metric(axis, "reward", [history], color="red")
+    curves.draw_metric(axis, "eval_accuracy", [history], color="red")
+    smooth, raw = (line.get_ydata().tolist() for line in axis.lines)
+    assert smooth == pytest.approx([1.0, 2.0, 4.0, 3.0, 2.4, 3.0]) and raw == values
+    assert not axis.collections, "a band around one run"
 
 
 def test_a_run_without_labels_is_drawn_without_them(tmp_path: Path) -> None:
     record = {"step": 0, "reward": -1.0, "entropy": 0.1}
     file = draw([write_run(tmp_path / "run", record)], tmp_path / "new" / "curves.png")
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_is_drawn_is_named_and_a_reward_of_another_scale_leaves_the_others_legible(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    votes = write_run(tmp_path / "votes", {"step": 0, "reward": 0.5, "label_accuracy": 1.0})
+    certain = write_run(tmp_path / "certain", {"step": 0, "reward": 14.0}, variant="self-certainty")
+    draw([votes], tmp_path / "one.png")
+    draw([votes, certain], tmp_path / "two.png")
+    one, two = figures
+    assert [axis.get_title() for axis in two.axes] == list(curves.PANELS.values()) and len(two.axes) == 8
+    assert [text.get_text() for text in two.legends[0].get_texts()] == ["II", "self-certainty"]
+    assert [[line.get_label() for line in axis.lines] for axis in two.axes[1:3]] == [["II"], ["II", "self-certainty"]]
+    assert [text.get_text() for text in two.axes[0].texts] == ["not measured"] and not two.axes[1].texts
+    assert (one.axes[2].get_yscale(), two.axes[2].get_yscale()) == ("linear", "symlog")
 
 
 def test_an_empty_run_does_not_keep_the_others_from_being_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
@@ -93,10 +106,19 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, content: str | None, s
 
 def test_a_damaged_config_is_a_sentence(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"step": 0})
-    for content in ("{", "[]"):
+    for content in ("{", "[]", '{"method": 1}'):
         (run / "config.json").write_text(content)
-        with pytest.raises(UserError, match="config.json is damaged"):
+        with pytest.raises(UserError, match="config.json is missing or damaged"):
             by_settings([run])
+
+
+@pytest.mark.parametrize("out", ["curves.xyz", "run/metrics.jsonl/curves.png"])
+def test_a_place_that_cannot_be_written_is_a_sentence(tmp_path: Path, out: str) -> None:
+    run = write_run(tmp_path / "run", {"step": 0})
+    command = [sys.executable, "-m", "tools.plot", str(run), "--out", str(tmp_path / out)]
+    root = Path(curves.__file__).parents[1]
+    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 2 and "was not written" in result.stderr and result.stderr.count("\n") == 1
 
 
 def test_importing_curves_for_training_does_not_import_matplotlib() -> None:
