@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median_low
@@ -221,6 +221,7 @@ def prompt_pairs(
     views: Sequence[str] = ("x",),
     needs_gold: bool = False,
     chat_template: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> list[PromptedPair]:
     """The pairs that a run on these views can use, with their prompts.
@@ -236,10 +237,8 @@ def prompt_pairs(
         labelled = [pair for pair in pairs if pair.gold]
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
         pairs = report.usable(labelled, pairs, "no gold", cure)
-    prompted = [
-        PromptedPair(pair, {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views})
-        for pair in pairs
-    ]
+    to_ids = partial(prompt_ids, tokenizer, chat_template=chat_template, **(template_options or {}))
+    prompted = [PromptedPair(pair, {view: to_ids(str(pair.wording(view))) for view in views}) for pair in pairs]
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
     lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())

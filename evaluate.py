@@ -24,7 +24,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -37,7 +36,7 @@ from config import UserError, told_in_a_sentence
 from data import Benchmark, load_benchmark
 from lm.decoding import Sample
 from lm.model import newest_policy
-from lm.prompts import chat_ids, prompt_text
+from lm.prompts import prompt_ids
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, frozen_sampler, request_seed
 from store.files import Row, fingerprint, to_lines, write_whole
@@ -279,8 +278,7 @@ def answer_missing(jobs: dict[Part, Job], process: tuple[int, int], settings: Ev
 
 def prompts_of(job: Job, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[list[int]]:
     benchmark, which = job
-    questions = [benchmark.pairs[i].question for i in which]
-    return chat_ids(tokenizer, questions, partial(prompt_text, tokenizer, chat_template=template))
+    return [prompt_ids(tokenizer, benchmark.pairs[i].question, template) for i in which]
 
 
 def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:

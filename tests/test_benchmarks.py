@@ -18,7 +18,7 @@ def run_benchmark(file: str, *flags: str) -> str:
 
 
 def test_the_script_for_a_gpu_runs_on_a_cpu_and_no_part_of_it_fails(tmp_path):
-    flags = "--models tiny --response-tokens 20 --tokens 800 --repeats 1 --steps 2".split()
+    flags = ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1", "--steps", "2"]
     run_benchmark("gpu.py", *flags, "--out", str(tmp_path / "gpu.json"))
     result = json.loads((tmp_path / "gpu.json").read_text())
     for part in ("sanity", "learning", "training", "head", "resume"):

@@ -131,7 +131,7 @@ def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_temp
         )
         return str(text)
 
-    return chat_ids(tokenizer, [question], render)[0]
+    return chat_ids(tokenizer, question, render)
 
 
 @contextmanager
