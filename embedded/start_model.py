@@ -122,10 +122,13 @@ def model_folder(name: str = "embedded", seed: int = 0) -> str:
     Raises:
         UserError: the cache cannot be written to, or what is in it is damaged.
     """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if str(cache).startswith("~"):  # a user whom the system does not know
+        raise UserError("there is no home folder to keep the embedded model in: set XDG_CACHE_HOME to one")
     sources = [Path(__file__).with_name(file).read_bytes() for file in ("start_model.py", "word_problems.py")]
     recipe = [sources, SYSTEM_PROMPT, CLEAN_STEPS, FLAWED_STEPS, STUDENTS[name], seed]
     key = repr([*recipe, torch.__version__, transformers.__version__])
-    folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    folder = cache / "co-rewarding" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     try:
         if not folder.is_dir():
             make(folder, STUDENTS[name], seed)
@@ -134,13 +137,6 @@ def model_folder(name: str = "embedded", seed: int = 0) -> str:
     except (OSError, SafetensorError) as problem:
         cure = "delete it if it is damaged, make room, or set XDG_CACHE_HOME to a folder that can be written to"
         raise UserError(f"{folder}: the embedded model cannot be kept there ({problem}); {cure}") from problem
-
-
-def cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "co-rewarding"
-    except RuntimeError:  # a user whom the system does not know
-        raise UserError("there is no home folder to keep the embedded model in: set XDG_CACHE_HOME to one") from None
 
 
 def make(folder: Path, student: Student, seed: int) -> None:

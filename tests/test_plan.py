@@ -148,14 +148,6 @@ def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: Pr
     assert need["while sampling"] == shards + need["AdamW"] + plan.CUDA_GRAPHS + need["engine"]
 
 
-def test_a_step_smaller_than_a_micro_batch_is_planned_by_its_own_size(paper_model: PreTrainedModel) -> None:
-    """SmolLM2 on a CPU had its activations computed again for 16,384 tokens, in steps of 5,120 at most."""
-    small = {"questions_per_step": 2, "max_prompt_tokens": 512, "rollouts": 4, "max_response_tokens": 128}
-    config = plan.changed(Config(), small | {"activation_checkpointing": "off"})
-    need = plan.bytes_needed(paper_model, config, VARIANTS["majority"], 8)
-    assert need["activations"] == 2 * 4 * (512 + 128) * 36 * plan.kept_of_a_token(paper_model)
-
-
 @pytest.mark.parametrize("recompute", ["off", "on"])
 @pytest.mark.parametrize("gpus", plan.GPUS)
 def test_the_flags_that_the_plan_names_make_the_run_fit(

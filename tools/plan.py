@@ -58,9 +58,7 @@ def bytes_needed(
     head, kept_of_layer = model.vocab_size * model.hidden_size, kept_of_a_token(lm, itemsize)
     own = 0.0 if config.memory.offload_optimizer else parameters / gpus
     copies = (variant.has_teacher + variant.has_frozen_reference) * (not config.memory.offload_teacher)
-    rollouts = len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts
-    sequence = config.max_sequence_tokens
-    tokens = min(max(config.optimisation.tokens_per_micro_batch, sequence), rollouts * sequence)
+    tokens = max(config.optimisation.tokens_per_micro_batch, config.max_sequence_tokens)
     recomputed = config.memory.activation_checkpointing == "on"
     # The head: float32 logits and probabilities, and its gradient in float32 and rounded. A layer: its weights and the
     # next one's, its gradients in bfloat16 and in float32, and its activations if they are computed again.
