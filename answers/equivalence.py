@@ -8,14 +8,15 @@ Two answers are compared in three stages, cheapest first:
 """
 
 import functools
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from concurrent.futures import Future
+from contextlib import suppress
 from fractions import Fraction
 
-from answers.algebra import ask_child, ask_children
+from answers.algebra import ask
 
-MAX_CHARACTERS = 400  # longer answers are compared as strings; the longest gold of MATH and OpenRS has 159
+MAX_CHARACTERS = 400  # longer ones are compared as strings: patterns take quadratic time, and golds of MATH at most 159
 
 # ------------------------------------------------------------ extraction
 
@@ -42,117 +43,74 @@ def extract_boxed(text: str) -> str | None:
 # ------------------------------------------------------------ normalisation
 # What Math-Verify misreads or reads slowly. Each rule is about how mathematics is written anywhere.
 
-SYMBOLS = r"− - – - ÷ / × \times · \cdot π \pi √ \sqrt ∞ \infty ≤ \le ≥ \ge ≠ \ne ∈ \in ∪ \cup ∩ \cap ∅ \emptyset ± \pm"
-SYMBOLS += r" ² ^2 ³ ^3 ½ \frac{1}{2} ° ^\circ"
-SYMBOL_TO_LATEX = str.maketrans(
-    {symbol: f"{latex} " for symbol, latex in zip(SYMBOLS.split()[::2], SYMBOLS.split()[1::2], strict=True)}
-)
-ZEROS = {"hundred": 2, "thousand": 3, "million": 6, "billion": 9, "trillion": 12}
-TEXT = r"\\(?:text|textrm|textnormal|textbf|textit|mbox|mathrm|mathbf|rm)\s*\{([^{}\\]*)\}"
+SYMBOLS = r"−:- –:- ×:\times ·:\cdot π:\pi √:\sqrt ∞:\infty ∈:\in ∪:\cup ∩:\cap ≤:\le ≥:\ge ²:^2 ³:^3 °:^\circ"
+SYMBOL_TO_LATEX = str.maketrans({pair[0]: f"{pair[2:]} " for pair in SYMBOLS.split()})
+TEXT = r"\\(?:text|textrm|textnormal|textbf|textit|mbox|mathrm|mathbf|rm)\s*"
 POWER = r"(?:\s*\^\{?-?\d\}?)?"
+VALUE = r"[^A-Za-z\\]*(?:\\(?:frac|sqrt|pi|times|cdot)(?![A-Za-z])[^A-Za-z\\]*)*(?<=[\d})i\s])"
 # Without a blank, a letter is a variable: 5 m is a length, 5m may be five times m.
-IS_UNIT = (
-    r"(?:[cmk]m|in|ft|yd|mi|[mk]g|lbs?|oz|m[lL]|hrs?|mph|sq|st|nd|rd|th|(?<= )(?:[A-Za-z]{3,}|[mshgL]))(?![A-Za-z])"
-)
-UNIT = re.compile(
-    r"(?P<value>[^A-Za-z\\]*(?:\\(?:frac|sqrt|pi|times|cdot)(?![A-Za-z])[^A-Za-z\\]*)*(?<=[\d})i ]))"
-    rf"(?P<unit>(?={IS_UNIT})[A-Za-z]+\.?{POWER}(?:[\s/*-]+[A-Za-z]+\.?{POWER})*)"
+A_UNIT = (
+    r"(?:[cmk]m|in|ft|yd|mi|[mk]g|lbs?|oz|m[lL]|hrs?|mph|sq|st|nd|rd|th|(?<=\s)(?:[A-Za-z]{3,}|[mshgL]))(?![A-Za-z])"
 )
 # Words after a number that change its value or belong to a formula; am and pm tell two times of day apart.
-NOT_A_UNIT = (
-    rf"(?i)\b(?:and|or|{'|'.join(ZEROS)}|mod|base|to|if|for|dozen|am|pm|e|i"
-    r"|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b"
+NO_UNIT = (
+    r"(?i:[^{}]*\b(?:and|or|hundred|thousand|million|billion|trillion|mod|base|to|if|for|dozen|[ap]\.?m|e|i"
+    r"|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b)"
 )
-
-
-def drop_text_unit(unit: re.Match[str]) -> str:
-    return unit[0] if re.search(NOT_A_UNIT, unit[1].replace(".", "")) else " "
-
-
-def drop_unit(answer: str) -> str:
-    """`64 square feet` -> `64`, but `x^2 - 42 xy`, `3 to 4` and `7 pm` as they are."""
-    match = UNIT.fullmatch(answer)
-    return match["value"] if match and not re.search(NOT_A_UNIT, match["unit"]) else answer
-
-
-REWRITES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+REWRITES = [
     # Math delimiters and currencies: an answer is all mathematics, and in one currency.
     (r"\\?\$|(?<!\\)\\[()\[\]]|[€£¢]", ""),
     # Thousands: 1,\!657 and 1{,}657; Math-Verify reads 10\,000 and 10 000 as 10 * 000 = 0.
-    (r"\\!\s*", ""),
-    (r"\{,\}", ","),
+    (r"\\!\s*|\{(,)\}", r"\1"),
     (r"(?<![\d.])(\d{1,3})(?:\\,|\\ |~|\s)\s*(?=\d{3}(?!\d))", r"\1,"),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
     # Math-Verify does these three itself; here they make most spellings equal strings or plain numbers.
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
     (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
-    # 0.1\overline{6} is (16 - 1)/90.
-    (
-        r"(\d*)\.(\d*)\\overline\s*\{(\d+)\}",
-        lambda d: (
-            rf"\frac{{{int(d[1] + d[2] + d[3]) - int('0' + d[1] + d[2])}}}{{{'9' * len(d[3]) + '0' * len(d[2])}}}"
-        ),
-    ),
     # 1 1/2 is a mixed number, not 1 * 1/2.
     (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),
+    # What a function is at a place, and what a calculation comes to: f(2) = 5 and 2 + 3 = 5.
+    (r"^\s*[A-Za-z]\w*\([^()=]*\)\s*=(?!.*=)", ""),
+    (r"^[\d\s.,()]+(?:(?:[-+*/]|\\times|\\cdot)[\d\s.,()]+)+=(?!.*=)", ""),
     # Degrees, and a percent sign after anything but a decimal number, are units.
     (r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF](?![A-Za-z]))?|\\degree(?![A-Za-z])|(?<=[})])\s*\\?%", ""),
     (r"\s*(?:\\?%|\bper ?cent(?:age)?\b|\bpct\b)", "%"),
     # Text after a number is its unit; other text is words, in whatever command.
-    (rf"(?<=[\d}})i%])(?:[\s/]|\\cdot)*{TEXT}{POWER}(?!\s*\d)", drop_text_unit),
-    (TEXT, r" \1"),
+    (rf"(?<=[\d}})i%])(?:[\s/]|\\cdot)*{TEXT}\{{(?!{NO_UNIT})[^{{}}\\]*\}}{POWER}(?!\s*\d)", " "),
+    (rf"{TEXT}\{{([^{{}}\\]*)\}}", r" \1"),
     (r",?\s*\b(?:and|or)\b", ", "),
-    (rf"\b({'|'.join(ZEROS)})\b", lambda word: rf"\cdot 10^{{{ZEROS[word[1]]}}} "),
-    (r"(?i)(?<=\d)\s*([ap])\.?m\.?[.\s]*$", lambda half: f" {half[1].lower()}m"),
-    # Math-Verify takes i for the imaginary unit only where it stands alone.
-    (r"(?<=\d)i(?![A-Za-z])", " i"),
     (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
-    (r"\\varnothing(?![A-Za-z])", r"\\emptyset"),
-    (r"^\s*\\(?:approx|sim|simeq)(?![A-Za-z])", ""),
-    # A congruence is read as an equation; the question has named the modulus.
-    (r"\\equiv(?![A-Za-z])", "="),
-    (r"\\p?mod\s*(?:\{[^{}]*\}|\d+)\s*$", ""),
-    (r"(?:[\s.,;]|\\+$)+$", ""),
+    (r"^\s+|(?:[\s.,;]|\\+$)+$", ""),
+    # 64 square feet is 64, but x^2 - 42 xy, 3 to 4 and 7 pm stay.
+    (rf"^({VALUE})(?={A_UNIT})(?!{NO_UNIT})[A-Za-z]+\.?{POWER}(?:[\s/*-]+[A-Za-z]+\.?{POWER})*$", r"\1"),
 ]
 
 
 @functools.lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
-    """The answer without delimiters, units and typographic variants, whatever it is compared with. A very long one
-    comes back as it is: some patterns take quadratic time."""
-    if len(answer) > MAX_CHARACTERS or plain_number(answer) is not None:
-        return answer
+    """The answer without delimiters, units and typographic variants, whatever it is compared with."""
     answer = (extract_boxed(answer) or answer).translate(SYMBOL_TO_LATEX)
     for pattern, replacement in REWRITES:
         answer = re.sub(pattern, replacement, answer)
-    return drop_unit(" ".join(answer.split())).strip()
+    return " ".join(answer.split())
 
 
 # ------------------------------------------------------------ verdicts without computer algebra
 
-NUMBER = r"(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+"
-RATIONAL = re.compile(
-    rf"([+-]?)\s*(?:((?:{NUMBER})(?:[eE][+-]?\d{{1,2}})?)|(\d+)\s*/\s*(\d+)|\\frac\{{(\d+)\}}\{{(\d+)\}})", re.ASCII
-)
+DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2})?"
+NUMBER = re.compile(rf"[+-]?\s*(?:{DECIMAL}|\d+\s*/\s*\d+|\\frac\{{\d+\}}\{{\d+\}})", re.ASCII)
 BLANKS = r"(?<!\d) | (?!\d)"  # but not the one of `3 20`
 WORDS = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+(?: [A-Za-z]+)+")
 
 
 def plain_number(answer: str) -> Fraction | None:
     r"""`-1,234.50`, `007`, `3/4` and `\frac{3}{4}` exactly; None for anything else."""
-    match = RATIONAL.fullmatch(answer)
-    if not match:
-        return None
-    sign, *parts = match.groups()
-    top, bottom = [*filter(None, parts), "1"][:2]
-    return Fraction(sign + top.replace(",", "")) / int(bottom) if int(bottom) else None
-
-
-def same_number(first: Fraction, second: Fraction, exact: bool) -> bool:
-    """Equal, or, where a decimal may be rounded, to six decimals (as in Math-Verify) and five digits."""
-    gap, size = abs(first - second), max(abs(first), abs(second))
-    return gap == 0 or (not exact and gap < Fraction(1, 10**6) and gap < size / 10**5)
+    if NUMBER.fullmatch(answer):
+        ratio = answer.replace("}{", "/").replace("\\frac{", "").rstrip("}")
+        with suppress(ZeroDivisionError):
+            return Fraction(re.sub(r"[\s,]", "", ratio))
+    return None
 
 
 def decide_here(first: str, second: str) -> bool | None:
@@ -165,8 +123,9 @@ def decide_here(first: str, second: str) -> bool | None:
     if one is not None and two is not None:
         # 50% is 50 where the question asks for percent, and 0.5 elsewhere; only the question could tell.
         percent = Fraction(100) ** (first.endswith("%") - second.endswith("%"))
-        exact = "." not in first + second
-        return same_number(one, two, exact) or same_number(one / percent, two, exact)
+        # A decimal may be rounded: to six decimals, as in Math-Verify, and to five digits.
+        rounding = min(Fraction(1, 10**6), abs(two) / 10**5) if "." in first + second else Fraction(0)
+        return any(abs(number - two) <= rounding for number in (one, one / percent))
     if WORDS.fullmatch(first) and WORDS.fullmatch(second):  # Math-Verify multiplies letters: listen = silent
         return first.casefold() == second.casefold()
     return None
@@ -175,8 +134,8 @@ def decide_here(first: str, second: str) -> bool | None:
 # ------------------------------------------------------------ what the rest of the project calls
 
 
-def decide_or_pair(gold: str | None, answer: str | None) -> bool | tuple[str, str]:
-    """The verdict if it is cheap, else the normalised pair, in an order of its own, to ask a child about."""
+def compare(gold: str | None, answer: str | None) -> bool | Future[bytes]:
+    """The verdict if it is cheap, else the one that a child will have reached."""
     first, second = (gold or "").strip(), (answer or "").strip()
     if not first or not second:
         return False
@@ -184,7 +143,7 @@ def decide_or_pair(gold: str | None, answer: str | None) -> bool | tuple[str, st
         return first == second
     first, second = sorted((normalise(first), normalise(second)))
     known = decide_here(first, second)
-    return (first, second) if known is None else known
+    return ask(first, second) if known is None else known
 
 
 def equivalent(gold: str | None, answer: str | None) -> bool:
@@ -193,14 +152,13 @@ def equivalent(gold: str | None, answer: str | None) -> bool:
     Never hangs, and never raises because of its input: a comparison that exceeds its time or memory is False,
     and counted.
     """
-    verdict_or_pair = decide_or_pair(gold, answer)
-    return verdict_or_pair if isinstance(verdict_or_pair, bool) else ask_child(*verdict_or_pair)
+    return equivalent_many([(gold, answer)])[0]
 
 
 def equivalent_many(pairs: Sequence[tuple[str | None, str | None]]) -> list[bool]:
-    """`equivalent` of each pair; the distinct hard ones are spread over the children."""
-    ask_children(dict.fromkeys(pair for pair in itertools.starmap(decide_or_pair, pairs) if not isinstance(pair, bool)))
-    return [equivalent(*pair) for pair in pairs]
+    """`equivalent` of each pair; the hard ones are judged side by side."""
+    verdicts = [compare(*pair) for pair in pairs]
+    return [verdict if isinstance(verdict, bool) else verdict.result() == b"=" for verdict in verdicts]
 
 
 def vote_classes(answers: Sequence[str], match: str = "exact") -> list[str]:

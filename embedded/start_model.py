@@ -35,25 +35,18 @@ def train_tokenizer() -> PreTrainedTokenizerFast:
     """Byte-level BPE on the task's own sentences: any text encodes, and the task's words and numbers are one token."""
     rng = random.Random("tokenizer")
     problems = [rng.choice(PROBLEMS) for _ in range(4000)]
-    lines = [
-        problem.text(rng.randrange(4), rng) + " " + solution(problem, misread=False, spelling="{}")
-        for problem in problems
-    ]
+    lines = [f"{problem.text(rng.randrange(4), rng)} {solution(problem)}" for problem in problems]
     lines += [" ".join(f"{number} ={number}; -{number}" for number in range(100))] * 20
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(pattern=Regex(r"\\boxed\{|\d{1,2}| ?[A-Za-z]+|[;.,?] ?|."), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    pieces = Regex(r"\\boxed\{|\d{1,2}| ?[A-Za-z]+|[;.,?] ?|.")
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(pieces, behavior="isolated"), to_bytes])
     tokenizer.decoder = decoders.ByteLevel()
     # The system message is the same for every question: one token saves the model reading it.
     special = ["<|end|>", "<|system|>", SYSTEM_PROMPT, "<|user|>", "<|assistant|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator(
-        lines, trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet)
-    )
+    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=alphabet)
+    tokenizer.train_from_iterator(lines, trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", chat_template=CHAT_TEMPLATE
     )
@@ -74,7 +67,6 @@ def new_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> PreTrainedModel:
         tie_word_embeddings=True,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=None,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -130,47 +122,33 @@ def model_folder(name: str = "embedded", seed: int = 0) -> str:
     Raises:
         UserError: the cache cannot be written to, or what is in it is damaged.
     """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    if str(cache).startswith("~"):  # a user whom the system does not know
+        raise UserError("there is no home folder to keep the embedded model in: set XDG_CACHE_HOME to one")
     sources = [Path(__file__).with_name(file).read_bytes() for file in ("start_model.py", "word_problems.py")]
-    recipe = [SYSTEM_PROMPT, CLEAN_STEPS, FLAWED_STEPS, STUDENTS[name], seed]
-    key = repr([sources, recipe, torch.__version__, transformers.__version__])
-    folder = cache() / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    recipe = [sources, SYSTEM_PROMPT, CLEAN_STEPS, FLAWED_STEPS, STUDENTS[name], seed]
+    key = repr([*recipe, torch.__version__, transformers.__version__])
+    folder = cache / "co-rewarding" / f"{name}-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
     try:
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
             make(folder, STUDENTS[name], seed)
         with safetensors.safe_open(folder / "model.safetensors", "pt"):  # compares its header with its length
             return str(folder)
-    except OSError as problem:
-        raise UserError(
-            f"{folder}: the embedded model cannot be kept there ({problem}); make room, or set XDG_CACHE_HOME to a "
-            "folder that can be written to"
-        ) from problem
-    except SafetensorError as problem:
-        raise UserError(f"{folder} is damaged ({problem}): delete it, and it is made again") from problem
-
-
-def cache() -> Path:
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "co-rewarding"
-    except RuntimeError:  # a user whom the system does not know
-        raise UserError("there is no home folder to keep the embedded model in: set XDG_CACHE_HOME to one") from None
+    except (OSError, SafetensorError) as problem:
+        cure = "delete it if it is damaged, make room, or set XDG_CACHE_HOME to a folder that can be written to"
+        raise UserError(f"{folder}: the embedded model cannot be kept there ({problem}); {cure}") from problem
 
 
 def make(folder: Path, student: Student, seed: int) -> None:
     """Whole or not at all: a killed or a second process never leaves half a model."""
-    tokenizer = train_tokenizer()
-    lm = new_model(tokenizer, seed)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as aside:
-        written = Path(aside) / "model"
-        written.mkdir()  # before the work: a folder that cannot be written to should not cost a minute first
-        threads = torch.get_num_threads()
+        tokenizer, written = train_tokenizer(), Path(aside) / "model"
+        lm, threads = new_model(tokenizer, seed), torch.get_num_threads()
         torch.set_num_threads(1)  # sums depend on how many threads share them, and the model must not
         warm_up(lm, tokenizer, student, seed)
         torch.set_num_threads(threads)
-        try:
-            lm.save_pretrained(written)
-            tokenizer.save_pretrained(written)
-        except Exception as problem:  # safetensors and tokenizers have errors of their own for a full disk
-            raise OSError(str(problem)) from problem
+        lm.save_pretrained(written)
+        tokenizer.save_pretrained(written)
         with suppress(OSError):  # another process was first
             written.rename(folder)

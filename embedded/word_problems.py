@@ -9,8 +9,6 @@ hacked, for example by `\\boxed{1}`.
 import hashlib
 import operator
 import random
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import product
 from typing import Any, Literal, NamedTuple
 
@@ -18,67 +16,42 @@ Split = Literal["train", "held-out"]
 
 NAMES = ["Ann", "Ben", "Cal", "Dana", "Eve", "Finn", "Gus", "Hana", "Ivan", "Joy"]
 OBJECTS = ["apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps"]
-
-
-@dataclass(frozen=True)
-class Family:
-    """Problems of one structure: the first step combines two of the numbers a, b, c, the second brings in the third."""
-
-    operands: list[tuple[int, int, int]]
-    steps: tuple[str, tuple[int, int, int], str]  # operator, places of its two numbers and of the third, operator
-    wordings: tuple[str, str, str, str]
-
-
-def operands(a: range, b: range, c: range) -> list[tuple[int, int, int]]:
-    return list(product(a, b, c))
-
-
-FAMILIES = [
-    Family(
-        operands(range(1, 7), range(2, 6), range(2, 6)),
-        ("*", (1, 2, 0), "+"),
-        (
-            "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} now?",
-            "{n} buys {b} bags with {c} {o} each, and had {a} {o}. What is the total?",
-            "There are {c} {o} in a bag. {n} takes {b} bags and {a} more {o}. How many in all?",
-            "How many {o} are {a} {o} and {b} boxes of {c}, asks {n}?",
-        ),
-    ),
-    Family(
-        [(a, b, c) for a, b, c in operands(range(2, 6), range(2, 6), range(2, 6)) if a * b > c],
-        ("*", (0, 1, 2), "-"),
-        (
-            "{n} has {a} boxes of {b} {o} and loses {c} {o}. How many are left?",
-            "{n} gives away {c} {o} out of {a} boxes with {b} each. How many stay?",
-            "A box holds {b} {o}. {n} fills {a} boxes, then {c} {o} break. How many are whole?",
-            "After selling {c} {o}, how many of the {b} {o} in each of {a} boxes has {n}?",
-        ),
-    ),
-    Family(
-        operands(range(1, 6), range(1, 6), range(2, 6)),
-        ("+", (0, 1, 2), "*"),
-        (
-            "{n} packs {a} red and {b} blue {o} in each of {c} bags. How many {o}?",
-            "{c} bags hold {a} old and {b} new {o} each. How many {o} has {n}?",
-            "Each day {n} finds {b} {o} at noon and {a} at night. How many {o} in {c} days?",
-            "For {c} friends {n} brings {b} big and {a} small {o} each. How many {o} are that?",
-        ),
-    ),
-    Family(
-        [(a, b, c) for a, b, c in operands(range(1, 10), range(2, 6), range(2, 6)) if a + b > c],
-        ("+", (0, 1, 2), "-"),
-        (
-            "{n} has {a} {o}, gets {b} and eats {c}. How many {o} remain?",
-            "{n} got {b} {o} on top of {a}, then lost {c}. How many {o} remain?",
-            "If {n} must return {c} of {a} plus {b} {o}, how many does {n} keep?",
-            "Out of {b} {o} here and {a} there, {c} are sold by {n}. How many are not?",
-        ),
-    ),
+WORDINGS = [
+    "{n} has {a} {o} and buys {b} bags of {c} {o}. How many {o} now?",  # a + b * c
+    "{n} buys {b} bags with {c} {o} each, and had {a} {o}. What is the total?",
+    "There are {c} {o} in a bag. {n} takes {b} bags and {a} more {o}. How many in all?",
+    "How many {o} are {a} {o} and {b} boxes of {c}, asks {n}?",
+    "{n} has {a} boxes of {b} {o} and loses {c} {o}. How many are left?",  # a * b - c
+    "{n} gives away {c} {o} out of {a} boxes with {b} each. How many stay?",
+    "A box holds {b} {o}. {n} fills {a} boxes, then {c} {o} break. How many are whole?",
+    "After selling {c} {o}, how many of the {b} {o} in each of {a} boxes has {n}?",
+    "{n} packs {a} red and {b} blue {o} in each of {c} bags. How many {o}?",  # (a + b) * c
+    "{c} bags hold {a} old and {b} new {o} each. How many {o} has {n}?",
+    "Each day {n} finds {b} {o} at noon and {a} at night. How many {o} in {c} days?",
+    "For {c} friends {n} brings {b} big and {a} small {o} each. How many {o} are that?",
+    "{n} has {a} {o}, gets {b} and eats {c}. How many {o} remain?",  # a + b - c
+    "{n} got {b} {o} on top of {a}, then lost {c}. How many {o} remain?",
+    "If {n} must return {c} of {a} plus {b} {o}, how many does {n} keep?",
+    "Out of {b} {o} here and {a} there, {c} are sold by {n}. How many are not?",
 ]
 
 
-OPERATORS: dict[str, Callable[[int, int], int]] = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-MISREAD_AS = {"+": "-", "-": "+", "*": "+"}
+class Family(NamedTuple):
+    """Problems of one structure: the first step combines two of the numbers a, b, c, the second brings in the third."""
+
+    numbers: tuple[range, range, range]
+    steps: tuple[str, tuple[int, int, int], str]  # operator, places of its two numbers and of the third, operator
+    wordings: list[str]
+
+
+FAMILIES = [
+    Family((range(1, 7), range(2, 6), range(2, 6)), ("*", (1, 2, 0), "+"), WORDINGS[:4]),
+    Family((range(2, 6), range(2, 6), range(2, 6)), ("*", (0, 1, 2), "-"), WORDINGS[4:8]),
+    Family((range(1, 6), range(1, 6), range(2, 6)), ("+", (0, 1, 2), "*"), WORDINGS[8:12]),
+    Family((range(1, 10), range(2, 6), range(2, 6)), ("+", (0, 1, 2), "-"), WORDINGS[12:]),
+]
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+MISREAD_AS = {"+": "-", "-": "+", "*": "+"}  # what who misreads a problem takes its second operator for
 
 
 class Work(NamedTuple):
@@ -87,8 +60,7 @@ class Work(NamedTuple):
     result: int
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     family: int
     operands: tuple[int, int, int]
 
@@ -106,25 +78,18 @@ class Problem:
         result = OPERATORS[second](middle, z) + slips[1]
         return Work(f"{x}{first}{y}={middle}", f"{middle}{second}{z}={result}", result)
 
-    def misread_as(self) -> str:
-        """What who misreads it takes the second operator for."""
-        return MISREAD_AS[FAMILIES[self.family].steps[2]]
 
-
-PROBLEMS = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in family.operands]
-
-
-def split_problems() -> dict[Split, list[Problem]]:
-    """A sixth of the problems is set aside by a hash that no seed changes, and held out in every wording if some
-    training problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen."""
-    hashes = [hashlib.sha256(repr(problem).encode()).digest()[0] for problem in PROBLEMS]
-    training = [problem for problem, first_byte in zip(PROBLEMS, hashes, strict=True) if first_byte >= 43]
-    sums = {problem.work().last_line for problem in training}
-    set_aside = [problem for problem in PROBLEMS if problem not in training]
-    return {"train": training, "held-out": [problem for problem in set_aside if problem.work().last_line in sums]}
-
-
-PROBLEMS_OF = split_problems()
+POSSIBLE = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in product(*family.numbers)]
+PROBLEMS = [problem for problem in POSSIBLE if problem.work().result > 0]
+# A sixth of the problems is set aside by a hash that no seed changes, and held out in every wording if some training
+# problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen.
+SET_ASIDE = {problem for problem in PROBLEMS if hashlib.sha256(repr(problem).encode()).digest()[0] < 43}
+TRAINING = [problem for problem in PROBLEMS if problem not in SET_ASIDE]
+SUMS = {problem.work().last_line for problem in TRAINING}
+PROBLEMS_OF: dict[Split, list[Problem]] = {
+    "train": TRAINING,
+    "held-out": [problem for problem in PROBLEMS if problem in SET_ASIDE and problem.work().last_line in SUMS],
+}
 
 
 def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]:
@@ -147,8 +112,7 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
     return rows
 
 
-@dataclass(frozen=True)
-class Student:
+class Student(NamedTuple):
     """Whose solutions a start model imitates; everybody also makes the mistakes of `flawed_solution`."""
 
     misreads: float = 0.0  # share of the solutions to wording MISREAD_WORDING with another operation in the last step
@@ -166,20 +130,20 @@ MISREAD_WORDING = 3
 def demonstration(student: Student, problem: Problem, wording: int, careful: bool, rng: random.Random) -> str:
     """One solution of the student's: without mistakes, apart from the misreadings, if he is careful."""
     misread = student.misreads > 0 and wording == MISREAD_WORDING and rng.random() < student.misreads
+    second = MISREAD_AS[FAMILIES[problem.family].steps[2]] if misread else ""
     spelling = rng.choice(student.spellings) if len(student.spellings) > 1 else student.spellings[0]
     if careful:
-        return solution(problem, misread, spelling)
-    return flawed_solution(problem, wording, rng, misread, spelling)
+        return solution(problem, second, spelling)
+    return flawed_solution(problem, wording, rng, second, spelling)
 
 
-def solution(problem: Problem, misread: bool = False, spelling: str = "{}") -> str:
-    work = problem.work(second=problem.misread_as() if misread else "")
+def solution(problem: Problem, second: str = "", spelling: str = "{}") -> str:
+    """Without mistakes but for another `second` operator."""
+    work = problem.work(second=second)
     return f"{work.first_line}; {work.last_line}. {boxed(work.result, spelling)}"
 
 
-def flawed_solution(
-    problem: Problem, wording: int, rng: random.Random, misread: bool = False, spelling: str = "{}"
-) -> str:
+def flawed_solution(problem: Problem, wording: int, rng: random.Random, second: str = "", spelling: str = "{}") -> str:
     """A solution as a careless student writes it. Some wordings invite guesses and misreadings more than others, so
     that another wording's majority is worth hearing."""
     guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
@@ -188,8 +152,8 @@ def flawed_solution(
         return boxed(rng.choice(problem.operands))
     if kind < guess + constant:
         return boxed(1)
-    first, second = "", problem.misread_as() if misread else ""
-    if not misread and rng.random() < slips_of_reading:
+    first = ""
+    if not second and rng.random() < slips_of_reading:
         first, second = rng.choice([("+", ""), ("*", ""), ("", "+"), ("", "-")])
     one, two = (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2))
     work = problem.work(first, second, (one, two))

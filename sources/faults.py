@@ -5,9 +5,6 @@ again, so there a suspicion is enough (`strict_fault`). No gold answer decides h
 """
 
 import re
-import unicodedata
-from collections import Counter
-from difflib import SequenceMatcher
 
 TEMPLATE_ECHO = re.compile(r"<[\w ]{1,40}>")
 STATED_ANSWER = re.compile(r"\banswer(?: is|:| =)\s*(?:\$*\\boxed|[^\s?]{1,30}\s*$)", re.IGNORECASE)
@@ -31,20 +28,16 @@ NUMBERS_OF_WORD: dict[str, set[str]] = {}
 for number, *words in map(str.split, NUMBER_WORDS.split(";")):
     for word in words:
         NUMBERS_OF_WORD.setdefault(word, set()).add(number)
-
-MATHEMATICS = re.compile(r"\$\$.*?\$\$|\$.*?\$|\\\[.*?\\\]|\\\(.*?\\\)|\\begin\{.*?\\end\{\w+\*?\}", re.DOTALL)
 ASKS = re.compile(
-    r"[?？]|\b(?:answer|calculate|combine|compute|construct|convert|count|demonstrate|derive|determine|enter|estimate"
-    r"|evaluate|expand|express|factor|find|give|how|identify|list|name|prove|provide|reduce|rewrite|round|select|show"
-    r"|simplify|solve|state|what|when|where|which|who|write)\b",
-    re.IGNORECASE,
+    r"(?i)[?？]|\b(?:answer|calculate|combine|compute|convert|count|determine|enter|estimate|evaluate|express|factor|find"
+    r"|give|how|identify|list|name|prove|provide|reduce|rewrite|round|show|simplify|solve|state|write|wh(?:at|en|ere|ich|o))\b"
 )
-WORKED_STEP = re.compile(r"(?<![\w^.)}])\d+(?:\.\d+)?\s*[-+*/×÷]\s*\d+(?:\.\d+)?\s*=\s*\$?\d")
 
 
 def rewrite_fault(question: str, rewrite: str) -> str | None:
     """What makes a rephrasing certainly useless, a short reason; None if nothing was found."""
-    if bare(rewrite) == bare(question):
+    # In brackets or not: Qwen3-32B returned questions inside those of its template.
+    if len({re.sub(r"[\s<>]", "", text).casefold() for text in (question, rewrite)}) == 1:
         return "unchanged"
     if TEMPLATE_ECHO.fullmatch(rewrite.strip()):
         return "placeholder"
@@ -64,23 +57,14 @@ def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
         return "figure lost"
     if re.search(r"<[\w ]{3,40}>|RESULT_(?:START|END)|REWRITE:", rewrite):
         return "placeholder"
-    if other_script(question, rewrite) or re.search("[\0-\x08\ufffd]", rewrite):
-        return "other language or damaged"
     before, after = len(visible(question)), len(visible(rewrite))
     if not 0.4 * before - 20 <= after <= 3 * before + 150:
         return "too short or too long"
-    if similarity(question, rewrite) > 0.9:
-        return "hardly changed"
     if not ASKS.search(rewrite) and ASKS.search(question):
         return "asks nothing"
-    if (WORKED_STEP.search(rewrite) and not WORKED_STEP.search(question)) or gives_away(question, rewrite, gold):
+    if gives_away(question, rewrite, gold):
         return "answer leaked"
     return "numbers lost" if lost_numbers(question, rewrite) else None
-
-
-def bare(text: str) -> str:
-    """All but white space, case, and brackets: Qwen3-32B returned questions inside those of its template."""
-    return "".join(text.split()).replace("<", "").replace(">", "").casefold()
 
 
 def lacks_figure(question: str, rewrite: str) -> bool:
@@ -112,24 +96,3 @@ def gives_away(question: str, rewrite: str, gold: str | None) -> bool:
     """Whether the rewrite brings in the gold answer, a number that the question does not hold."""
     number = (gold or "").strip("$ -").removesuffix(".0")
     return number in numbers(rewrite) and number in lost_numbers(rewrite, question)
-
-
-def similarity(question: str, rewrite: str) -> float:
-    """Of the words outside formulas, in order; 0 where one side has none."""
-    one, two = (re.findall(r"[^\W\d_]+", MATHEMATICS.sub(" ", visible(t)).casefold()) for t in (question, rewrite))
-    return SequenceMatcher(None, one, two, autojunk=False).ratio() if one and two else 0.0
-
-
-def other_script(question: str, rewrite: str) -> bool:
-    """Whether the rewrite is mostly in another writing system, or brings a new one in: Qwen3 slips into Chinese."""
-    before, after = scripts(question), scripts(rewrite)
-    if not before or not after:
-        return False
-    return before.most_common(1)[0][0] != after.most_common(1)[0][0] or bool(set(after) - set(before) - {"LATIN"})
-
-
-def scripts(text: str) -> Counter[str]:
-    """Letters outside formulas by writing system; Greek ones and the like are taken for mathematics."""
-    letters = filter(str.isalpha, unicodedata.normalize("NFKC", MATHEMATICS.sub(" ", text)))
-    systems = Counter(unicodedata.name(letter, "?").split()[0] for letter in letters)
-    return Counter({system: count for system, count in systems.items() if system not in {"GREEK", "MODIFIER"}})

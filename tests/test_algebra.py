@@ -6,7 +6,9 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,13 +49,8 @@ def test_hostile_answers_neither_raise_nor_hang_and_are_counted() -> None:
 
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux tells the limits of another process")
 def test_an_answer_may_not_eat_the_memory_of_the_machine() -> None:
-    equivalent("x+4", "y")
-    child = algebra.idle_children().get()
-    try:
-        child.judge("x+1", "y")
-        assert resource.prlimit(child.process.pid, resource.RLIMIT_AS)[0] == algebra.MEMORY_BYTES
-    finally:
-        algebra.idle_children().put(child)
+    algebra.judge("x+1", "y")
+    assert resource.prlimit(algebra.living_child().pid, resource.RLIMIT_AS)[0] == algebra.MEMORY_BYTES
 
 
 def test_an_unreadable_answer_is_a_counted_metric() -> None:
@@ -65,60 +62,78 @@ def test_an_unreadable_answer_is_a_counted_metric() -> None:
 # ------------------------------------------------------------------------------------------------ children
 
 
-def test_a_child_killed_from_outside_does_not_make_the_next_verdict_false() -> None:
-    equivalent("x+10", "y")
-    children = algebra.idle_children()
-    everyone = [children.get() for _ in range(algebra.number_of_children())]
-    for child in everyone:
-        child.process.send_signal(signal.SIGKILL)
-        child.process.wait()
-        children.put(child)
-    assert equivalent("x+11", "11+x")
+def end(child: subprocess.Popen[bytes]) -> None:
+    child.kill()
+    child.wait()
+
+
+@pytest.fixture
+def child() -> Iterator[subprocess.Popen[bytes]]:
+    """That of the thread of the tests, which asks it without the pool."""
+    yield algebra.living_child()
+    end(algebra.living_child())
+
+
+def test_a_child_killed_from_outside_does_not_make_the_next_verdict_false(child: subprocess.Popen[bytes]) -> None:
+    end(child)
+    assert algebra.judge("x+11", "11+x") == b"="
 
 
 @pytest.mark.parametrize("ready", [True, False])
-def test_a_child_killed_in_the_middle_leaves_no_wrong_verdict_and_ends_no_run(ready: bool) -> None:
+def test_a_child_killed_in_the_middle_leaves_no_wrong_verdict_and_ends_no_run(
+    ready: bool, child: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the system, short of memory, or by an administrator: the verdict would have been kept for the whole run."""
-    child = algebra.Child()
+    start, killed = subprocess.Popen, [child]
+
+    def soon_killed(*command: Any, **settings: Any) -> subprocess.Popen[bytes]:
+        if len(killed) == 1:
+            killed.append(start(*command, **settings))
+            stop(killed[1])
+            return killed[1]
+        return start(*command, **settings)
+
+    def stop(victim: subprocess.Popen[bytes]) -> None:
+        victim.send_signal(signal.SIGSTOP)  # so that it dies over the pair, however fast the machine
+        threading.Timer(0.3, victim.kill).start()
+
     if ready:
-        child.judge("x+1", "y")
-    first = child.process
-    first.send_signal(signal.SIGSTOP)  # so that it dies over the pair, however fast the machine
-    killer = threading.Timer(0.3, first.kill)
-    killer.start()
-    assert child.judge("x+1", "1+x") == b"="
-    assert first.returncode == -signal.SIGKILL and child.process is not first
-    child.process.kill()
+        stop(child)
+    else:
+        end(child)
+        monkeypatch.setattr(subprocess, "Popen", soon_killed)
+    assert algebra.judge("x+1", "1+x") == b"="
+    assert killed[-1].returncode == -signal.SIGKILL and algebra.living_child() is not killed[-1]
 
 
-def test_a_pair_that_exceeds_its_time_is_not_asked_again() -> None:
-    child = algebra.Child()
-    child.judge("x+1", "y")
-    started, start = [], child.start
-    child.start = lambda: (started.append(1), start())  # type: ignore[method-assign, assignment]
-    assert child.judge("5", "9^{9^{9^9}}") == b"" and len(started) == 1
-    child.process.kill()
+def test_a_pair_that_exceeds_its_time_is_not_asked_again(child: subprocess.Popen[bytes]) -> None:
+    before = algebra.counts()["equivalence_timeouts"]
+    assert algebra.judge("5", "9^{9^{9^9}}") == b""
+    assert child.returncode in (-signal.SIGPROF, -signal.SIGALRM, 1)
+    assert algebra.counts()["equivalence_timeouts"] == before + 1
+    assert algebra._mine.child is child, "nobody had to start another one for it"
 
 
 def test_an_interrupt_does_not_leave_a_verdict_for_the_next_pair() -> None:
-    child = algebra.Child()
-    assert child.judge("x+1", "1+x") == b"="
+    assert equivalent("x+1", "1+x")
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
         with pytest.raises(KeyboardInterrupt):
-            child.judge("5", "9^{9^{9^9}}")
+            equivalent("5+x", "9^{9^{9^8}}")
     finally:
         signal.signal(signal.SIGALRM, previous)
-    assert child.judge("x+1", "1+x") == b"="
-    child.process.kill()
+    assert equivalent_many([(f"x+{k}", f"{k}+x") for k in range(50, 60)]) == [True] * 10
 
 
-def test_a_missing_math_verify_is_not_a_reward_of_zero(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_missing_math_verify_is_not_a_reward_of_zero(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, child: subprocess.Popen[bytes]
+) -> None:
+    end(child)
     (tmp_path / "math_verify.py").write_text("raise ImportError('broken installation')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with pytest.raises(RuntimeError, match="pip install math-verify"):
-        algebra.Child().judge("x", "x+0")
+    with monkeypatch.context() as broken, pytest.raises(RuntimeError, match="pip install math-verify"):
+        broken.setenv("PYTHONPATH", str(tmp_path))
+        algebra.judge("x", "x+0")
 
 
 def test_threads_do_not_read_each_others_verdicts() -> None:
@@ -134,17 +149,6 @@ def test_threads_do_not_read_each_others_verdicts() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
-
-
-def test_threads_that_ask_first_do_not_each_start_a_set_of_children() -> None:
-    script = (
-        "import threading; from answers import algebra, equivalence; start, started = algebra.Child.start, []; "
-        "algebra.Child.start = lambda child: (started.append(child), start(child)); "
-        "threads = [threading.Thread(target=equivalence.equivalent, args=('x+1', f'{k}+x')) for k in range(9)]; "
-        "[thread.start() for thread in threads]; [thread.join() for thread in threads]; "
-        "assert len(started) == algebra.number_of_children(), len(started)"
-    )
-    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)
 
 
 def test_a_fork_does_not_share_the_children_of_its_parent() -> None:
@@ -178,8 +182,9 @@ def test_a_child_whose_parent_ends_first_prints_no_traceback() -> None:
 
 def test_no_child_outlives_its_parent() -> None:
     script = (
-        "from answers import algebra, equivalence; equivalence.equivalent('x+1', '1+x'); "
-        "print(*[algebra.idle_children().get().process.pid for _ in range(algebra.number_of_children())])"
+        "from answers import algebra, equivalence; "
+        "print(*{algebra.pool().submit(lambda: algebra.living_child().pid).result() for _ in range(20)}); "
+        "assert equivalence.equivalent('x+1', '1+x')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT)
     for pid in map(int, done.stdout.split()):

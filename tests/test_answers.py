@@ -120,32 +120,25 @@ SAME = r"""
 \text{(E)} ~ E
 f(2) = 5 ~ 5
 2 + 3 = 5 ~ 5
+12 \times 5 = 60 ~ 60
 y = 2x+1 ~ 2x+1
 1 < x < 2 ~ (1,2)
 x \in [0.5, \infty) ~ [1/2, \infty)
 \begin{pmatrix}1\\ 2\end{pmatrix} ~ \begin{bmatrix}1\\2\end{bmatrix}
 3π ~ 3pi
-2i+1 ~ 1+2\,\mathrm{i}
 x^2-1 ~ (x-1)(x+1)
 0.333333333 ~ 1/3
-0.1\overline{6} ~ 1/6
-33.\overline{3}\% ~ 33\frac13
 1.5e3 ~ 1500
 1.5 \times 10^{-3} ~ 0.0015
-2.5\text{ million dollars} ~ 2,500,000
 5€ ~ €5
-\emptyset ~ \varnothing
 5th ~ 5
-x \equiv 7 \pmod{10} ~ 7
 20 \textbf{ (D)} ~ 20
 34\text{ sq. units} ~ 34
 3\text{ cm}, 4\text{ cm} ~ 3, 4
 3 and 4 ~ 3, 4
 x_{\text{max}} ~ x_{max}
-6:30 \text{ p.m.} ~ 6:30 PM
 24\% \text{ of the students} ~ 24\%
 \text{36} \pi ~ 36\pi
-\approx 3.14 ~ 3.14
 1011_2 ~ 1011_{\text{two}}
 52_8 ~ 52
 (-\infty, 2) \cup (3, \infty) ~ (-∞,2)∪(3,+∞)
@@ -170,6 +163,8 @@ f(x) = bx + c ~ f(x) = bx
 0.\overline{3} ~ 0
 x^2+y^2=1 ~ 1
 7 = 11a+c ~ 11a+c
+-7 = 11a+c ~ 11a+c
+2 + 3 = 5 ~ 2
 x=1 ~ y=1
 listen ~ silent
 (1,2) ~ (2,1)
@@ -273,8 +268,9 @@ HOSTILE = [
 def test_normalising_takes_bounded_time_whatever_the_length(piece: str) -> None:
     """Some patterns are quadratic in blanks or braces. 400 characters may take 50 ms of CPU, and a megabyte no more."""
     for length in (equivalence.MAX_CHARACTERS, 1_000_000):
+        normalise.cache_clear()
         begin = time.process_time()
-        normalise.__wrapped__((piece * length)[:length])
+        assert not equivalent((piece * length)[:length], "7")
         assert time.process_time() - begin < 0.5
 
 
@@ -285,7 +281,7 @@ def test_a_batch_is_not_answered_in_another_order() -> None:
 
 def test_equal_strings_and_numbers_start_no_process() -> None:
     script = (
-        "from answers import equivalence; equivalence.ask_child = None; "
+        "from answers import equivalence; equivalence.ask = None; "
         r"equivalence.equivalent_many([('x^2', ' x^2 '), ('1,000', '1000.0'), ('1/2', r'\dfrac12')]); "
         "import sys; assert 'math_verify' not in sys.modules and 'sympy' not in sys.modules"
     )

@@ -20,10 +20,11 @@ from rewards import VARIANTS
 from tools import plan
 
 PROMPT, RESPONSE, ROWS = 20, 236, 8
+NOT_HERE = ("teacher, reference", "CUDA graphs", "weights outside of layers")  # in the step that is measured
 
 
 def setting(**others: object) -> Config:
-    own = {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE, "sampler": "hf"}
+    own = {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE}
     return plan.changed(Config(), own | {"tokens_per_micro_batch": ROWS * (PROMPT + RESPONSE)} | others)
 
 
@@ -54,10 +55,9 @@ def measured_peak(family: str, checkpointing: bool) -> float:
 @pytest.mark.parametrize("recompute", ["off", "on"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_plan_is_within_20_percent_of_what_a_step_allocates(family: str, recompute: str) -> None:
-    of = plan.shape_of(mid_lm(family), itemsize=4)
     config = setting(activation_checkpointing=recompute)
-    need = plan.bytes_needed(of, config, VARIANTS["majority"], gpus=1)
-    alone = need["while training"] - need["teacher, reference"] - need["weights outside of layers"]  # neither is here
+    need = plan.bytes_needed(mid_lm(family), config, VARIANTS["majority"], gpus=1, itemsize=4)
+    alone = need["while training"] - sum(need[kind] for kind in NOT_HERE)
     assert alone == pytest.approx(measured_peak(family, recompute == "on"), rel=0.2)
 
 
@@ -105,30 +105,33 @@ def kept_by_autograd(lm: PreTrainedModel, tokens: int = 64) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3"])
 def test_what_is_planned_of_a_token_is_within_20_percent_of_what_autograd_keeps(family: str) -> None:
     lm = tiny_lm(family, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8)
-    assert plan.shape_of(lm).kept_of_a_token == pytest.approx(kept_by_autograd(lm), rel=0.2)
+    assert 8 * plan.kept_of_a_token(lm) == pytest.approx(kept_by_autograd(lm), rel=0.2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral", "gemma3_text"])
 def test_other_families_that_train_can_be_planned_too(family: str) -> None:
     lm = tiny_lm(family, **({"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}))
-    of = plan.shape_of(lm)
-    assert of.parameters == sum(parameter.numel() for parameter in lm.parameters())
-    assert of.layers == 2 and of.kept_of_a_token > of.inputs_of_a_token > 0
+    parameters = sum(parameter.numel() for parameter in lm.parameters())
+    need = plan.bytes_needed(lm, setting(), VARIANTS["II"], gpus=1)
+    assert need["master weights"] == need["teacher, reference"] == 4 * parameters
+    assert 0 < need["weights outside of layers"] < 2 * parameters
+    kept = plan.bytes_needed(lm, setting(activation_checkpointing="off"), VARIANTS["II"], gpus=1)
+    assert kept["activations"] > need["activations"] > 0
 
 
 @pytest.fixture(scope="module")
-def paper_model() -> plan.Shape:
+def paper_model() -> PreTrainedModel:
     """Qwen3-8B's published shape, without weights."""
     config = Qwen3Config(
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
     )  # fmt: skip
-    return plan.shape_of(skeleton(config))
+    return skeleton(config)
 
 
-def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: plan.Shape) -> None:
+def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: PreTrainedModel) -> None:
     """8.19e9 parameters on 4 GPUs: 4 bytes of each for weights, gradients and teacher, 8 for AdamW."""
-    assert paper_model.parameters == 8_190_735_360
+    assert sum(parameter.numel() for parameter in paper_model.parameters()) == 8_190_735_360
     need = plan.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
     quarter = 8_190_735_360 / 4
     for kind, size in (("master weights", 4), ("gradients", 4), ("teacher, reference", 4), ("AdamW", 8)):
@@ -136,39 +139,36 @@ def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: plan.Shape) -
     assert need["engine"] == 0.5 * 80e9
     assert need["weights outside of layers"] == 2 * (2 * 151936 * 4096 + 4096)
     assert need["activations"] == 16384 * 36 * 4096 * 2, "recomputed by default"
-    assert paper_model.cached_of_a_token == 36 * 2 * 8 * 128 * 2
 
 
-def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: plan.Shape) -> None:
+def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: PreTrainedModel) -> None:
     need = plan.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
     shards = need["master weights"] + need["teacher, reference"]
     assert need["at the first check"] == shards + plan.CUDA_GRAPHS + need["engine"] + 2 * 8_190_735_360
     assert need["while sampling"] == shards + need["AdamW"] + plan.CUDA_GRAPHS + need["engine"]
-    of_hf = plan.bytes_needed(paper_model, plan.changed(Config(), {"sampler": "hf"}), VARIANTS["II"], 4)
-    assert of_hf["CUDA graphs"] == of_hf["first check's copy"] == 0
-
-
-def test_a_step_smaller_than_a_micro_batch_is_planned_by_its_own_size(paper_model: plan.Shape) -> None:
-    """SmolLM2 on a CPU had its activations computed again for 16,384 tokens, in steps of 5,120 at most."""
-    small = {"questions_per_step": 2, "max_prompt_tokens": 512, "rollouts": 4, "max_response_tokens": 128}
-    config = plan.changed(Config(), small | {"activation_checkpointing": "off"})
-    need = plan.bytes_needed(paper_model, config, VARIANTS["majority"], 8)
-    assert need["activations"] == 2 * 4 * (512 + 128) * paper_model.kept_of_a_token
 
 
 @pytest.mark.parametrize("recompute", ["off", "on"])
 @pytest.mark.parametrize("gpus", plan.GPUS)
-def test_the_flags_that_the_plan_names_make_the_run_fit(paper_model: plan.Shape, gpus: int, recompute: str) -> None:
+def test_the_flags_that_the_plan_names_make_the_run_fit(
+    paper_model: PreTrainedModel, gpus: int, recompute: str
+) -> None:
     config = plan.changed(Config(), {"activation_checkpointing": recompute})
-    flags = plan.flags_that_fit(paper_model, config, VARIANTS["II"], gpus)
-    assert flags is not None
-    settings: dict[str, object] = {}
-    for name, *value in (flag.removeprefix("--").replace("-", "_").split() for flag in flags):
-        settings[name] = True if not value else value[0] if value[0] == "on" else float(value[0])
-    config = plan.changed(config, settings)
-    assert plan.fits(plan.bytes_needed(paper_model, config, VARIANTS["II"], gpus))
-    if recompute == "on" and gpus >= 4:  # the paper's run fits into four GPUs but for vLLM's graphs
-        assert flags == {4: ["--engine-memory 0.49"], 8: []}[gpus]
+    settings = plan.settings_that_fit(paper_model, config, VARIANTS["II"], gpus)
+    assert settings is not None
+    assert plan.fits(plan.bytes_needed(paper_model, plan.changed(config, settings), VARIANTS["II"], gpus))
+    if recompute == "on":  # the paper's run fits into four GPUs but for vLLM's graphs
+        offloaded = {"offload_teacher": True, "offload_optimizer": True}
+        assert settings == {1: offloaded, 2: offloaded, 4: {"engine_memory": 0.49}, 8: {}}[gpus]
+
+
+def test_the_table_names_the_flags_for_every_number_of_gpus(paper_model: PreTrainedModel) -> None:
+    said = plan.as_text(paper_model, Config(), VARIANTS["II"]).splitlines()
+    assert said[-4].split() == ["fits", "no", "no", "no", "yes"]
+    assert said[-3:-1] == [f"on {gpus}: --offload-teacher --offload-optimizer" for gpus in ("1 GPU", "2 GPUs")]
+    assert said[-1] == "on 4 GPUs: --engine-memory 0.49"
+    endless = plan.changed(Config(), {"max_response_tokens": 2**20})
+    assert plan.as_text(paper_model, endless, VARIANTS["II"]).endswith("take more GPUs or a smaller model")
 
 
 def test_a_wrong_flag_is_refused_like_by_train() -> None:

@@ -1,13 +1,13 @@
-"""The memory of a training run, before it is used. Takes the flags of train.py and loads no weights:
+"""The memory of a training run, before it is used. Takes the flags of train.py, loads no weights and no questions:
 
     python -m tools.plan --variant II --model Qwen3-8B-Base --data math
 
-P parameters in N shards (FSDP2, see lm.model.shard). Bytes on each GPU:
+P parameters in N shards (FSDP2, see lm.model.shard), vLLM samples. Bytes on each GPU:
 
     kept throughout    master weights 4P/N; teacher or frozen reference 4P/N; vLLM's CUDA graphs, even while it sleeps
     kept after step 1  AdamW's moments 8P/N
-    first check        the engine and a whole bfloat16 copy, 2P, before AdamW has its moments (vLLM alone)
-    while sampling     the engine: a share of the GPU (vLLM), or a whole bfloat16 copy and its cache (hf)
+    first check        the engine and a whole bfloat16 copy, 2P, before AdamW has its moments
+    while sampling     the engine: a share of the GPU
     while training     gradients 4P/N; weights outside of layers, whole; what autograd keeps of a micro-batch (where
                        it is recomputed, the inputs of layers); the head or the layer at work
 
@@ -15,100 +15,77 @@ Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's
 """
 
 import math
-from dataclasses import dataclass, replace
-from statistics import fmean
+from dataclasses import replace
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
 from config import Config, parse, told_in_a_sentence
-from lm.decoding import ROWS_PER_CALL
 from lm.model import decoder_layers, load_pretrained
 from lm.scoring import ON_GPU as LOGITS_ON_GPU
-from prepare import chosen_variant, read_data, to_questions, total_steps
+from prepare import chosen_variant
 from rewards import Variant
 
-GPU_BYTES = 80e9
-USABLE = 0.92  # of a GPU, for what is planned here
+GPU_BYTES, USABLE = 80e9, 0.92  # of it, for what is planned here
 GPUS = (1, 2, 4, 8)
 CUDA_GRAPHS = 1e9  # assumed: vLLM logs what its capture took
 
 
-@dataclass(frozen=True)
-class Shape:
-    """Of a model, all that its memory depends on."""
+def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
+    """Bytes that autograd keeps of a token in each layer, computing with numbers of `itemsize` bytes.
 
-    parameters: int
-    outside: int  # of them, those of no decoder layer: embeddings, head, last norm
-    layers: int
-    head: int  # elements of its matrix
-    vocabulary: int
-    kept_of_a_token: float  # bytes that autograd keeps of a token, over all layers
-    inputs_of_a_token: float  # bytes of what enters the layers alone
-    cached_of_a_token: float  # bytes of its keys and values in bfloat16
-
-
-def shape_of(lm: PreTrainedModel, itemsize: int = 2) -> Shape:
-    """Of a model that may be on the meta device, computing with numbers of `itemsize` bytes.
-
-    A layer keeps, of a token: for each of two norms its input in float32, the normalised vector and the output; query,
-    key, value and output of attention; four vectors of the MLP; and for norms of query and key (Qwen3) two each.
+    For each of two norms its input in float32, the normalised vector and the output; query, key, value and output of
+    attention; four vectors of the MLP; and for norms of query and key (Qwen3) two each.
     """
-    config, layers = lm.config.get_text_config(), decoder_layers(lm)
-    hidden, heads = config.hidden_size, config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or hidden // heads
-    query, key = heads * head_dim, (getattr(config, "num_key_value_heads", None) or heads) * head_dim
+    model = lm.config.get_text_config()
+    hidden, heads = model.hidden_size, model.num_attention_heads
+    head_dim = getattr(model, "head_dim", None) or hidden // heads
+    query, key = heads * head_dim, (getattr(model, "num_key_value_heads", None) or heads) * head_dim
+    width = getattr(model, "intermediate_size", None) or 4 * hidden  # GPT-2 does not name it
     norms_heads = any("q_norm" in name for name, _ in lm.named_parameters())
-    width = getattr(config, "intermediate_size", None) or 4 * hidden  # GPT-2 does not name it
     kept = 2 * (4 + 2 * itemsize) * hidden + itemsize * (2 * query + 2 * key + 4 * width)
-    kept += norms_heads * (4 + itemsize) * (query + key)
-    parameters = sum(p.numel() for p in lm.parameters())
-    return Shape(
-        parameters=parameters,
-        outside=parameters - sum(p.numel() for layer in layers for p in layer.parameters()),
-        layers=len(layers),
-        head=config.vocab_size * hidden,
-        vocabulary=config.vocab_size,
-        kept_of_a_token=float(len(layers) * kept),
-        inputs_of_a_token=float(len(layers) * itemsize * hidden),
-        cached_of_a_token=float(len(layers) * 2 * 2 * key),
-    )
+    return int(kept + norms_heads * (4 + itemsize) * (query + key))
 
 
-def bytes_needed(of: Shape, config: Config, variant: Variant, gpus: int) -> dict[str, float]:
+def bytes_needed(
+    lm: PreTrainedModel, config: Config, variant: Variant, gpus: int, itemsize: int = 2
+) -> dict[str, float]:
     """On each of `gpus` GPUs, by kind, and at most in each phase; what is off-loaded to the CPU counts 0."""
-    shard, layer = of.parameters / gpus, (of.parameters - of.outside) / of.layers
-    own = 0.0 if config.memory.offload_optimizer else shard
+    model, layers = lm.config.get_text_config(), decoder_layers(lm)
+    parameters = sum(p.numel() for p in lm.parameters())
+    layer = sum(p.numel() for each in layers for p in each.parameters()) / len(layers)
+    head, kept_of_layer = model.vocab_size * model.hidden_size, kept_of_a_token(lm, itemsize)
+    own = 0.0 if config.memory.offload_optimizer else parameters / gpus
     copies = (variant.has_teacher + variant.has_frozen_reference) * (not config.memory.offload_teacher)
-    vllm, sequence = config.sampling.sampler != "hf", config.max_sequence_tokens
-    rollouts = len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts
-    cached = min(ROWS_PER_CALL, rollouts / gpus) * sequence * of.cached_of_a_token
-    tokens = min(max(config.optimisation.tokens_per_micro_batch, sequence), rollouts * sequence)
+    tokens = max(config.optimisation.tokens_per_micro_batch, config.max_sequence_tokens)
     recomputed = config.memory.activation_checkpointing == "on"
     # The head: float32 logits and probabilities, and its gradient in float32 and rounded. A layer: its weights and the
     # next one's, its gradients in bfloat16 and in float32, and its activations if they are computed again.
-    head_at_work = 8 * min(LOGITS_ON_GPU, tokens * of.vocabulary) + 6 * of.head
-    layer_at_work = 10 * layer + 2 * of.head + tokens * of.kept_of_a_token / of.layers * recomputed
+    head_at_work = 8 * min(LOGITS_ON_GPU, tokens * model.vocab_size) + 6 * head
+    layer_at_work = 10 * layer + 2 * head + tokens * kept_of_layer * recomputed
     need = {
         "master weights": 4 * own,
         "AdamW": 8 * own,
-        "teacher, reference": 4 * shard * copies,
-        "CUDA graphs": CUDA_GRAPHS * vllm,
-        "engine": config.sampling.engine_memory * GPU_BYTES if vllm else 2 * of.parameters + cached,
-        "first check's copy": 2.0 * of.parameters * vllm,
+        "teacher, reference": 4 * copies * parameters / gpus,
+        "CUDA graphs": CUDA_GRAPHS,
+        "engine": config.sampling.engine_memory * GPU_BYTES,
         "gradients": 4 * own,
-        "weights outside of layers": 2.0 * of.outside,
-        "activations": tokens * (of.inputs_of_a_token if recomputed else of.kept_of_a_token),
+        "weights outside of layers": 2 * (parameters - layer * len(layers)),
+        "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
         "head or layer at work": max(head_at_work, layer_at_work),
     }
     kept = need["master weights"] + need["teacher, reference"] + need["CUDA graphs"]
     training = ("AdamW", "gradients", "weights outside of layers", "activations", "head or layer at work")
     return need | {
-        "at the first check": kept + need["engine"] + need["first check's copy"],
+        "at the first check": kept + need["engine"] + 2 * parameters,
         "while sampling": kept + need["engine"] + need["AdamW"],
         "while training": kept + sum(need[kind] for kind in training),
     }
+
+
+def fits(need: dict[str, float]) -> bool:
+    return max(need["at the first check"], need["while sampling"], need["while training"]) <= USABLE * GPU_BYTES
 
 
 def changed(config: Config, settings: dict[str, Any]) -> Config:
@@ -119,70 +96,42 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
     return config
 
 
-def fits(need: dict[str, float]) -> bool:
-    return max(need["at the first check"], need["while sampling"], need["while training"]) <= USABLE * GPU_BYTES
-
-
-def flags_that_fit(of: Shape, config: Config, variant: Variant, gpus: int) -> list[str] | None:
+def settings_that_fit(lm: PreTrainedModel, config: Config, variant: Variant, gpus: int) -> dict[str, Any] | None:
     """The mildest changes with which the run fits, None if there are none: first a smaller engine, if its weights and
     4 GB of cache fit in, then smaller micro-batches, then what costs time at every step."""
-    recomputed = config.memory.activation_checkpointing == "on"
-    again: dict[str, Any] = {} if recomputed else {"activation_checkpointing": "on"}
-    fewer, teacher = again | {"tokens_per_micro_batch": config.max_sequence_tokens}, again | {"offload_teacher": True}
-    everything = fewer | teacher | {"offload_optimizer": True}
-    optimizer = teacher | {"offload_optimizer": True}
-    for settings in ({}, again, fewer, teacher, optimizer, everything):
-        flags = [f"--{name.replace('_', '-')}" + ("" if v is True else f" {v}") for name, v in settings.items()]
-        after = changed(config, settings)
-        need = bytes_needed(of, after, variant, gpus)
-        if fits(need):
-            return flags
+    again: dict[str, Any] = {"activation_checkpointing": "on"}
+    fewer, teacher = {"tokens_per_micro_batch": config.max_sequence_tokens}, {"offload_teacher": True}
+    both = teacher | {"offload_optimizer": True}
+    smallest = (2 * sum(p.numel() for p in lm.parameters()) / config.sampling.tensor_parallel + 4e9) / GPU_BYTES
+    for settings in ({}, again, again | fewer, again | teacher, again | both, again | fewer | both):
+        need = bytes_needed(lm, changed(config, settings), variant, gpus)
         others = max(need["at the first check"], need["while sampling"]) - need["engine"]
-        share = math.floor(100 * (USABLE - others / GPU_BYTES)) / 100
-        smallest = (2 * of.parameters / config.sampling.tensor_parallel + 4e9) / GPU_BYTES
-        smaller = changed(after, {"engine_memory": share})
-        if config.sampling.sampler != "hf" and share >= smallest and fits(bytes_needed(of, smaller, variant, gpus)):
-            return [f"--engine-memory {share}", *flags]
+        share = min(config.sampling.engine_memory, math.floor(100 * (USABLE - others / GPU_BYTES)) / 100)
+        settings = {"engine_memory": share} | settings
+        if share >= smallest and fits(bytes_needed(lm, changed(config, settings), variant, gpus)):
+            return {name: value for name, value in settings.items() if changed(config, {name: value}) != config}
     return None
 
 
-def as_text(of: Shape, config: Config, variant: Variant, questions: int, prompt_tokens: float, total_steps: int) -> str:
-    """The whole plan; `prompt_tokens` is the mean of a prompt."""
-    config = changed(config, {"questions_per_step": min(config.data.questions_per_step, questions)})
-    in_a_view, longest = config.data.questions_per_step * config.sampling.rollouts, config.sampling.max_response_tokens
-    rollouts, of_teacher = (in_a_view * len(views) for views in (variant.policy_views, variant.teacher_views))
-    trained = rollouts * (prompt_tokens + longest)
-    lines = [
-        f"variant {config.method.variant}, model {config.model.name}: {of.parameters / 1e9:.3f} billion parameters",
-        f"K = {total_steps:,} steps: {config.data.questions_per_step} of {questions:,} questions a step, prompts of "
-        f"{prompt_tokens:.0f} tokens on average",
-        f"a step samples {rollouts:,} rollouts of the policy and {of_teacher:,} of the teacher, up to "
-        f"{(rollouts + of_teacher) * longest / 1e6:.2f} million tokens, and trains on up to {trained / 1e6:.2f} "
-        f"million; the run on up to {total_steps * trained / 1e9:.3f} billion",
-        "",
-        f"{'GB on each GPU of 80 GB':<28}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in GPUS),
-    ]
-    needs = [bytes_needed(of, config, variant, n) for n in GPUS]
+def as_text(lm: PreTrainedModel, config: Config, variant: Variant) -> str:
+    """The table, and for each number of GPUs on which the run does not fit the flags that make it."""
+    needs = [bytes_needed(lm, config, variant, n) for n in GPUS]
+    lines = [f"{'GB on each GPU of 80 GB':<28}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in GPUS)]
     lines += [f"{kind:<28}" + "".join(f"{need[kind] / 1e9:>9.1f}" for need in needs) for kind in needs[0]]
     lines.append(f"{'fits':<28}" + "".join(f"{'yes' if fits(need) else 'no':>9}" for need in needs))
     for n in (n for n, need in zip(GPUS, needs, strict=True) if not fits(need)):
-        flags = flags_that_fit(of, config, variant, n)
-        cure = " ".join(flags) if flags else "no flags make it fit; take more GPUs or a smaller model"
-        lines.append(f"on {n} GPU{'s' * (n > 1)}: {cure}")
+        settings = settings_that_fit(lm, config, variant, n) or {}
+        flags = [f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items()]
+        lines.append(f"on {n} GPU{'s' * (n > 1)}: {' '.join(flags) or 'take more GPUs or a smaller model'}")
     return "\n".join(lines)
 
 
 def main() -> None:
-    """What the run would need, from the data, the tokenizer and the architecture alone."""
     with told_in_a_sentence():
         config = parse()
         variant = chosen_variant(config)
-        pairs, report, _ = read_data(config)
-        lm, tokenizer = load_pretrained(config.model.name, torch.float32, weights=False)
-        questions = to_questions(config, variant, tokenizer, pairs, report)
-    prompt_tokens = fmean(len(prompt) for question in questions for prompt in question.prompts.values())
-    steps = total_steps(config, len(questions))
-    print("\n" + as_text(shape_of(lm), config, variant, len(questions), prompt_tokens, steps))
+        lm, _ = load_pretrained(config.model.name, torch.float32, weights=False)
+    print(as_text(lm, config, variant))
 
 
 if __name__ == "__main__":
