@@ -29,13 +29,10 @@ class Part(NamedTuple):
 
 
 def split(folder: Path, things: Sequence[Thing], size: int, rows: int = 1) -> dict[Part, Sequence[Thing]]:
-    """Parts of `size` things, with `rows` rows for each of them; a part is named after the places of what it holds, so
-    the last one of another count is another part."""
-    batches = {start: things[start : start + size] for start in range(0, len(things), size)}
-    return {
-        Part(folder / f"{start:06d}-{start + len(batch):06d}.jsonl", rows * len(batch)): batch
-        for start, batch in batches.items()
-    }
+    """Parts of `size` things, with `rows` rows for each of them."""
+    starts = range(0, len(things), size)
+    batches = {folder / f"{start:06d}.jsonl": things[start : start + size] for start in starts}
+    return {Part(path, rows * len(batch)): batch for path, batch in batches.items()}
 
 
 def read_part(part: Part) -> list[Row]:

@@ -210,7 +210,7 @@ def test_damaged_part_ends_the_evaluation_for_good(tmp_path: Path, guesser: Gues
     settings = settings_of(tmp_path)
     evaluate_model(settings)
     undisturbed = files_of(tmp_path)
-    (tmp_path / "out" / "own.parts" / "000002-000004.jsonl").write_bytes(damage)
+    (tmp_path / "out" / "own.parts" / "000002.jsonl").write_bytes(damage)
     guesser.requests.clear()
     evaluate_model(settings)
     assert files_of(tmp_path) == undisturbed
@@ -255,7 +255,7 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untr
     lines = tmp_path / "out" / "own.jsonl"
     whole = lines.read_bytes()
     lines.unlink()
-    (tmp_path / "out" / "own.parts" / "000004-000006.jsonl").unlink()
+    (tmp_path / "out" / "own.parts" / "000004.jsonl").unlink()
     evaluate_model(settings)
     assert lines.read_bytes() == whole
 

@@ -314,7 +314,7 @@ def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch)
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
     assert [row["rephrased"] for row in rows_of(tmp_path / "pairs.jsonl")] == ["4 + 3?", None]
-    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"too long to verify": 1}
+    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"not answered": 1}
 
 
 # ---------------------------------------------------------------- kill and resume
@@ -440,7 +440,7 @@ def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
     to_the_end(settings)
     whole = settings.out.read_bytes()
-    (tmp_path / "pairs.jsonl.parts" / "rewritten" / "000002-000004.jsonl").write_bytes(damage)
+    (tmp_path / "pairs.jsonl.parts" / "rewritten" / "000002.jsonl").write_bytes(damage)
     to_the_end(settings)
     assert settings.out.read_bytes() == whole
 

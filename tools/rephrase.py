@@ -186,21 +186,18 @@ def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenMode
     """Its rows, without the rephrasings to which the model's majority gives another answer, or none."""
     _, tokenizer, template = model
     rows, k, longest = read_part(rewritten), settings.verify_samples, longest_prompt(settings, tokenizer, template)
-    to_ids = partial(prompt_ids, tokenizer, chat_template=template)
-    prompts = {row["id"]: (to_ids(row["question"]), to_ids(row["rephrased"])) for row in rows if row["rephrased"]}
-    fitting = [name for name, both in prompts.items() if max(map(len, both)) <= longest]
-    faults = dict.fromkeys(prompts.keys() - set(fitting), "too long to verify")
-    views = [(name, view, i) for name in fitting for i, view in enumerate(("x", "x'"))]
-    asked = {(settings.seed, "verify", name, view): prompts[name][i] for name, view, i in views}
+    paired, views = [row for row in rows if row["rephrased"]], {"x": "question", "x'": "rephrased"}
+    wordings = [(row["id"], view, row[column]) for row in paired for view, column in views.items()]
+    prompts = {(settings.seed, "verify", *which): prompt_ids(tokenizer, text, template) for *which, text in wordings}
+    asked = {key: prompt for key, prompt in prompts.items() if len(prompt) <= longest}
     said = replies(model, asked, n=k, temperature=1.0, max_tokens=settings.verify_tokens)
-    votes = [group.vote.label for group in read_groups(said, k, "math")]
-    for name, *labels, same in zip(fitting, votes[::2], votes[1::2], are_equal(votes[::2], votes[1::2]), strict=True):
+    vote = {key: group.vote.label for key, group in zip(asked, read_groups(said, k, "math"), strict=True)}
+    of_x, of_y = ([vote.get((settings.seed, "verify", row["id"], view)) for row in paired] for view in views)
+    for row, *both, same in zip(paired, of_x, of_y, are_equal(of_x, of_y), strict=True):
         if not same:
-            faults[name] = "not answered" if None in labels else "other answer"
-    return [
-        row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
-        for row in rows
-    ]
+            row["rephrased"] = None
+            row["faults"]["not answered" if None in both else "other answer"] = 1
+    return rows
 
 
 # ---------------------------------------------------------------- the command
