@@ -16,7 +16,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from statistics import median_low
@@ -237,8 +237,11 @@ def prompt_pairs(
         labelled = [pair for pair in pairs if pair.gold]
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
         pairs = report.usable(labelled, pairs, "no gold", cure)
-    to_ids = partial(prompt_ids, tokenizer, chat_template=chat_template, **(template_options or {}))
-    prompted = [PromptedPair(pair, {view: to_ids(str(pair.wording(view))) for view in views}) for pair in pairs]
+    prompted = []
+    for pair in pairs:
+        how = template_options or {}
+        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template, **how) for view in views}
+        prompted.append(PromptedPair(pair, ids))
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
     lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())

@@ -7,8 +7,8 @@
 
 Where this differs from the paper: the mean in Eq. 4 runs over all response tokens of a view's whole step ("token");
 "sequence" is the equation as printed. Eq. 5 is printed with its first ratio upside down, which can be negative; this is
-k3, as in the authors' code, which also caps it at 10 (`--kl-cap`). w_t is 1 except for the correction of the sampler's rounding, see
-`truncated_importance_weight`.
+k3, as in the authors' code, which also caps it at 10 (`--kl-cap`). w_t is 1 except for the correction of the sampler's
+rounding, see `truncated_importance_weight`.
 
 Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T response tokens (padded).
 """

@@ -29,6 +29,7 @@ from lm.vllm_engine import VLLMSampler
 from rewards import Response, View, Voter
 
 Engine = Literal["vllm", "hf"]
+FrozenModel = tuple[Sample, PreTrainedTokenizerBase, str | None]  # with the text of the chat template it is given
 
 
 def ask(
@@ -111,10 +112,9 @@ def frozen_sampler(
     longest_prompt: Callable[[PreTrainedTokenizerBase, str | None], int],
     max_response_tokens: int,
     rows: int,
-    engine_memory: float = 0.5,
-) -> Iterator[tuple[Sample, PreTrainedTokenizerBase, str | None]]:
-    """A model that is only sampled from, in bfloat16 on a GPU: its sampler, its tokenizer and the chat template's text,
-    with which questions can be asked. `longest_prompt` says, for these two, how many tokens will be asked at most."""
+) -> Iterator[FrozenModel]:
+    """A model that is only sampled from, in bfloat16 on a GPU. `longest_prompt` says, of its tokenizer and chat
+    template, how many tokens will be asked at most."""
     on_gpu, chosen = torch.cuda.is_available(), choose_engine(engine)
     lm, tokenizer = load_pretrained(model, torch.bfloat16 if on_gpu else torch.float32)
     lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
@@ -122,8 +122,6 @@ def frozen_sampler(
     prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
     tokens = longest_prompt(tokenizer, template) + max_response_tokens
     eos_ids = stop_token_ids(lm, tokenizer)
-    sampler = open_sampler(
-        chosen, lm, eos_ids, lm.dtype, max_sequence_tokens=tokens, rows=rows, engine_memory=engine_memory
-    )
+    sampler = open_sampler(chosen, lm, eos_ids, lm.dtype, max_sequence_tokens=tokens, rows=rows)
     with closing(sampler), sampler.holding(lm) as sample:
         yield sample, tokenizer, template

@@ -71,49 +71,34 @@ class Source:
 
 
 # fmt: off
-PROBLEM = Columns("problem")
+PROBLEM, SOLUTION = Columns("problem"), Columns("problem", answer="solution")
+AIME, FINAL = Columns("problem", answer="expected_answer"), Columns(answer="final_answer")
+SVAMP, CODE = Columns("Question", answer="Answer"), Columns("code", answer="output")
 SOURCES = {
     "math500": Source(Files("math500.jsonl", PROBLEM), "HuggingFaceH4/MATH-500", Files("test.jsonl", PROBLEM)),
     "gsm8k": Source(Files("gsm8k_test.jsonl"), "openai/gsm8k", Files("main/test-*.parquet")),
-    "amc": Source(  # 83 questions of the AMC 12 of 2022 and 2023, the authors' AMC-TTT
-        Files("AMC-TTT/test.parquet"),
-        "AI-MO/aimo-validation-amc", Files("data/train-*.parquet", PROBLEM),
-    ),
-    "amc23": Source(Files("amc23.jsonl"), "math-ai/amc23", Files("*test-*.parquet")),  # 40 of these 83
-    "aime24": Source(
-        Files("aime24.jsonl", Columns("problem", answer="expected_answer")),
-        "HuggingFaceH4/aime_2024", Files("data/train-*.parquet", PROBLEM),
-    ),
-    "aime25": Source(
-        Files("aime25.jsonl", Columns("problem", answer="expected_answer")),
-        "MathArena/aime_2025", Files("data/train-*.parquet", PROBLEM),
-    ),
+    # 83 questions of the AMC 12 of 2022 and 2023, the authors' AMC-TTT, and 40 of them
+    "amc": Source(Files("AMC-TTT/test.parquet"), "AI-MO/aimo-validation-amc", Files("data/train-*.parquet", PROBLEM)),
+    "amc23": Source(Files("amc23.jsonl"), "math-ai/amc23", Files("*test-*.parquet")),
+    "aime24": Source(Files("aime24.jsonl", AIME), "HuggingFaceH4/aime_2024", Files("data/train-*.parquet", PROBLEM)),
+    "aime25": Source(Files("aime25.jsonl", AIME), "MathArena/aime_2025", Files("data/train-*.parquet", PROBLEM)),
     "math": Source(  # all 5,000 test questions
-        Files("math/test.parquet"),
-        "DigitalLearningGmbH/MATH-lighteval", Files("data/test-*.parquet", Columns("problem", answer="solution")),
+        Files("math/test.parquet"), "DigitalLearningGmbH/MATH-lighteval", Files("data/test-*.parquet", SOLUTION),
         read=inside_box,
     ),
     "olympiadbench": Source(  # mathematics in English, without figures, with an answer
-        Files("olympiadbench_maths_en.jsonl", Columns(answer="final_answer")),
-        "Hothan/OlympiadBench", Files("*OE_TO_maths_en_COMP.parquet", Columns(answer="final_answer")),
+        Files("olympiadbench_maths_en.jsonl", FINAL),
+        "Hothan/OlympiadBench", Files("*OE_TO_maths_en_COMP.parquet", FINAL),
     ),
     "svamp": Source(  # all 1,000
-        Files("SVAMP.json", Columns("Question", answer="Answer")),
-        "ChilleD/SVAMP", Files("data/*.parquet", Columns("Question", answer="Answer")),
-        ask=body_and_question,
-    ),
-    "multiarith": Source(
-        Files("multiarith.jsonl", Columns("input", answer="target")),
-        "ChilleD/MultiArith", Files("*.json", Columns("question", answer="final_ans")),
+        Files("SVAMP.json", SVAMP), "ChilleD/SVAMP", Files("data/*.parquet", SVAMP), ask=body_and_question,
     ),
     "mmlu-pro": Source(  # without examples in the prompt
-        Files("mmlu_pro_test.parquet"),
-        "TIGER-Lab/MMLU-Pro", Files("data/test-*.parquet"),
+        Files("mmlu_pro_test.parquet"), "TIGER-Lab/MMLU-Pro", Files("data/test-*.parquet"),
         ask=multiple_choice, read=option_letter, match="exact",
     ),
     "crux": Source(  # CRUXEval-O, without examples in the prompt
-        Files("cruxeval.jsonl", Columns("code", answer="output")),
-        "cruxeval-org/cruxeval", Files("test.jsonl", Columns("code", answer="output")),
+        Files("cruxeval.jsonl", CODE), "cruxeval-org/cruxeval", Files("test.jsonl", CODE),
         ask=output_prediction, read=python_literal, match="exact",
     ),
 }
@@ -132,5 +117,5 @@ def find_files(name: str, source: Source, data_dir: Path) -> tuple[list[str], Fi
             return found, source.hub_files
     except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
         reason = type(problem).__name__
-    cure = f"put {source.local.pattern} below {data_dir}, or say where it is with --data-dir"
+    cure = f"put {source.local.pattern} below {data_dir}"
     raise UserError(f"{name}: {source.hub} could not be had from the Hugging Face hub ({reason}): {cure}")

@@ -38,7 +38,6 @@ def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[Overlap]
     """Every pair of a training question and a benchmark question that are the same, exactly or nearly."""
     equal_to, holding = defaultdict(list), defaultdict(list)
     runs_in = [runs_of_words(question) for question in asked]
-    numbers_in = [digits(question) for question in asked]
     for j, question in enumerate(asked):
         equal_to[squeezed(question)].append(j)
         for run in runs_in[j]:
@@ -46,9 +45,8 @@ def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[Overlap]
     for i, question in enumerate(training):
         exact = equal_to.get(squeezed(question), [])
         yield from (Overlap(i, j, 1.0, exact=True) for j in exact)
-        own_numbers = digits(question)
         shared = Counter(j for run in runs_of_words(question) for j in holding.get(run, ()))
         for j, count in shared.items():
             share = count / len(runs_in[j])
-            if share >= NEARLY and j not in exact and numbers_in[j] <= own_numbers:
+            if share >= NEARLY and j not in exact and digits(asked[j]) <= digits(question):
                 yield Overlap(i, j, share, exact=False)

@@ -3,16 +3,16 @@ that are missing, and any number of processes share them out without a word betw
 
     process = stand_alone()                           # under torchrun every process has a model and a GPU of its own
     claim(folder, settings, out)                      # what is there already was begun with these settings
-    make_parts("rephrasing", jobs, process, ...)      # those that are missing
-    rows = read_whole(jobs)                           # for the process that finds nothing missing: the last
+    missing = missing_parts(parts, process)           # of this process's share
+    make_parts("rephrasing", missing, ...)            # each whole or not at all
+    rows = read_whole(parts)                          # for the process that finds nothing missing: the last
 """
 
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple, TypeVar
 
 from tqdm import tqdm
@@ -20,8 +20,7 @@ from tqdm import tqdm
 from config import UserError
 from store.files import Row, changes, read_rows, to_lines, write_whole
 
-Job = TypeVar("Job")
-Model = TypeVar("Model")
+Thing = TypeVar("Thing")
 
 
 class Part(NamedTuple):
@@ -29,11 +28,11 @@ class Part(NamedTuple):
     rows: int  # when it is whole: at least one
 
 
-def split(folder: Path, stem: str, count: int, size: int, rows: int = 1) -> dict[Part, range]:
-    """Parts of `size` of `count` things, with `rows` rows for each of them; a part is named after the places of what it
-    holds, so the last one of another count is another part."""
-    places = [range(start, min(start + size, count)) for start in range(0, count, size)]
-    return {Part(folder / f"{stem}{at.start:06d}-{at.stop:06d}.jsonl", rows * len(at)): at for at in places}
+def split(folder: Path, things: Sequence[Thing], size: int, rows: int = 1) -> dict[Part, Sequence[Thing]]:
+    """Parts of `size` things, with `rows` rows for each of them."""
+    starts = range(0, len(things), size)
+    batches = {folder / f"{start:06d}.jsonl": things[start : start + size] for start in starts}
+    return {Part(path, rows * len(batch)): batch for path, batch in batches.items()}
 
 
 def read_part(part: Part) -> list[Row]:
@@ -60,15 +59,14 @@ def claim(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
     record = folder / "settings.json"
     try:
         begun = out.exists() or any(folder.rglob("*.jsonl"))
-        before = json.loads(record.read_text(encoding="utf-8", errors="replace")) if begun else settings
-        if changed := changes(before, settings):
-            raise UserError(f"{folder} was begun with other settings: {changed}; name another --out, or delete it")
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(record, json.dumps(dict(settings), indent=2, default=str) + "\n")
-    except FileNotFoundError:
-        raise UserError(f"{out} or a part of it is there already, but no {record}: name another --out") from None
-    except (OSError, json.JSONDecodeError, AttributeError, TypeError) as problem:
-        raise UserError(f"{record} cannot be used ({problem}): name another --out") from problem
+        changed = changes(json.loads(record.read_text(encoding="utf-8")), settings) if begun else ""
+        if not begun:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(record, json.dumps(dict(settings), indent=2, default=str) + "\n")
+    except (OSError, ValueError, AttributeError, TypeError) as problem:
+        raise UserError(f"{record}, kept for {out}, cannot be used ({problem}): name another --out") from problem
+    if changed:
+        raise UserError(f"{folder} was begun with other settings: {changed}; name another --out, or delete it")
 
 
 def stand_alone() -> tuple[int, int]:
@@ -81,27 +79,17 @@ def stand_alone() -> tuple[int, int]:
     return rank, processes
 
 
-def make_parts(
-    stage: str,
-    jobs: Mapping[Part, Job],
-    process: tuple[int, int],
-    work: Callable[[Job, Model], list[Row]],
-    opened: AbstractContextManager[Model],
-    tally: Callable[[Sequence[Row]], Counter[str]],
-) -> bool:
-    """Make those of this process's share of the parts that are missing, each from its job, with a model that is opened
-    if there are any; the bar shows what was counted, in percent of the rows. Returns whether a model was opened."""
+def missing_parts(parts: Sequence[Part], process: tuple[int, int]) -> list[Part]:
+    """Those of this process's share that are still to be made."""
     rank, processes = process
-    kept = {part: read_part(part) for part in list(jobs)[rank::processes]}
-    missing, rows = [part for part in kept if not kept[part]], [row for rows in kept.values() for row in rows]
-    if not missing:
-        return False
-    counted, total, done = tally(rows), len(rows), len(kept) - len(missing)
-    with opened as model, tqdm(missing, stage, len(kept), initial=done, unit="batch", position=rank) as bar:
+    return [part for part in parts[rank::processes] if not read_part(part)]
+
+
+def make_parts(stage: str, missing: Sequence[Part], work: Callable[[Part], list[Row]], shown: str) -> None:
+    """Make each of them; the bar shows in how many rows of the last one the column `shown` holds something."""
+    with tqdm(missing, stage, unit="batch") as bar:
         for part in bar:
-            rows = work(jobs[part], model)
+            rows = work(part)
+            part.path.parent.mkdir(exist_ok=True)
             write_whole(part.path, to_lines(rows))
-            counted.update(tally(rows))
-            total += len(rows)
-            bar.set_postfix({name: f"{number / total:.1%}" for name, number in counted.items()})
-    return True
+            bar.set_postfix({shown: f"{fmean(bool(row[shown]) for row in rows):.1%}"})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from config import UserError
-from store.files import write_whole
+from store.files import changes
 
 Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
 
@@ -28,10 +28,10 @@ def versions() -> dict[str, str]:
         with suppress(metadata.PackageNotFoundError):
             found[name] = metadata.version(name)
     root = Path(__file__).resolve().parents[1]
-    with suppress(OSError, subprocess.CalledProcessError):  # no git on this machine, or not our folder
-        if (root / ".git").exists():
-            describe = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-            found["commit"] = subprocess.run(describe, check=True, capture_output=True, text=True).stdout.strip()
+    describe = ["git", f"--git-dir={root / '.git'}", f"--work-tree={root}", "describe", "--always", "--dirty"]
+    with suppress(OSError, subprocess.CalledProcessError):  # no git on this machine, or no repository
+        commit = subprocess.run([*describe, "--abbrev=40", "--exclude=*"], check=True, capture_output=True, text=True)
+        found["commit"] = commit.stdout.strip()
     return found
 
 
@@ -45,17 +45,9 @@ def read_result(path: str) -> dict[str, Any]:
     file = Path(path, "result.json") if Path(path).is_dir() else Path(path)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
-        result = {"versions": {}} | result  # the first evaluations had none
         return {name: dict(result[name]) for name in ("settings", "versions", "benchmarks")}
     except (OSError, ValueError, KeyError, TypeError) as problem:
         raise UserError(f"{file} is no result.json of an evaluation: {problem!r}") from problem
-
-
-def keep_results(path: Path, settings: dict[str, Any], benchmarks: dict[str, Any]) -> None:
-    """Into a result.json, beside the benchmarks that it holds already."""
-    earlier = read_result(str(path))["benchmarks"] if path.exists() else {}
-    result = {"settings": settings, "versions": versions(), "benchmarks": earlier | benchmarks}
-    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def written(number: Estimate, name: str, sign: str = "") -> str:
@@ -66,27 +58,19 @@ def written(number: Estimate, name: str, sign: str = "") -> str:
 
 
 def in_columns(rows: Sequence[Sequence[str]]) -> str:
-    """The first column to the left, the others to the right."""
-    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(first), *(cell.rjust(width) for cell, width in zip(row[1:], others, strict=True))])
-        for row in rows
-    )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
     """A row for each number, a column for each benchmark; then its main number by level, subject and the like."""
-    names = list(dict.fromkeys(name for result in results.values() for name in result["numbers"]))
-    rows = [["", *results]]
-    rows += [[count, *(f"{result[count]:,}" for result in results.values())] for count in ("questions", "samples")]
-    for name in names:
-        cells = [result["numbers"].get(name) for result in results.values()]
-        rows.append([name, *(written(cell, name) if cell else "" for cell in cells)])
+    rows = [["", *results], ["questions", *(f"{result['questions']:,}" for result in results.values())]]
+    for name in next(iter(results.values()))["numbers"]:  # all have the same
+        rows.append([name, *(written(result["numbers"][name], name) for result in results.values())])
     lines = [in_columns(rows), "in percent, ± the standard error over questions; tokens a response"]
     for benchmark, result in results.items():
-        for column, groups in result["groups"].items():
-            parts = [f"{group} {written(each, '')} ({each['questions']:,})" for group, each in groups.items()]
-            lines.append(f"\n{benchmark}, {result['groups of']} by {column}:\n  " + "\n  ".join(parts))
+        groups = [f"  {group} {written(each, '')} ({each['questions']:,})" for group, each in result["groups"].items()]
+        lines += [f"\n{benchmark}, {result['groups of']} by group:", *groups] if groups else []
     return "\n".join(lines)
 
 
@@ -97,7 +81,7 @@ def compare(before_path: str, after_path: str) -> str:
     shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
     if not shared:
         raise UserError(f"{before_path} and {after_path} have no benchmark in common")
-    rows, turned = [["", "", "before", "after", "difference"]], []
+    rows, notes = [["", "", "before", "after", "difference"]], []
     for benchmark in shared:
         a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
         if a["fingerprint"] != b["fingerprint"]:
@@ -108,17 +92,11 @@ def compare(before_path: str, after_path: str) -> str:
             difference = estimate([y - x for x, y in zip(a["values"][name], b["values"][name], strict=True)])
             both = [written(result["numbers"][name], name) for result in (a, b)]
             rows.append([benchmark, name, *both, written(difference, name, sign="+")])
-        if (main := a["groups of"]) == b["groups of"]:
-            turned.append(f"{benchmark}: {gained_and_lost(a['values'][main], b['values'][main])} ({main} over 1/2)")
-    lines = [f"before: {before_path}", f"after:  {after_path}", in_columns(rows), *turned]
+        if (main := a["groups of"]) in b["values"]:
+            correct = [(x > 0.5, y > 0.5) for x, y in zip(a["values"][main], b["values"][main], strict=True)]
+            gained, lost = correct.count((False, True)), correct.count((True, False))
+            notes.append(f"{benchmark}: {gained:,} questions gained, {lost:,} lost ({main} over 1/2)")
     for kind in ("settings", "versions"):
-        for name, value in before[kind].items():
-            if value != after[kind].get(name):
-                lines.append(f"other {kind}: {name} {value} before, {after[kind].get(name)} after")
-    return "\n".join(lines)
-
-
-def gained_and_lost(before: Sequence[float], after: Sequence[float]) -> str:
-    """Questions whose answers are correct, or more than half of them, in one of two evaluations alone."""
-    correct = [(x > 0.5, y > 0.5) for x, y in zip(before, after, strict=True)]
-    return f"{correct.count((False, True)):,} questions gained, {correct.count((True, False)):,} lost"
+        if changed := changes(before[kind], after[kind]):
+            notes.append(f"other {kind}: {changed}")
+    return "\n".join([f"before: {before_path}", f"after:  {after_path}", in_columns(rows), *notes])

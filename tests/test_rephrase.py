@@ -152,22 +152,21 @@ def test_few_good_paraphrases_are_turned_down():
 
 
 class Scripted:
-    """Stands for a ChatModel; `say(question, key, g)` is its g-th reply."""
-
-    tokenizer = chat_template = None
-    longest_prompt = 100
+    """Stands for a model; `say(question, key, g)` is its g-th reply."""
 
     def __init__(self, say):
         self.say, self.asked = say, []
 
-    def replies(self, prompts, keys, n, **how):
-        self.asked += [(*key[1:], n) for key in keys]
-        texts = [self.say(bytes(p).decode(), k, g) for p, k in zip(prompts, keys, strict=True) for g in range(n)]
+    def replies(self, _, prompts, n, **how):
+        self.asked += [(*key[1:], n) for key in prompts]
+        texts = [self.say(bytes(prompt).decode(), key, g) for key, prompt in prompts.items() for g in range(n)]
         return [text if isinstance(text, Response) else Reply(text, finished=True) for text in texts]
 
 
 def use(monkeypatch, model: Scripted) -> None:
-    monkeypatch.setattr(rephrase, "chat_model", lambda *_: nullcontext(model))
+    monkeypatch.setattr(rephrase, "frozen_sampler", lambda *_: nullcontext((None, None, None)))
+    monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
+    monkeypatch.setattr(rephrase, "replies", model.replies)
     for to_ids in ("prompt_ids", "instruction_ids"):
         monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, chat_template: list(text.encode()))
 
@@ -265,7 +264,7 @@ def test_a_rephrasing_that_is_there_is_kept(tmp_path, monkeypatch):
 
 def test_odd_characters_survive_the_way_through_the_file(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(lambda question, key, g: wrap("Süß\u2028 \x0b “数” 12: how many $\\frac{1}{2}$?")))
-    (tmp_path / "q.jsonl").write_text('{"question": "What is\u2028 数 12?", "note": "\\ud83d"}\n')
+    (tmp_path / "q.jsonl").write_text('{"question": "What is\u2028 数 12?"}\n')
     settings = RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl")
     to_the_end(settings)
     (pair,) = load_pairs(str(settings.out))
@@ -310,7 +309,7 @@ def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch)
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
     assert [row["rephrased"] for row in rows_of(tmp_path / "pairs.jsonl")] == ["4 + 3?", None]
-    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"too long to verify": 1}
+    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"not answered": 1}
 
 
 # ---------------------------------------------------------------- kill and resume
@@ -322,23 +321,19 @@ sys.path[:0] = [{root!r}]
 from rewards import Response
 from tools import rephrase
 
-class Stub:
-    tokenizer = chat_template = None
-    longest_prompt = 100
+def replies(model, prompts, n, **how):
+    time.sleep({seconds})
+    with open({log!r}, "a") as log:
+        log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in prompts)
+    if any(key[1] == "verify" for key in prompts):
+        return [Response(r"\\boxed{{7}}", 1, True)] * len(prompts) * n
+    asked = [(bytes(prompt).decode(), f"{{key}} {{g}}") for key, prompt in prompts.items() for g in range(n)]
+    return [reply(question, random.Random(seed)) for question, seed in asked]
 
-    def replies(self, prompts, keys, n, **how):
-        time.sleep({seconds})
-        with open({log!r}, "a") as log:
-            log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in keys)
-        if keys[0][1] == "verify":
-            return [Response(r"\\boxed{{7}}", 1, True)] * len(prompts) * n
-        asked = [(bytes(p).decode(), f"{{key}} {{g}}") for p, key in zip(prompts, keys) for g in range(n)]
-        return [self.reply(question, random.Random(seed)) for question, seed in asked]
-
-    def reply(self, question, rng):
-        start = rng.choice(["Please add", "Sum up", "Let me see", "Add"])
-        text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
-        return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
+def reply(question, rng):
+    start = rng.choice(["Please add", "Sum up", "Let me see", "Add"])
+    text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
+    return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
 opened = []
 
@@ -346,9 +341,9 @@ opened = []
 def open_only_once(name, *_):
     assert not opened, f"{{name}} is opened in the process that had {{opened}}"
     opened.append(name)
-    yield Stub()
+    yield None, None, None
 
-rephrase.chat_model = open_only_once
+rephrase.frozen_sampler, rephrase.longest_prompt, rephrase.replies = open_only_once, lambda *_: 100, replies
 rephrase.instruction_ids = rephrase.prompt_ids = lambda tokenizer, question, chat_template: list(question.encode())
 rephrase.main()
 """
@@ -384,7 +379,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def parts_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("killed.jsonl.parts/rewritten-*.jsonl")}
+    return {path.name for path in folder.glob("killed.jsonl.parts/rewritten/*.jsonl")}
 
 
 def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path):
@@ -401,7 +396,11 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
         error = process.communicate(timeout=60)[1]
         assert "Traceback" not in error and ("stopped; the same command goes on" in error) == (sign == signal.SIGINT)
         assert process.returncode != 0 and parts_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
-    done = {row["id"] for name in parts_in(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
+    done = {
+        row["id"]
+        for name in parts_in(tmp_path)
+        for row in rows_of(tmp_path / "killed.jsonl.parts" / "rewritten" / name)
+    }
     (tmp_path / "asked.txt").unlink()
     finish(start(tmp_path, "killed.jsonl"))
     asked = {line.split()[0] for line in (tmp_path / "asked.txt").read_text().splitlines()}
@@ -424,7 +423,7 @@ def test_the_verifying_model_is_opened_in_the_process_that_had_the_rewriter(tmp_
     verifying = ("--verify", "v", "--verify-samples", "2")
     finish(start(tmp_path, "one.jsonl", *verifying))
     rows = rows_of(tmp_path / "one.jsonl")
-    assert len(rows) == 10 and len(list(tmp_path.glob("one.jsonl.parts/verified-*.jsonl"))) == 5
+    assert len(rows) == 10 and len(list(tmp_path.glob("one.jsonl.parts/verified/*.jsonl"))) == 5
     pair = [start(tmp_path, "two.jsonl", *verifying, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
     assert any("of 10 questions have a rephrasing" in finish(process) for process in pair)
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
@@ -436,7 +435,7 @@ def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
     to_the_end(settings)
     whole = settings.out.read_bytes()
-    (tmp_path / "pairs.jsonl.parts" / "rewritten-000002-000004.jsonl").write_bytes(damage)
+    (tmp_path / "pairs.jsonl.parts" / "rewritten" / "000002.jsonl").write_bytes(damage)
     to_the_end(settings)
     assert settings.out.read_bytes() == whole
 
@@ -489,7 +488,7 @@ def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monke
 def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
     (tmp_path / "pairs.jsonl").write_text("precious")
-    with pytest.raises(UserError, match="is there already, but no .*settings.json: name another --out"):
+    with pytest.raises(UserError, match="settings.json, kept for .*pairs.jsonl, cannot be used .*: name another --out"):
         to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
 
@@ -540,7 +539,7 @@ def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):
     command = [sys.executable, "-m", "tools.rephrase", "--data", questions(tmp_path), "--model", "m", "--out", out]
     result = subprocess.run([*map(str, command)], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"error: {out} or a part of it is there already")
+    assert result.stderr.startswith(f"error: {out}.parts/settings.json, kept for {out}, cannot be used")
 
 
 # ---------------------------------------------------------------- top_p

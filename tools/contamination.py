@@ -6,59 +6,40 @@
 Of what it finds nearly alike, some questions only begin alike: look at the examples that it shows.
 """
 
-import shutil
 import textwrap
-from dataclasses import dataclass
 
 import tyro
 
 from config import told_in_a_sentence
-from data import Pair, load_benchmark, load_pairs
-from sources.overlap import RUN, Overlap, overlaps
+from data import load_benchmark, load_pairs
+from sources.overlap import RUN, overlaps
 
 
-@dataclass(frozen=True)
-class ContaminationSettings:
-    train: str
-    """training questions: a file, a folder or the name of a published set, as data.py reads them"""
-    eval: tuple[str, ...]
-    """benchmarks: names in sources/benchmarks.py, or files of one's own"""
-    examples: int = 3
-    """near matches to show for each benchmark, the least alike first"""
-    data_dir: str = "data"
-    """folder to search for the files of named benchmarks, before the Hugging Face hub"""
-    question_column: str = "question"
-    """in a training file of one's own"""
+def show_overlaps(train: str, eval: tuple[str, ...], question_column: str = "question") -> None:
+    """Show how many questions of each benchmark are in the training set, and the least alike of those found.
 
-
-def example(overlap: Overlap, name: str, asked: Pair, trained: Pair) -> str:
-    width = shutil.get_terminal_size((120, 24)).columns
-    lines = [f"  {overlap.share:.0%} of its runs of {RUN} words:"]
-    for head, pair in ((f"{name} {asked.id}", asked), (f"training {trained.id}", trained)):
-        text = f"{head}: {textwrap.shorten(pair.question, 500)}"
-        lines.append(textwrap.fill(text, width, initial_indent="    ", subsequent_indent="      "))
-    return "\n".join(lines)
-
-
-def show_overlaps(settings: ContaminationSettings) -> None:
-    """Show how many questions of each benchmark are in the training set, and examples."""
-    training = load_pairs(settings.train, question=settings.question_column)
-    benchmarks = [load_benchmark(name, settings.data_dir) for name in settings.eval]
-    asked = [(benchmark, pair) for benchmark in benchmarks for pair in benchmark.pairs]
-    found = list(overlaps([pair.question for pair in training], [pair.question for _, pair in asked]))
-    print(f"{settings.train}: {len(training):,} training questions")
+    Args:
+        train: training questions: a file, a folder or the name of a published set, as data.py reads them
+        eval: benchmarks: names in sources/benchmarks.py, or files of one's own
+        question_column: in a training file of one's own
+    """
+    training = load_pairs(train, question=question_column)
+    benchmarks, dropped = [load_benchmark(name) for name in eval], set[int]()
+    print(f"{train}: {len(training):,} training questions")
     for benchmark in benchmarks:
-        mine = sorted((each for each in found if asked[each.asked][0] is benchmark), key=lambda each: each.share)
-        exact = {each.asked for each in mine if each.exact}
-        best = {each.asked: each for each in mine if each.asked not in exact}  # the last one counts
-        counts = f"{len(exact):,} word for word, {len(best):,} nearly"
-        print(f"{benchmark.name}: of {len(benchmark.pairs):,} questions {counts}")
-        for each in sorted(best.values(), key=lambda each: each.share)[: settings.examples]:
-            print(example(each, benchmark.name, asked[each.asked][1], training[each.trained]))
-    dropped = len({each.trained for each in found})
-    print(f"train.py --decontaminate {' '.join(settings.eval)} drops {dropped:,} of the training questions")
+        asked = [pair.question for pair in benchmark.pairs]
+        found = sorted(overlaps([pair.question for pair in training], asked), key=lambda each: each.share)
+        exact = {each.asked for each in found if each.exact}
+        nearly = {each.asked: each for each in found if each.asked not in exact}  # the last one counts
+        dropped |= {each.trained for each in found}
+        print(f"{benchmark.name}: of {len(asked):,} questions {len(exact):,} word for word, {len(nearly):,} nearly")
+        for each in sorted(nearly.values(), key=lambda each: each.share)[:3]:
+            print(f"  {each.share:.0%} of its runs of {RUN} words:")
+            for who, pair in ((benchmark.name, benchmark.pairs[each.asked]), ("training", training[each.trained])):
+                print(f"    {who} {pair.id}: {textwrap.shorten(pair.question, 500)}")
+    print(f"train.py --decontaminate {' '.join(eval)} drops {len(dropped):,} of the training questions")
 
 
 if __name__ == "__main__":
     with told_in_a_sentence():
-        show_overlaps(tyro.cli(ContaminationSettings, description=__doc__))
+        tyro.cli(show_overlaps, description=__doc__)

@@ -16,8 +16,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,14 +27,13 @@ from transformers import PreTrainedTokenizerBase
 
 from config import told_in_a_sentence
 from data import Pair, Report, load_pairs
-from lm.decoding import Sample
 from lm.model import newest_policy
 from lm.prompts import chat_ids, prompt_ids
 from rewards import Response, are_equal, read_groups
-from rollout import decode, frozen_sampler, request_seed
+from rollout import FrozenModel, decode, frozen_sampler, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from store.files import Row, fingerprint, to_lines, write_whole
-from store.parts import Part, claim, make_parts, read_part, read_whole, split, stand_alone
+from store.parts import Part, claim, make_parts, missing_parts, read_part, read_whole, split, stand_alone
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -92,8 +90,6 @@ class RephrasingSettings:
     """Jinja file, for a tokenizer without a chat template"""
     question_column: str = "question"
     """in a file of one's own"""
-    rephrased_column: str = "rephrased"
-    """rephrasings that are there already"""
     answer_column: str = "answer"
     """gold answers: only to notice a rewrite that gives them away"""
 
@@ -101,50 +97,26 @@ class RephrasingSettings:
 # ---------------------------------------------------------------- a model that replies
 
 
-@dataclass(frozen=True)
-class ChatModel:
-    """A model and all that its replies depend on."""
-
-    tokenizer: PreTrainedTokenizerBase
-    sample: Sample
-    longest_prompt: int  # in tokens
-    chat_template: str | None
-
-    def replies(
-        self, prompts: Sequence[list[int]], keys: Sequence[tuple[str | int, ...]], **how: Any
-    ) -> list[Response]:
-        """n replies a prompt, contiguous; `keys` are what their seeds are derived from, `how` goes to the sampler."""
-        if not prompts:
-            return []
-        return decode(self.sample(prompts, [request_seed(*key) for key in keys], **how), self.tokenizer)
-
-
 def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
     def render(question: str) -> str:
         messages = [{"role": "user", "content": INSTRUCTION + question}]
-        text = tokenizer.apply_chat_template(
-            messages,
-            chat_template=chat_template,
-            add_generation_prompt=True,
-            tokenize=False,
-            enable_thinking=False,  # templates that do not know it pass over it
-        )
-        return str(text)
+        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
+        how["enable_thinking"] = False  # templates that do not know it pass over it
+        return str(tokenizer.apply_chat_template(messages, chat_template=chat_template, **how))
 
     return chat_ids(tokenizer, question, render)
 
 
-@contextmanager
-def chat_model(name: str, reply_tokens: int, batch: int, settings: RephrasingSettings) -> Iterator[ChatModel]:
-    """A model, loaded when the context is entered, for replies of so many tokens, `batch` at a time."""
+def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
+    """In tokens, to either model: the rewriter's reply holds the question and its rewrite."""
+    return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
-    def longest_prompt(tokenizer: PreTrainedTokenizerBase, template: str | None) -> int:
-        # The rewriter's reply holds the question and its rewrite.
-        return len(instruction_ids(tokenizer, "", template)) + settings.max_response_tokens // 2
 
-    opened = frozen_sampler(name, settings.sampler, settings.chat_template, longest_prompt, reply_tokens, batch)
-    with opened as (sample, tokenizer, template):
-        yield ChatModel(tokenizer, sample, longest_prompt(tokenizer, template), template)
+def replies(model: FrozenModel, prompts: Mapping[Any, list[int]], **how: Any) -> list[Response]:
+    """n replies a prompt, contiguous. A prompt's key is what its seed is derived from; `how` goes to the sampler."""
+    sample, tokenizer, _ = model
+    seeds = [request_seed(*key) for key in prompts]
+    return decode(sample(list(prompts.values()), seeds, **how), tokenizer) if prompts else []
 
 
 # ---------------------------------------------------------------- questions -> rewrites
@@ -171,80 +143,61 @@ def read_reply(reply: Response) -> tuple[str, str | None]:
 
 
 def as_row(pair: Pair) -> Row:
-    own: Row = {
-        "id": pair.id,
-        "question": pair.question,
-        "rephrased": pair.rephrased,
-        "answer": pair.gold,
-        "faults": {},
-    }
+    own: Row = {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold}
+    own["faults"] = Counter()  # what was turned down, also where no rewrite was good enough
     return own | {name: value for name, value in pair.meta.items() if name not in own}
 
 
-def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: ChatModel) -> list[Row]:
-    """A row for each pair; `faults` counts what was turned down, also where no rewrite was good enough."""
-    rows = [as_row(pair) for pair in pairs]
-    faults: list[Counter[str]] = [Counter() for _ in pairs]
-    prompts = [instruction_ids(model.tokenizer, pair.question, model.chat_template) for pair in pairs]
-    missing = [i for i, row in enumerate(rows) if not row["rephrased"]]
-    for i in missing:
-        if len(prompts[i]) > model.longest_prompt:
-            faults[i]["question too long"] = 1
-    missing = [i for i in missing if not faults[i]]
+def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: FrozenModel) -> list[Row]:
+    """A row for each pair, with a rephrasing where there is one by now."""
+    _, tokenizer, template = model
+    rows, longest = {pair.id: as_row(pair) for pair in pairs}, longest_prompt(settings, tokenizer, template)
+    prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
+    for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
+        rows[name]["faults"]["question too long"] = 1
+        del prompts[name]
+    how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_response_tokens}
     for attempt in range(settings.attempts):
-        if not missing:
-            break
-        n = 2**attempt
-        replies = model.replies(
-            [prompts[i] for i in missing],
-            [(settings.seed, "rewrite", pairs[i].id, attempt) for i in missing],
-            n=n,
-            temperature=settings.temperature,
-            top_p=settings.top_p,
-            max_tokens=settings.max_response_tokens,
-        )
-        for place, i in enumerate(missing):
-            rows[i]["rephrased"] = first_good(pairs[i], replies[place * n : (place + 1) * n], faults[i])
-        missing = [i for i in missing if not rows[i]["rephrased"]]
-    return [row | {"faults": dict(sorted(counted.items()))} for row, counted in zip(rows, faults, strict=True)]
+        missing, n = list(prompts), 2**attempt
+        asked = {(settings.seed, "rewrite", name, attempt): prompt for name, prompt in prompts.items()}
+        said = replies(model, asked, n=n, **how)
+        for i, name in enumerate(missing):
+            rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
+            if rows[name]["rephrased"]:
+                del prompts[name]
+    return [row | {"faults": dict(sorted(row["faults"].items()))} for row in rows.values()]
 
 
-def first_good(pair: Pair, candidates: Sequence[Response], faults: Counter[str]) -> str | None:
+def first_good(row: Row, candidates: Sequence[Response]) -> str | None:
     """The first rewrite without a fault; the faults of those before it are counted."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
-        fault = fault or strict_fault(pair.question, rewrite, pair.gold)
+        fault = fault or strict_fault(row["question"], rewrite, row["answer"])
         if fault is None:
             return rewrite
-        faults[fault] += 1
+        row["faults"][fault] += 1
     return None
 
 
 # ---------------------------------------------------------------- verification
 
 
-def verify_part(settings: RephrasingSettings, rewritten: Part, model: ChatModel) -> list[Row]:
+def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenModel) -> list[Row]:
     """Its rows, without the rephrasings to which the model's majority gives another answer, or none."""
-    rows, k = read_part(rewritten), settings.verify_samples
-    to_ids = partial(prompt_ids, model.tokenizer, chat_template=model.chat_template)
-    prompts = {row["id"]: [to_ids(row["question"]), to_ids(row["rephrased"])] for row in rows if row["rephrased"]}
-    asked = [name for name, both in prompts.items() if max(map(len, both)) <= model.longest_prompt]
-    faults = dict.fromkeys(prompts.keys() - set(asked), "too long to verify")
-    replies = model.replies(
-        [prompt for name in asked for prompt in prompts[name]],
-        [(settings.seed, "verify", name, view) for name in asked for view in ("x", "x'")],
-        n=k,
-        temperature=1.0,
-        max_tokens=settings.verify_tokens,
-    )
-    votes = [group.vote.label for group in read_groups(replies, k, "math")]
-    for name, *labels, same in zip(asked, votes[::2], votes[1::2], are_equal(votes[::2], votes[1::2]), strict=True):
+    _, tokenizer, template = model
+    rows, k, longest = read_part(rewritten), settings.verify_samples, longest_prompt(settings, tokenizer, template)
+    paired, views = [row for row in rows if row["rephrased"]], {"x": "question", "x'": "rephrased"}
+    wordings = [(row["id"], view, row[column]) for row in paired for view, column in views.items()]
+    prompts = {(settings.seed, "verify", *which): prompt_ids(tokenizer, text, template) for *which, text in wordings}
+    asked = {key: prompt for key, prompt in prompts.items() if len(prompt) <= longest}
+    said = replies(model, asked, n=k, temperature=1.0, max_tokens=settings.verify_tokens)
+    vote = {key: group.vote.label for key, group in zip(asked, read_groups(said, k, "math"), strict=True)}
+    of_x, of_y = ([vote.get((settings.seed, "verify", row["id"], view)) for row in paired] for view in views)
+    for row, *both, same in zip(paired, of_x, of_y, are_equal(of_x, of_y), strict=True):
         if not same:
-            faults[name] = "not answered" if None in labels else "other answer"
-    return [
-        row | {"rephrased": None, "faults": row["faults"] | {faults[row["id"]]: 1}} if row["id"] in faults else row
-        for row in rows
-    ]
+            row["rephrased"] = None
+            row["faults"]["not answered" if None in both else "other answer"] = 1
+    return rows
 
 
 # ---------------------------------------------------------------- the command
@@ -255,27 +208,24 @@ def rephrase(settings: RephrasingSettings) -> bool:
     model is still to come, in a process of its own: one engine that can sleep is all that vLLM allows in each."""
     verifier = settings.verify and newest_policy(settings.verify)
     settings, report = replace(settings, model=newest_policy(settings.model), verify=verifier), Report()
-    pairs = load_pairs(
-        settings.data,
-        question=settings.question_column,
-        rephrased=settings.rephrased_column,
-        answer=settings.answer_column,
-        report=report,
-    )
+    pairs = load_pairs(settings.data, question=settings.question_column, answer=settings.answer_column, report=report)
     process, folder, size = stand_alone(), Path(f"{settings.out}.parts"), settings.batch_size
     claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
-    rewrites = split(folder, "rewritten-", len(pairs), size)
-    model = chat_model(settings.model, settings.max_response_tokens, size, settings)
-    batches = {part: pairs[places.start : places.stop] for part, places in rewrites.items()}
-    loaded = make_parts("rephrasing", batches, process, partial(rewrite_batch, settings), model, tally)
-    parts = list(rewrites)
-    if settings.verify:
-        if loaded:
+    how = settings.sampler, settings.chat_template, partial(longest_prompt, settings)
+    rewritten = split(folder / "rewritten", pairs, size)
+    parts = list(rewritten)
+    if missing := missing_parts(parts, process):
+        with frozen_sampler(settings.model, *how, settings.max_response_tokens, size) as model:
+            make_parts("rephrasing", missing, lambda part: rewrite_batch(settings, rewritten[part], model), "rephrased")
+        if settings.verify:
             return False
-        parts = list(split(folder, "verified-", len(pairs), size))
-        model = chat_model(settings.verify, settings.verify_tokens, size * 2 * settings.verify_samples, settings)
-        of_part = dict(zip(parts, rewrites, strict=True))
-        make_parts("verifying", of_part, process, partial(verify_part, settings), model, tally)
+    if settings.verify:
+        verified = {Part(folder / "verified" / part.path.name, part.rows): part for part in parts}
+        parts = list(verified)
+        if missing := missing_parts(parts, process):
+            rows_at_once = size * 2 * settings.verify_samples
+            with frozen_sampler(settings.verify, *how, settings.verify_tokens, rows_at_once) as model:
+                make_parts("verifying", missing, lambda part: verify_part(settings, verified[part], model), "rephrased")
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
         write_whole(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
@@ -283,14 +233,12 @@ def rephrase(settings: RephrasingSettings) -> bool:
 
 
 def summary(out: Path, rows: Sequence[Row]) -> str:
-    counted = tally(rows)
-    lines = [f"{out}: {counted.pop('good', 0):,} of {len(rows):,} questions have a rephrasing; turned down:"]
-    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in counted.most_common()])
-
-
-def tally(rows: Sequence[Row]) -> Counter[str]:
     """Questions with a rephrasing, and rewrites turned down by reason."""
-    return sum((Counter(row["faults"]) for row in rows), Counter(good=sum(bool(row["rephrased"]) for row in rows)))
+    good, faults = sum(bool(row["rephrased"]) for row in rows), Counter[str]()
+    for row in rows:
+        faults.update(row["faults"])
+    lines = [f"{out}: {good:,} of {len(rows):,} questions have a rephrasing; turned down:"]
+    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in faults.most_common()])
 
 
 def main() -> None:
