@@ -28,11 +28,11 @@ from data import (
 from grpo import build_optimizer
 from lm import ranks
 from lm.decoding import Sampler
+from lm.engine import choose_engine, open_sampler
 from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
-from rollout import choose_engine, open_sampler
 from store import checkpoint
 from store.files import fingerprint
 

@@ -28,10 +28,10 @@ from gpu import random_model
 import metrics
 from embedded import start_model
 from lm.decoding import TransformersSampler
+from lm.engine import open_sampler
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler
-from rollout import open_sampler
 
 
 def load(name: str, device: torch.device) -> PreTrainedModel:

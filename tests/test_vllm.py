@@ -26,10 +26,10 @@ import train
 from config import UserError, parse
 from embedded import start_model
 from lm import vllm_engine
+from lm.engine import choose_engine, open_sampler
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler, complete_weights
-from rollout import choose_engine, open_sampler
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 REAL_MODEL = os.environ.get("CO_REWARDING_TEST_MODEL")

@@ -102,7 +102,7 @@ def settings_that_fit(lm: PreTrainedModel, config: Config, variant: Variant, gpu
     again: dict[str, Any] = {"activation_checkpointing": "on"}
     fewer, teacher = {"tokens_per_micro_batch": config.max_sequence_tokens}, {"offload_teacher": True}
     both = teacher | {"offload_optimizer": True}
-    smallest = (2 * sum(p.numel() for p in lm.parameters()) / config.sampling.tensor_parallel + 4e9) / GPU_BYTES
+    smallest = (2 * sum(p.numel() for p in lm.parameters()) + 4e9) / GPU_BYTES
     for settings in ({}, again, again | fewer, again | teacher, again | both, again | fewer | both):
         need = bytes_needed(lm, changed(config, settings), variant, gpus)
         others = max(need["at the first check"], need["while sampling"]) - need["engine"]
@@ -130,7 +130,7 @@ def main() -> None:
     with told_in_a_sentence():
         config = parse()
         variant = chosen_variant(config)
-        lm, _ = load_pretrained(config.model.name, torch.float32, weights=False)
+        lm, _ = load_pretrained(str(config.model.name), torch.float32, weights=False)
     print(as_text(lm, config, variant))
 
 

@@ -27,10 +27,11 @@ from transformers import PreTrainedTokenizerBase
 
 from config import told_in_a_sentence
 from data import Pair, Report, load_pairs
+from lm.engine import FrozenModel, frozen_sampler
 from lm.model import newest_policy
 from lm.prompts import chat_ids, prompt_ids
 from rewards import Response, are_equal, read_groups
-from rollout import FrozenModel, decode, frozen_sampler, request_seed
+from rollout import decode, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, missing_parts, read_part, read_whole, split, stand_alone
