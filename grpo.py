@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from config import Config, Method
+from config import Config, Method, Optimisation
 from lm import ranks
 from lm.packing import MicroBatch, Rollout
 from lm.scoring import PackedLM, TokenStats
@@ -107,20 +107,18 @@ def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: fl
     return (sums / (length * denominator)).sum()
 
 
-def learning_rate(
-    step: int, total_steps: int, peak: float, warmup: float, schedule: Literal["cosine", "constant"]
-) -> float:
+def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
     """Rate of step 0 .. total_steps-1: linear over the first `warmup` (a share of all steps), then cosine towards 0.
 
     The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
     """
-    warmup_steps = round(warmup * total_steps)
+    warmup_steps = round(settings.warmup * total_steps)
     if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if schedule == "constant":
-        return peak
+        return settings.lr * (step + 1) / warmup_steps
+    if settings.lr_schedule == "constant":
+        return settings.lr
     progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 # ---------------------------------------------------------------- one step

@@ -110,7 +110,7 @@ def label_metrics(
         if voter == "gold":
             continue
         known = [(gold, group.label) for gold, group in zip(golds, of_view[view], strict=True) if gold is not None]
-        accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known])
+        accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known], "math")
         agreement += [group.vote.label == group.label for group in of_view[view]]
     parts = {"label_accuracy": list(chain(*accuracy.values())), "label_agreement": agreement}
     if len(accuracy) > 1:

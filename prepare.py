@@ -52,8 +52,8 @@ class Run:
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     policy: PackedLM
-    teacher: PackedLM | None  # moves towards the policy
-    reference: PackedLM | None  # anchors the KL term: the teacher, or a frozen copy of the initial policy
+    teacher: PackedLM | None  # moves towards the policy; if the row asks for one
+    initial: PackedLM | None  # the policy as it began, frozen; if the KL term is anchored to it
     optimizer: torch.optim.Optimizer
     sampler: Sampler
 
@@ -98,7 +98,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         tokenizer=tokenizer,
         policy=policy,
         teacher=teacher,
-        reference=initial or (teacher if variant.kl_coef > 0 else None),
+        initial=initial,
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
         sampler=sampler,
     )

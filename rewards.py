@@ -1,8 +1,9 @@
-"""Votes, pseudo-labels, rewards, and the table of variants (arXiv 2508.00410, Section 4): pure functions of strings.
+"""Votes, pseudo-labels, rewards, and the table of variants (arXiv 2508.00410, Section 4): pure functions.
 
 A view is one wording of a question: x as written, x' rephrased. A group is the G rollouts on one view of one question.
 Every variant is a row of VARIANTS: which views the policy and the teacher answer, whose vote labels which view, and
-what the KL term anchors to. The training loop knows rows, not names.
+what the KL term anchors to. The training loop knows rows, not names. Labels from another view, or from a teacher that
+lags behind, are what keeps a policy from agreeing with itself on wrong answers.
 
 Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere; votes and
 pseudo-labels compare raw strings as in that code, unless match="math" is asked for.
@@ -15,7 +16,7 @@ from typing import Literal, NamedTuple
 
 from answers.equivalence import equivalent, equivalent_many, extract_boxed, vote_classes
 
-__all__ = ["equivalent", "extract_boxed"]
+__all__ = ["equivalent", "extract_boxed"]  # part of the contract under this name, defined in answers/
 
 Match = Literal["exact", "math"]
 View = Literal["x", "x'"]
@@ -72,13 +73,22 @@ def read_groups(responses: Sequence[Response], group_size: int, match: Match) ->
     """Q groups of Q * G responses, groups contiguous: answers are read, and every group votes (Eqs. 7-10)."""
     groups = []
     for start in range(0, len(responses), group_size):
-        texts, tokens, finished = map(list, zip(*responses[start : start + group_size], strict=True))
-        boxed = [extract_boxed(text) for text in texts]
-        groups.append(Group(texts, boxed, tokens, finished, majority_vote(boxed, match), match))
+        group = responses[start : start + group_size]
+        boxed = [extract_boxed(response.text) for response in group]
+        groups.append(
+            Group(
+                texts=[response.text for response in group],
+                boxed=boxed,
+                tokens=[response.tokens for response in group],
+                finished=[response.finished for response in group],
+                vote=majority_vote(boxed, match),
+                match=match,
+            )
+        )
     return groups
 
 
-def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match = "math") -> list[bool]:
+def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match) -> list[bool]:
     """Whether each answer equals its label; one that is missing on either side does not."""
     if match == "exact":
         return [label is not None and label == answer for label, answer in zip(labels, answers, strict=True)]
@@ -88,7 +98,7 @@ def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match
 
 
 def agreement(groups: Sequence[Group]) -> list[list[float]]:
-    """1 for an answer that equals the group's label, else 0; all 0 in a group without a label."""
+    """1 for an answer that equals the group's label, else 0; all 0 in a group without a label (Eqs. 7-10)."""
     return [
         [float(same) for same in are_equal([group.label] * len(group.boxed), group.boxed, group.match)]
         for group in groups
@@ -101,7 +111,8 @@ def negative_entropy(groups: Sequence[Group]) -> list[list[float]]:
 
 
 def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
-    """Intuitor (arXiv 2505.19590): the mean over response tokens of logsumexp(z) - mean(z), z the logits."""
+    """Intuitor (arXiv 2505.19590): the mean over response tokens of KL(uniform || policy) + log V, which is
+    logsumexp(z) - mean(z) of the logits z; the constant vanishes among rewards of a group."""
     return [group.means["self_certainty"] for group in groups]
 
 
@@ -124,6 +135,8 @@ class Variant:
                 raise ValueError(
                     f"a label by the {voter}'s vote on {view}, which it does not answer: see {voter}_views"
                 )
+        if self.label_of.keys() != set(self.policy_views) and (self.label_of or self.reward is agreement):
+            raise ValueError(f"labels for {sorted(self.label_of)}, while the policy answers {self.policy_views}")
 
     @property
     def has_teacher(self) -> bool:
@@ -135,14 +148,15 @@ class Variant:
 
     @property
     def is_baseline(self) -> bool:
-        """No second view: each view, if it has labels at all, is labelled without a teacher or another view."""
+        """Each view that the policy answers is labelled by itself, if at all: no teacher, and no other view."""
         return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
 
 
-# fmt: off
 X: tuple[View, ...] = (ORIGINAL,)
 BOTH: tuple[View, ...] = (ORIGINAL, REPHRASED)
+# fmt: off
 VARIANTS: dict[str, Variant] = {
+    #                  policy answers, teacher answers, {view: whose vote on which view labels it}, KL term to, weight
     "I":              Variant(BOTH, (),   {"x": ("policy", "x'"), "x'": ("policy", "x")},   "init", 0.005),
     "II":             Variant(X,    X,    {"x": ("teacher", "x")},                          "ema",  0.001),
     "III":            Variant(BOTH, BOTH, {"x": ("teacher", "x'"), "x'": ("teacher", "x")}, "ema",  0.001),
@@ -164,7 +178,7 @@ def label_groups(
     variant: Variant, voted: Mapping[tuple[Voter, View], Sequence[Group]], golds: Sequence[str | None]
 ) -> list[Group]:
     """The policy's groups by view, then by question, each with the label that the row names: the one place where a
-    label comes from. A gold answer gets in where the row says "gold", and is compared as mathematics."""
+    label comes from. A gold answer becomes one where the row says "gold" alone, and is compared as mathematics."""
     labelled = []
     for view in variant.policy_views:
         voter, voted_view = variant.label_of.get(view, (None, view))

@@ -55,50 +55,58 @@ from teacher import ema_weight, update
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One step of the algorithm; returns its metrics and a sample of its rollouts to read."""
-    config, row, clock = run.config, run.variant, metrics.Clock()
-    method, sampling, optimisation = config.method, config.sampling, config.optimisation
+    config, clock, row = run.config, metrics.Clock(), run.variant  # a row of rewards.VARIANTS
+    method, G, T = config.method, config.sampling.rollouts, config.sampling.temperature
     questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
-    golds = [question.pair.gold for question in questions]  # label the baseline `gt`, and measure the others
+    golds = [question.pair.gold for question in questions]  # in no prompt: they label `gt`, and measure the others
 
-    # 1. The policy answers every question G times, in the row's views.
+    # 1. The policy answers every question G times, in the row's views: {(who, view): Q * G rollouts}.
     said = ask(run.sampler, run.policy, "policy", row.policy_views, questions, step, config)
-    clock.lap("rollout", run.sampler.sync_seconds)
+    clock.lap("rollout", sync=run.sampler.sync_seconds)
 
-    # 2. The teacher moves towards the policy that has just answered, then answers too.                        Eq. 11
+    # 2. The teacher moves towards the policy that has just answered, then answers too (Algorithm 2).          Eq. 11
     if run.teacher is not None:
         w = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
         update(run.teacher, run.policy, w)  # teacher <- w teacher + (1 - w) policy
         said |= ask(run.sampler, run.teacher, "teacher", row.teacher_views, questions, step, config)
-        clock.lap("teacher", run.sampler.sync_seconds)
+        clock.lap("teacher", sync=run.sampler.sync_seconds)
 
-    # 3. Every group votes; the row says whose vote labels which of the policy's groups.                  Eqs. 7-10
+    # 3. Every group of G votes; the row says whose vote labels which of the policy's groups.             Eqs. 7-10
+    # Answers are compared on the first rank, which tells the others: a comparison may time out on one of them.
     voted = ranks.on_first(
-        lambda: {
-            key: read_groups(decode(rollouts, run.tokenizer), sampling.rollouts, method.answer_match)
-            for key, rollouts in said.items()
-        }
+        lambda: {key: read_groups(decode(each, run.tokenizer), G, method.answer_match) for key, each in said.items()}
     )
     groups = label_groups(row, voted, golds)
 
     # 4. Rewards [views x Q][G] compare answers with labels; advantages [N] compare rewards within a group.    Eq. 3
-    rollouts = [rollout for view in row.policy_views for rollout in said["policy", view]]
+    of_views = [said["policy", view] for view in row.policy_views]
+    rollouts = [rollout for each in of_views for rollout in each]
     if row.reward_reads_logits:
         groups = read_logits(run, groups, rollouts)
     rewards = ranks.on_first(lambda: row.reward(groups))
-    advantages = group_advantages(torch.tensor(rewards).flatten(), sampling.rollouts).to(run.device)
+    advantages = group_advantages(torch.tensor(rewards).flatten(), G).to(run.device)  # (r - mean) / (std + 1e-6)
     clock.lap("reward")
 
-    # 5. One optimizer step; the KL term is anchored to the initial policy, or to the teacher as it answered. Eqs. 4-6
-    # Without an anchor, rollouts of advantage 0 change nothing; one is kept: AdamW must see a gradient of 0, not none.
-    trained = None if run.reference else advantages.nonzero().flatten().tolist() or [0]
-    batches = micro_batches(rollouts, optimisation.tokens_per_micro_batch, run.device, trained)
-    anchors = score(run.reference, batches, sampling.temperature) if run.reference else None
+    # 5. One optimizer step on -min(c A, clip(c) A) + beta k3(policy, anchor), c = policy / old policy.      Eqs. 4-6
+    anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
+    batches = micro_batches(
+        rollouts,
+        config.optimisation.tokens_per_micro_batch,
+        run.device,
+        rows=None if anchor else rows_that_teach(advantages),
+    )
+    anchors = score(anchor, batches, T) if anchor else None
     clock.lap("reference")
-    of_views = [said["policy", view] for view in row.policy_views]
-    denominator = denominators(method.loss_agg, of_views, sampling.max_response_tokens).to(run.device)
-    rate = learning_rate(step, run.total_steps, optimisation.lr, optimisation.warmup, optimisation.lr_schedule)
     measured = optimizer_step(
-        run.policy, run.optimizer, batches, advantages, anchors, denominator, row.kl_coef, rate, config
+        run.policy,
+        run.optimizer,
+        batches,
+        advantages,
+        anchors,
+        denominators(method.loss_agg, of_views, config.sampling.max_response_tokens).to(run.device),
+        kl_coef=row.kl_coef,
+        rate=learning_rate(step, run.total_steps, config.optimisation),
+        config=config,
     )
     clock.lap("update")
 
@@ -114,6 +122,12 @@ def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[
     batches = micro_batches(rollouts, run.config.optimisation.tokens_per_micro_batch, run.device)
     stats = score(run.policy, batches, run.config.sampling.temperature)
     return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
+
+
+def rows_that_teach(advantages: torch.Tensor) -> list[int]:
+    """Those of an advantage other than 0; without a KL term the others have no gradient. One stays in any case: AdamW
+    must see a gradient of 0, not none."""
+    return advantages.nonzero().flatten().tolist() or [0]
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -135,21 +149,23 @@ def evaluate(run: Run) -> dict[str, float]:
 
 # ---------------------------------------------------------------- the loop
 
+SKIPPED_AT_MOST = 9  # steps in a row without a finite gradient
+
 
 @dataclass
 class Watch:
-    """Signals that ask a run to stop. The first lets it finish its step and save, the second is obeyed at once; not so
-    under torchrun, which passes on what its processes may have got themselves."""
+    """For signals that ask the run to stop: at the first it finishes its step and saves, the second stops it at once.
+    Under torchrun, which repeats to its processes what they may have got themselves, a second one says nothing new."""
 
     signal: int = 0
-    finishes: str = ""  # what the run is at and finishes first; empty: there is nothing to lose
+    at_work_on: str = ""  # what would be lost; empty: nothing
 
     def request(self, number: int, _: object) -> None:
         asked_before, self.signal = self.signal, number
-        if not self.finishes or (asked_before and "TORCHELASTIC_RUN_ID" not in os.environ):
+        if not self.at_work_on or (asked_before and "TORCHELASTIC_RUN_ID" not in os.environ):
             raise KeyboardInterrupt
         if ranks.is_first() and not asked_before:
-            print(f"\nfinishing {self.finishes}, then saving; again: stops at once", file=sys.stderr)
+            print(f"\nfinishing {self.at_work_on}, then saving; again: stops at once", file=sys.stderr)
 
 
 def train(config: Config) -> Path:
@@ -176,14 +192,14 @@ def train(config: Config) -> Path:
 
 def loop(run: Run, first_step: int, watch: Watch) -> None:
     """All steps from the first on, with evaluations and checkpoints when they are due."""
-    config, skipped_in_a_row = run.config, 0
+    config, skipped = run.config, 0
     record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
     ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
     log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
     steps = range(first_step, run.total_steps)
     bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", disable=log is None)
     for step in bar:
-        watch.finishes = f"step {step}"
+        watch.at_work_on = f"step {step}"
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         seen, sample = train_step(run, step)
         seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
@@ -192,26 +208,24 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
             bar.set_postfix(log.headline())
             for warning in log.warnings(first=step == first_step):
                 bar.write(f"step {step}: {warning}", file=sys.stderr)
-        skipped_in_a_row = skipped_in_a_row + 1 if seen["skipped_steps"] else 0
-        if skipped_in_a_row == MOST_SKIPPED:
-            raise UserError(f"{MOST_SKIPPED} steps in a row had no finite gradient and were skipped: lower --lr")
+        skipped = skipped + 1 if seen["skipped_steps"] else 0
+        if skipped > SKIPPED_AT_MOST:
+            raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done, stop_signal = step + 1, int(ranks.largest(watch.signal))
         if done == run.total_steps or is_due(done, config.run.save_every) or stop_signal:
             saved = save_checkpoint(run, done)
         if stop_signal:
             bar.close()
             if log:
+                log.close()
                 print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
             raise SystemExit(128 + stop_signal)
-    watch.finishes = ""
+    watch.at_work_on = ""
     evaluated = evaluate(run)
     if log and evaluated:
         log.write({"step": run.total_steps} | evaluated, [])
     if log:
         log.close()
-
-
-MOST_SKIPPED = 10
 
 
 def is_due(step: int, every: int) -> bool:

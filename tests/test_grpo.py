@@ -29,7 +29,7 @@ from transformers import AutoModelForCausalLM
 
 import grpo
 import train
-from config import Config
+from config import Config, Optimisation
 from data import Pair
 from grpo import (
     aggregate,
@@ -279,23 +279,32 @@ def test_the_loss_is_that_of_verls_published_formulas(how):
 # ---------------------------------------------------------------- learning rate
 
 
+def rate(step: int, total_steps: int, lr: float, warmup: float, schedule: str) -> float:
+    return learning_rate(step, total_steps, Optimisation(lr=lr, warmup=warmup, lr_schedule=schedule))
+
+
 def test_the_first_step_is_not_wasted_on_a_rate_of_zero():
-    assert learning_rate(0, 174, 3e-6, 0.1, "cosine") == pytest.approx(3e-6 / 17)
+    assert rate(0, 174, 3e-6, 0.1, "cosine") == pytest.approx(3e-6 / 17)
 
 
 def test_learning_rate_warms_up_then_follows_a_cosine_to_zero():
-    rates = [learning_rate(step, 174, 3e-6, 0.1, "cosine") for step in range(174)]
+    rates = [rate(step, 174, 3e-6, 0.1, "cosine") for step in range(174)]
     assert rates[:17] == pytest.approx([3e-6 * (step + 1) / 17 for step in range(17)])
     assert rates[17] == pytest.approx(3e-6)
     assert rates[17:] == pytest.approx(list(3e-6 * (1 + np.cos(np.pi * np.arange(157) / 157)) / 2))
-    assert learning_rate(174, 174, 3e-6, 0.1, "cosine") == pytest.approx(0.0, abs=1e-20)
+    assert rate(174, 174, 3e-6, 0.1, "cosine") == pytest.approx(0.0, abs=1e-20)
     assert 0 < rates[-1] < 1e-3 * 3e-6
 
 
 def test_learning_rate_without_warm_up_or_without_decay():
-    assert learning_rate(0, 10, 1.0, 0.0, "cosine") == 1.0
-    assert [learning_rate(step, 4, 1.0, 0.5, "constant") for step in range(4)] == [0.5, 1.0, 1.0, 1.0]
-    assert learning_rate(0, 1, 1.0, 0.1, "cosine") == 1.0  # one step: no warm-up to speak of
+    assert rate(0, 10, 1.0, 0.0, "cosine") == 1.0
+    assert [rate(step, 4, 1.0, 0.5, "constant") for step in range(4)] == [
+        0.5,
+        1.0,
+        1.0,
+        1.0,
+    ]
+    assert rate(0, 1, 1.0, 0.1, "cosine") == 1.0  # one step: no warm-up to speak of
 
 
 # ---------------------------------------------------------------- one optimizer step
@@ -506,20 +515,19 @@ def test_a_step_without_a_kl_term_trains_on_telling_rollouts_alone(monkeypatch):
     trained = []
     step = train.optimizer_step
 
-    def watched(policy, optimizer, batches, *rest):
+    def watched(policy, optimizer, batches, *rest, **how):
         trained.append(sorted(row for batch in batches for row in batch.rows.tolist()))
-        return step(policy, optimizer, batches, *rest)
+        return step(policy, optimizer, batches, *rest, **how)
 
     monkeypatch.setattr(train, "optimizer_step", watched)
     rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
     row = replace(VARIANTS["majority"], kl_coef=0.0, reward=lambda groups: rewards)
     run = tiny_run(row, [Pair(str(i), f"question {i}", None, None, {}) for i in range(2)])
-    for reference, expected in ((None, [0, 1, 2, 3]), (run.reference, list(range(8)))):
-        run.reference = reference
+    for kl_coef, expected in ((0.0, [0, 1, 2, 3]), (0.1, list(range(8)))):
+        run.variant = replace(row, kl_coef=kl_coef)
         train.train_step(run, 0)
         assert trained[-1] == expected
-    rewards[0] = [0.0] * 4
-    run.reference = None
+    rewards[0], run.variant = [0.0] * 4, row
     train.train_step(run, 0)
     assert trained[-1] == [0]  # the optimizer sees a gradient of 0
 

@@ -250,9 +250,9 @@ def step_of(variant: str | Variant, pairs: list[Pair], monkeypatch: pytest.Monke
     seen: dict = {}
     original = train.optimizer_step
 
-    def watched(policy, optimizer, batches, advantages, anchors, denominators, *rest):
+    def watched(policy, optimizer, batches, advantages, anchors, denominators, **how):
         seen.update(advantages=advantages, denominators=denominators)
-        return original(policy, optimizer, batches, advantages, anchors, denominators, *rest)
+        return original(policy, optimizer, batches, advantages, anchors, denominators, **how)
 
     monkeypatch.setattr(train, "optimizer_step", watched)
     seen["metrics"], seen["samples"] = train.train_step(

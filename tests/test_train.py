@@ -254,9 +254,9 @@ def test_the_flags_stay_what_papers_and_scripts_call_them(capsys):
 def test_the_kl_term_is_anchored_to_what_the_row_names(variant, tmp_path):
     run, _ = prepare.prepare(parse(["--variant", variant, "--beta2", "0.97"]), tmp_path)
     if variant in ("II", "III"):
-        assert run.reference is run.teacher and run.teacher is not run.policy
+        assert run.initial is None and run.teacher is not run.policy
     else:
-        assert run.teacher is None and run.reference is not run.policy
+        assert run.teacher is None and run.initial is not run.policy
     adamw = run.optimizer.defaults
     assert (adamw["betas"], adamw["eps"], adamw["weight_decay"]) == ((0.9, 0.97), 1e-8, 0.01)
 

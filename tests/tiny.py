@@ -171,7 +171,7 @@ def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | N
         tokenizer=byte_tokenizer(),
         policy=policy,
         teacher=teacher,
-        reference=teacher if row.kl_reference == "ema" else frozen_copy(policy),
+        initial=frozen_copy(policy),
         optimizer=build_optimizer(policy, (0.9, 0.999), 0.0),
         sampler=sampler or TransformersSampler([EOS]),
     )

@@ -194,7 +194,7 @@ def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenMode
     said = replies(model, asked, n=k, temperature=1.0, max_tokens=settings.verify_tokens)
     vote = {key: group.vote.label for key, group in zip(asked, read_groups(said, k, "math"), strict=True)}
     of_x, of_y = ([vote.get((settings.seed, "verify", row["id"], view)) for row in paired] for view in views)
-    for row, *both, same in zip(paired, of_x, of_y, are_equal(of_x, of_y), strict=True):
+    for row, *both, same in zip(paired, of_x, of_y, are_equal(of_x, of_y, "math"), strict=True):
         if not same:
             row["rephrased"] = None
             row["faults"]["not answered" if None in both else "other answer"] = 1
