@@ -45,8 +45,8 @@ class Letters:
     def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> str:
         return "\n".join(message["content"] for message in messages)
 
-    def __call__(self, texts: list[str], **_: Any) -> dict[str, list[list[int]]]:
-        return {"input_ids": [[*map(ord, text)] for text in texts]}
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [*map(ord, text)]}
 
     def batch_decode(self, ids: Sequence[Sequence[int]], **_: Any) -> list[str]:
         return ["".join(map(chr, each)) for each in ids]
