@@ -21,9 +21,9 @@ __all__ = ["equivalent", "extract_boxed"]  # part of the contract under this nam
 Match = Literal["exact", "math"]
 View = Literal["x", "x'"]
 Voter = Literal["policy", "teacher", "gold"]
-ORIGINAL: View = "x"
-REPHRASED: View = "x'"
-VIEWS: dict[str, tuple[View, ...]] = {"original": ("x",), "rephrased": ("x'",), "both": ("x", "x'")}
+X: tuple[View, ...] = ("x",)
+BOTH: tuple[View, ...] = ("x", "x'")
+VIEWS: dict[str, tuple[View, ...]] = {"original": X, "rephrased": ("x'",), "both": BOTH}
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table below; None for `label_of` of a view means that its reward needs no label."""
+    """One row of the table below; a row whose reward needs no labels has none in `label_of`."""
 
     policy_views: tuple[View, ...]  # what the policy answers and is trained on
     teacher_views: tuple[View, ...]  # what the teacher answers
@@ -135,7 +135,8 @@ class Variant:
                 raise ValueError(
                     f"a label by the {voter}'s vote on {view}, which it does not answer: see {voter}_views"
                 )
-        if self.label_of.keys() != set(self.policy_views) and (self.label_of or self.reward is agreement):
+        needs_labels = bool(self.label_of) or self.reward is agreement
+        if needs_labels and self.label_of.keys() != set(self.policy_views):
             raise ValueError(f"labels for {sorted(self.label_of)}, while the policy answers {self.policy_views}")
 
     @property
@@ -152,8 +153,6 @@ class Variant:
         return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
 
 
-X: tuple[View, ...] = (ORIGINAL,)
-BOTH: tuple[View, ...] = (ORIGINAL, REPHRASED)
 # fmt: off
 VARIANTS: dict[str, Variant] = {
     #                  policy answers, teacher answers, {view: whose vote on which view labels it}, KL term to, weight

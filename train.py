@@ -55,12 +55,12 @@ from teacher import ema_weight, update
 
 def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
     """One step of the algorithm; returns its metrics and a sample of its rollouts to read."""
-    config, clock, row = run.config, metrics.Clock(), run.variant  # a row of rewards.VARIANTS
-    method, G, T = config.method, config.sampling.rollouts, config.sampling.temperature
+    config, method, optimisation = run.config, run.config.method, run.config.optimisation
+    row, clock, G, T = run.variant, metrics.Clock(), config.sampling.rollouts, config.sampling.temperature
     questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
     golds = [question.pair.gold for question in questions]  # in no prompt: they label `gt`, and measure the others
 
-    # 1. The policy answers every question G times, in the row's views: {(who, view): Q * G rollouts}.
+    # 1. The policy answers every question G times, in the row's views: {(who, view): Q * G rollouts}, on all ranks.
     said = ask(run.sampler, run.policy, "policy", row.policy_views, questions, step, config)
     clock.lap("rollout", sync=run.sampler.sync_seconds)
 
@@ -81,38 +81,31 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     # 4. Rewards [views x Q][G] compare answers with labels; advantages [N] compare rewards within a group.    Eq. 3
     of_views = [said["policy", view] for view in row.policy_views]
     rollouts = [rollout for each in of_views for rollout in each]
-    if row.reward_reads_logits:
-        groups = read_logits(run, groups, rollouts)
+    groups = read_logits(run, groups, rollouts) if row.reward_reads_logits else groups
     rewards = ranks.on_first(lambda: row.reward(groups))
     advantages = group_advantages(torch.tensor(rewards).flatten(), G).to(run.device)  # (r - mean) / (std + 1e-6)
     clock.lap("reward")
 
-    # 5. One optimizer step on -min(c A, clip(c) A) + beta k3(policy, anchor), c = policy / old policy.      Eqs. 4-6
-    anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
-    batches = micro_batches(
-        rollouts,
-        config.optimisation.tokens_per_micro_batch,
-        run.device,
-        rows=None if anchor else rows_that_teach(advantages),
+    # 5. One optimizer step on the mean over each view's tokens of -min(c A, clip(c) A) + beta k3(policy, anchor). The
+    # ratio c is 1 on the first step on a batch, and there is one; the teacher anchors as it has answered.    Eqs. 4-6
+    anchor = (
+        {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
+    )  # teacher as it answered
+    share = micro_batches(  # this rank's
+        rollouts, optimisation.tokens_per_micro_batch, run.device, None if anchor else not_zero(advantages)
     )
-    anchors = score(anchor, batches, T) if anchor else None
+    anchors = score(anchor, share, T) if anchor else None
     clock.lap("reference")
+    counts = denominators(method.loss_agg, of_views, config.sampling.max_response_tokens).to(run.device)
+    rate = learning_rate(step, run.total_steps, optimisation)
     measured = optimizer_step(
-        run.policy,
-        run.optimizer,
-        batches,
-        advantages,
-        anchors,
-        denominators(method.loss_agg, of_views, config.sampling.max_response_tokens).to(run.device),
-        kl_coef=row.kl_coef,
-        rate=learning_rate(step, run.total_steps, config.optimisation),
-        config=config,
+        run.policy, run.optimizer, share, advantages, anchors, counts, kl_coef=row.kl_coef, rate=rate, config=config
     )
     clock.lap("update")
 
     measured |= ranks.on_first(lambda: metrics.step_metrics(row, voted, groups, golds, rewards))
-    clock.lap("metrics")
     measured |= {"ema_weight": w} if run.teacher is not None else {}
+    clock.lap("metrics")
     measured["tokens_per_second"] = metrics.sampled_tokens(voted) / sum(clock.seconds.values())
     return measured | clock.seconds, metrics.readable_sample(step, row, questions[0].pair, groups, rewards)
 
@@ -124,9 +117,9 @@ def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[
     return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
 
 
-def rows_that_teach(advantages: torch.Tensor) -> list[int]:
-    """Those of an advantage other than 0; without a KL term the others have no gradient. One stays in any case: AdamW
-    must see a gradient of 0, not none."""
+def not_zero(advantages: torch.Tensor) -> list[int]:
+    """Which rollouts have a gradient where there is no KL term. One stays in any case: AdamW must see a gradient of 0,
+    not none."""
     return advantages.nonzero().flatten().tolist() or [0]
 
 
@@ -165,7 +158,7 @@ class Watch:
         if not self.at_work_on or (asked_before and "TORCHELASTIC_RUN_ID" not in os.environ):
             raise KeyboardInterrupt
         if ranks.is_first() and not asked_before:
-            print(f"\nfinishing {self.at_work_on}, then saving; again: stops at once", file=sys.stderr)
+            print(f"\nfinishing {self.at_work_on}, then saving; a second Ctrl-C stops at once", file=sys.stderr)
 
 
 def train(config: Config) -> Path:
