@@ -5,6 +5,7 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from inspect import signature
 from typing import Protocol
 
 import torch
@@ -68,6 +69,7 @@ class Decoding:
 
     def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
         self.lm, self.cache = lm, DynamicCache(config=lm.config)
+        self.cache_name = "cache" if "cache" in signature(lm.forward).parameters else "past_key_values"  # from 5.20 on
         # Padding on the left, so that all rows grow at the same end.
         lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
         padded = [torch.tensor(prompt) for prompt in prompts]
@@ -90,9 +92,9 @@ class Decoding:
             input_ids,
             attention_mask=self.mask,
             position_ids=position_ids,
-            past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=1,
+            **{self.cache_name: self.cache},
         ).logits
         return logits[:, -1]
 

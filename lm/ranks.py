@@ -40,8 +40,8 @@ def start() -> torch.device:
         store = distributed.HashStore() if alone else None  # type: ignore[attr-defined]
         size, rank = (1, 0) if alone else (-1, -1)
         distributed.init_process_group(backend, timeout=TIMEOUT, store=store, world_size=size, rank=rank)
-    if launched and is_first() and not gives_time_to_save():
-        print("note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run can finish its step and save")
+        if launched and is_first() and not gives_time_to_save():
+            print("note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run finishes its step and saves")
     if not is_first() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device
