@@ -123,11 +123,17 @@ def sampled_tokens(voted: Mapping[tuple[Voter, View], Sequence[Group]]) -> int:
 
 
 def readable_sample(
-    step: int, variant: Variant, question: Pair, groups: Sequence[Group], rewards: Sequence[Sequence[float]]
+    step: int,
+    variant: Variant,
+    question: Pair,
+    voted: Mapping[tuple[Voter, View], Sequence[Group]],
+    groups: Sequence[Group],
+    rewards: Sequence[Sequence[float]],
 ) -> list[dict[str, Any]]:
-    """One question of the step in each of the policy's views: for rollouts.jsonl."""
+    """The step's first question in each of the policy's views: for rollouts.jsonl, which tools/look.py shows."""
     sample = []
     rewards_of = by_view(variant, rewards)
+    votes = {f"{who} on {view}": said[0].boxed for (who, view), said in voted.items()}
     for view, (group, *_) in by_view(variant, groups).items():
         voter, voted_view = variant.label_of.get(view, (None, None))
         sample.append(
@@ -139,9 +145,11 @@ def readable_sample(
                 "gold": question.gold,
                 "label": group.label,
                 "label_from": f"{voter} on {voted_view}" if voter else None,
+                "label_share": group.label_share,
+                "votes": votes,
                 "answers": group.boxed,
                 "rewards": rewards_of[view][0],
-                "text": group.texts[0],
+                "texts": group.texts,
             }
         )
     return sample

@@ -107,7 +107,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
     measured |= {"ema_weight": w} if run.teacher is not None else {}
     clock.lap("metrics")
     measured["tokens_per_second"] = metrics.sampled_tokens(voted) / sum(clock.seconds.values())
-    return measured | clock.seconds, metrics.readable_sample(step, row, questions[0].pair, groups, rewards)
+    return measured | clock.seconds, metrics.readable_sample(step, row, questions[0].pair, voted, groups, rewards)
 
 
 def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[Group]:

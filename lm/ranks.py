@@ -41,7 +41,9 @@ def start() -> torch.device:
         size, rank = (1, 0) if alone else (-1, -1)
         distributed.init_process_group(backend, timeout=TIMEOUT, store=store, world_size=size, rank=rank)
         if launched and is_first() and not gives_time_to_save():
-            print("note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run finishes its step and saves")
+            print(
+                "note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run finishes its step and saves"
+            )
     if not is_first() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device

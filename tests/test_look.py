@@ -1,0 +1,52 @@
+"""tools/look.py and tools/ask.py: each test is named after the bug it prevents."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from config import UserError
+from tools import ask, look
+from tools.look import side_by_side, width_of
+
+
+def test_texts_beside_each_other_run_into_each_other_or_out_of_the_terminal():
+    texts = [
+        r"so \frac{1}{2} + " + r"\sqrt{x^2}" * 40,
+        "两个数的和是十二。" * 20,
+        "a short one",
+        "",
+        "ligne après ligne\n\nfin",
+    ]
+    for width in (40, 80, 120, 200):
+        shown = side_by_side(texts, width)
+        assert max(width_of(line) for line in shown.splitlines()) <= width
+        squeezed = "".join(shown.split()).replace("|", "")
+        assert sum(squeezed.count(letter) for letter in "两") == 20 and "ashortone" in squeezed
+    assert " | " in side_by_side(texts, 200) and " | " not in side_by_side(texts, 80)
+
+
+ROW = {
+    "step": 3, "id": "q", "view": "x", "question": "What is it?", "gold": None, "label": "4",
+    "label_from": "teacher on x'", "label_share": 0.75, "answers": ["4", None], "rewards": [1.0, 0.0],
+    "votes": {"policy on x": ["4", None], "teacher on x'": ["4", "4"]}, "texts": ["\\boxed{4}", "no\u2028box"],
+}  # fmt: skip
+
+
+def test_a_step_is_shown_without_its_votes_or_another_step_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    rows = [ROW | {"step": 2, "question": "Another?"}, ROW]
+    (tmp_path / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    look.look(tmp_path)
+    shown = capsys.readouterr().out
+    assert "step 3" in shown and "Another?" not in shown
+    assert "the vote of the teacher on x' (75%)" in shown and "4 x1   (none) x1" in shown
+    assert "1. reward 1, answer 4" in shown and "2. reward 0, answer None" in shown
+    with pytest.raises(UserError, match="has steps 2 to 3, and no 7"):
+        look.look(tmp_path, step=7)
+    with pytest.raises(UserError, match="is no run's folder"):
+        look.look(tmp_path / "nowhere")
+
+
+def test_a_model_that_is_asked_answers_as_in_training(capsys: pytest.CaptureFixture[str]):
+    ask.ask("embedded", "Ann has 3 pens and buys 2 bags of 4 pens. How many pens now?", k=8, max_response_tokens=32)
+    assert "vote: 11 (" in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""Ask a model: k samples of its answer and their vote, asked as in training.
+
+python -m tools.ask runs/II-embedded-seed0 "Ann has 3 pens and buys 2 bags of 4 pens. How many pens now?"
+python -m tools.ask Qwen/Qwen3-1.7B-Base "What is 7 * 8?" --k 4
+"""
+
+import shutil
+
+import tyro
+from tyro.conf import Positional
+
+from config import told_in_a_sentence
+from lm.engine import frozen_sampler
+from lm.model import newest_policy
+from lm.prompts import prompt_ids
+from rewards import read_groups
+from rollout import decode, request_seed
+from tools.look import side_by_side
+
+
+def ask(
+    model: Positional[str],
+    question: Positional[str],
+    k: int = 8,
+    temperature: float = 1.0,
+    max_response_tokens: int = 256,
+    chat_template: str | None = None,
+    seed: int = 0,
+) -> None:
+    """Of a run, a folder or a hub name."""
+    opened = frozen_sampler(
+        newest_policy(model),
+        "auto",
+        chat_template,
+        lambda tokenizer, template: len(prompt_ids(tokenizer, question, template)),
+        max_response_tokens,
+        rows=k,
+    )
+    with opened as (sample, tokenizer, template):
+        prompt, seeds = prompt_ids(tokenizer, question, template), [request_seed(seed, "ask")]
+        rollouts = sample([prompt], seeds, n=k, temperature=temperature, max_tokens=max_response_tokens)
+        (group,) = read_groups(decode(rollouts, tokenizer), k, "math")
+    said = zip(group.texts, group.boxed, group.finished, strict=True)
+    texts = [f"{i}. {answer}{'' if end else ' (cut)'}\n{text}" for i, (text, answer, end) in enumerate(said, 1)]
+    print(side_by_side(texts, shutil.get_terminal_size((120, 24)).columns))
+    print(f"\nvote: {group.vote.label} ({group.vote.share:.0%} of {group.vote.answered} answers)")
+
+
+if __name__ == "__main__":
+    with told_in_a_sentence():
+        tyro.cli(ask, description=__doc__)
