@@ -231,8 +231,8 @@ LIMITS: dict[str, tuple[float, float, str]] = {
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Settings from the command line; an unknown or mistyped flag ends the program with a hint. Where --resume or
-    --config names a run, its settings are the defaults.
+    """Settings from the command line; an unknown or mistyped flag ends the program with a hint. Defaults are those of
+    the embedded task or of real models, or where --resume or --config names a run, its settings.
 
     Raises:
         UserError: settings that can only fail, or mislead, later.
@@ -241,27 +241,22 @@ def parse(arguments: list[str] | None = None) -> Config:
     early.add_argument("--config", type=Path)
     known, given = early.parse_known_args(arguments)
     early.add_argument("--resume", type=Path)
-    resumed = early.parse_known_args(given)[0].resume
-
-    def read(default: Config) -> Config:
-        return tyro.cli(
-            Config,
-            args=given,
-            default=default,
-            description="Co-rewarding: reinforcement learning for reasoning, without labels. --config FILE takes the "
-            "settings of another run's config.json where no flag is given; defaults shown are those of MODEL.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-
+    early.add_argument("--model")
+    defaults_of, _ = early.parse_known_args(given)
     if known.config:
         default = settings_in(known.config)
         default = replace(default, run=replace(default.run, out=None, resume=None))
-    elif resumed and str(resumed) != "auto":
-        default = settings_in(resumed / ("trainer.json" if (resumed / "trainer.json").is_file() else "config.json"))
+    elif (resume := defaults_of.resume) and str(resume) != "auto":
+        default = settings_in(resume / ("trainer.json" if (resume / "trainer.json").is_file() else "config.json"))
         default = replace(default, run=replace(default.run, out=None))
     else:
-        default = EMBEDDED if read(EMBEDDED).model.name in (None, *EMBEDDED_MODELS) else Config()
-    return validated(read(default), default)
+        default = EMBEDDED if defaults_of.model in (None, *EMBEDDED_MODELS) else Config()
+    about = (
+        "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
+    )
+    about += "with --model NAME those of real models, with --config FILE those of another run's config.json."
+    how = (tyro.conf.FlagCreatePairsOff,)
+    return validated(tyro.cli(Config, args=given, default=default, description=about, config=how), default)
 
 
 def settings_in(file: Path) -> Config:
