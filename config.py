@@ -48,138 +48,98 @@ def told_in_a_sentence(when_stopped: str = "stopped") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Method:
+    # who labels what: I, II, III, gt, majority, self-certainty, entropy (the rows of rewards.VARIANTS)
     variant: str = "II"
-    """who labels what: I, II, III, gt, majority, self-certainty, entropy (the rows of rewards.VARIANTS)"""
+    # move a baseline to these wordings, each labelled by itself
     views: Literal["original", "rephrased", "both"] | None = None
-    """move a baseline to these wordings, each labelled by itself"""
-    kl_coef: float | None = None
-    """weight of the KL term (None: the variant's)"""
-    kl_ref: Literal["init", "ema"] | None = None
-    """its reference: initial policy or EMA teacher (None: the variant's)"""
+    kl_coef: float | None = None  # weight of the KL term (None: the variant's)
+    kl_ref: Literal["init", "ema"] | None = None  # its reference: initial policy or EMA teacher (None: the variant's)
+    # a token's KL is at most this, and has no gradient beyond; 0: no bound (the equation), 10: the authors' code
     kl_cap: float = 0.0
-    """a token's KL is at most this, and has no gradient beyond; 0: no bound (the equation), 10: the authors' code"""
-    ema_start: float = 0.99
-    """weight that the teacher keeps of itself at the first step"""
-    ema_end: float = 0.9999
-    """the same at the last step; 1 and 1 freeze the teacher"""
-    ema_schedule: Literal["cosine", "constant"] = "cosine"
-    """from one to the other; constant: always ema-start"""
+    ema_start: float = 0.99  # weight that the teacher keeps of itself at the first step
+    ema_end: float = 0.9999  # the same at the last step; 1 and 1 freeze the teacher
+    ema_schedule: Literal["cosine", "constant"] = "cosine"  # from one to the other; constant: always ema-start
+    # equality in votes and pseudo-label rewards: of strings, or mathematical
     answer_match: Literal["exact", "math"] = "exact"
-    """equality in votes and pseudo-label rewards: of strings, or mathematical"""
-    clip: float = 0.2
-    """bound of the probability ratio around 1"""
+    clip: float = 0.2  # bound of the probability ratio around 1
+    # what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length
     loss_agg: Literal["token", "sequence", "dr-grpo"] = "token"
-    """what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length"""
-    tis_cap: float = 2.0
-    """cap of the importance weight between sampler and trainer; 0: no weight"""
+    tis_cap: float = 2.0  # cap of the importance weight between sampler and trainer; 0: no weight
 
 
 @dataclass(frozen=True)
 class Data:
+    # file or folder of questions, or a published set: math, dapo, open-rs, amc
     source: Annotated[str | None, arg(name="data")] = None
-    """file or folder of questions, or a published set: math, dapo, open-rs, amc"""
-    question_column: str = "question"
-    """in a file of one's own"""
-    rephrased_column: str = "rephrased"
-    """another wording with the same answer: for variants I and III"""
-    answer_column: str = "answer"
-    """gold answers: for metrics, and for the reward of variant gt alone"""
-    keep_bad_rewrites: bool = False
-    """keep placeholder and unchanged rephrasings, as the authors did"""
-    questions_per_step: int = 128
-    """questions (variants I and III: pairs of wordings) of a step"""
-    max_prompt_tokens: int = 512
-    """a question longer than this in a needed wording is dropped"""
+    question_column: str = "question"  # in a file of one's own
+    rephrased_column: str = "rephrased"  # another wording with the same answer: for variants I and III
+    answer_column: str = "answer"  # gold answers: for metrics, and for the reward of variant gt alone
+    keep_bad_rewrites: bool = False  # keep placeholder and unchanged rephrasings, as the authors did
+    questions_per_step: int = 128  # questions (variants I and III: pairs of wordings) of a step
+    max_prompt_tokens: int = 512  # a question longer than this in a needed wording is dropped
+    # benchmarks whose questions, or near copies of them, are dropped from the training data
     decontaminate: tuple[str, ...] = ()
-    """benchmarks whose questions, or near copies of them, are dropped from the training data"""
+    # benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data
     eval_data: str | None = None
-    """benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data"""
-    eval_question_column: str = "question"
-    """in a file of one's own"""
-    eval_answer_column: str = "answer"
-    """likewise"""
-    data_dir: str = "data"
-    """folder to search for the files of named benchmarks, before the Hugging Face hub"""
-    eval_every: int = 10
-    """steps between evaluations; 0: only before and after"""
-    eval_samples: int = 1
-    """sampled answers a question in an evaluation, besides the greedy one"""
+    eval_question_column: str = "question"  # in a file of one's own
+    eval_answer_column: str = "answer"  # likewise
+    data_dir: str = "data"  # folder to search for the files of named benchmarks, before the Hugging Face hub
+    eval_every: int = 10  # steps between evaluations; 0: only before and after
+    eval_samples: int = 1  # sampled answers a question in an evaluation, besides the greedy one
 
 
 @dataclass(frozen=True)
 class Model:
+    # hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or a run; None: embedded, a toy of its own task
     name: Annotated[str | None, arg(name="model")] = None
-    """hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or a run; None: embedded, a toy of its own task"""
-    chat_template: str | None = None
-    """Jinja file, for a tokenizer without a chat template"""
-    template_options: str = "{}"
-    """JSON that the chat template gets, such as {"enable_thinking": false}"""
+    chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
+    template_options: str = "{}"  # JSON that the chat template gets, such as {"enable_thinking": false}
 
 
 @dataclass(frozen=True)
 class Sampling:
+    # hf: the trainer's own model; auto: vllm if it is installed and there is a GPU, else hf
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: the trainer's own model; auto: vllm if it is installed and there is a GPU, else hf"""
+    # share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most
     engine_memory: float = 0.5
-    """share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most"""
-    rollouts: int = 8
-    """G: sampled answers to each wording of a question"""
-    max_response_tokens: int = 3072
-    """longer answers are cut"""
-    temperature: float = 1.0
-    """of policy and teacher rollouts"""
+    rollouts: int = 8  # G: sampled answers to each wording of a question
+    max_response_tokens: int = 3072  # longer answers are cut
+    temperature: float = 1.0  # of policy and teacher rollouts
 
 
 @dataclass(frozen=True)
 class Optimisation:
-    steps: int | None = None
-    """K, the number of optimizer steps"""
-    epochs: int | None = None
-    """passes over the questions, instead of a number of steps (neither given: 3)"""
-    lr: float = 3e-6
-    """peak learning rate of AdamW"""
-    lr_schedule: Literal["cosine", "constant"] = "cosine"
-    """after the warm-up"""
-    warmup: float = 0.1
-    """share of the steps in which the learning rate rises"""
-    weight_decay: float = 0.01
-    """of AdamW"""
-    beta2: float = 0.999
-    """of AdamW"""
-    max_grad_norm: float = 1.0
-    """a longer gradient is scaled down to this"""
-    tokens_per_micro_batch: int = 16384
-    """tokens of one forward and backward pass: costs memory, changes no result"""
+    steps: int | None = None  # K, the number of optimizer steps
+    epochs: int | None = None  # passes over the questions, instead of a number of steps (neither given: 3)
+    lr: float = 3e-6  # peak learning rate of AdamW
+    lr_schedule: Literal["cosine", "constant"] = "cosine"  # after the warm-up
+    warmup: float = 0.1  # share of the steps in which the learning rate rises
+    weight_decay: float = 0.01  # of AdamW
+    beta2: float = 0.999  # of AdamW
+    max_grad_norm: float = 1.0  # a longer gradient is scaled down to this
+    tokens_per_micro_batch: int = 16384  # tokens of one forward and backward pass: costs memory, changes no result
 
 
 @dataclass(frozen=True)
 class Memory:
+    # compute activations again in the backward pass instead of keeping them: a third more arithmetic, and it fits
     activation_checkpointing: Literal["on", "off"] = "on"
-    """compute activations again in the backward pass instead of keeping them: a third more arithmetic, and it fits"""
+    # keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there
     offload_optimizer: bool = False
-    """keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there"""
-    offload_teacher: bool = False
-    """keep the teacher, or the frozen reference, in the CPU's memory"""
+    offload_teacher: bool = False  # keep the teacher, or the frozen reference, in the CPU's memory
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    out: str | None = None
-    """folder to write (None: a new one under runs/)"""
+    out: str | None = None  # folder to write (None: a new one under runs/)
+    # a run or a checkpoint, whose settings hold where no flag is given; auto: the newest of out, or a new run
     resume: str | None = None
-    """a run or a checkpoint, whose settings hold where no flag is given; auto: the newest of out, or a new run"""
-    save_every: int = 20
-    """steps between checkpoints; 0: only at the end"""
-    keep: int = 2
-    """checkpoints to keep, the newest; 0: all"""
-    keep_every: int = 0
-    """steps between checkpoints that are kept besides, such as 50; 0: none"""
-    seed: int = 0
-    """of everything random"""
-    tensorboard: bool = False
-    """also log to TensorBoard, in the run's folder"""
-    wandb: bool = False
-    """also log to Weights & Biases (WANDB_MODE=offline works)"""
+    save_every: int = 20  # steps between checkpoints; 0: only at the end
+    keep: int = 2  # checkpoints to keep, the newest; 0: all
+    keep_every: int = 0  # steps between checkpoints that are kept besides, such as 50; 0: none
+    seed: int = 0  # of everything random
+    tensorboard: bool = False  # also log to TensorBoard, in the run's folder
+    wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
 
 
 @dataclass(frozen=True)

@@ -49,40 +49,25 @@ GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wordin
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    model: str | None = None
-    """hub name, local folder, or a run such as runs/x, which means its newest policy"""
-    benchmarks: tuple[str, ...] = ("math500", "gsm8k", "amc")
-    """names, or files of one's own"""
-    k: int = 8
-    """sampled answers a question, besides the greedy one; 0: that one alone"""
-    temperature: float = 0.8
-    """of the sampled answers"""
-    max_response_tokens: int = 3072
-    """longer answers are cut"""
-    seed: int = 0
-    """of the sampled answers"""
+    model: str | None = None  # hub name, local folder, or a run such as runs/x, which means its newest policy
+    benchmarks: tuple[str, ...] = ("math500", "gsm8k", "amc")  # names, or files of one's own
+    k: int = 8  # sampled answers a question, besides the greedy one; 0: that one alone
+    temperature: float = 0.8  # of the sampled answers
+    max_response_tokens: int = 3072  # longer answers are cut
+    seed: int = 0  # of the sampled answers
+    # hf: transformers; auto: vllm if it is installed and there is a GPU, else hf
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: transformers; auto: vllm if it is installed and there is a GPU, else hf"""
-    chat_template: str | None = None
-    """Jinja file, for a tokenizer without a chat template"""
-    questions_per_batch: int = 64
-    """answered together, and lost together if the evaluation is killed"""
-    limit: int | None = None
-    """only the first so many questions of each benchmark"""
-    question_column: str = "question"
-    """in a file of one's own"""
-    answer_column: str = "answer"
-    """likewise"""
-    out: str | None = None
-    """folder to write (None: one under runs/evaluations, named after the model)"""
+    chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
+    questions_per_batch: int = 64  # answered together, and lost together if the evaluation is killed
+    limit: int | None = None  # only the first so many questions of each benchmark
+    question_column: str = "question"  # in a file of one's own
+    answer_column: str = "answer"  # likewise
+    out: str | None = None  # folder to write (None: one under runs/evaluations, named after the model)
+    # instead of an evaluation: the folders of two, or their result.json, before and after
     compare: tuple[str, str] | None = None
-    """instead of an evaluation: the folders of two, or their result.json, before and after"""
 
 
 Job = tuple[Benchmark, Sequence[tuple[int, Pair]]]  # questions of a benchmark, with their places
-
-
-# ---------------------------------------------------------------- asking
 
 
 def ask_questions(
@@ -113,9 +98,6 @@ def ask_questions(
             said = {"answer": read[j], "correct": correct[j], "tokens": tokens, "truncated": not finished, "text": text}
             answered[j // n].append(of | said)
     return [each for group in answered for each in group]
-
-
-# ---------------------------------------------------------------- numbers
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
@@ -185,9 +167,6 @@ def accuracies(
         logged[name] = fmean(each)
         logged |= {f"{name}/{group}": fmean(part) for group, part in by_group(benchmark, each).items()}
     return logged
-
-
-# ---------------------------------------------------------------- a whole evaluation
 
 
 def evaluate_model(settings: EvaluationSettings) -> Path | None:

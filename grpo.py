@@ -121,9 +121,6 @@ def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
     return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-# ---------------------------------------------------------------- one step
-
-
 def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """AdamW on the float32 master weights; the learning rate is set at every step."""
     return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)

@@ -171,9 +171,6 @@ def chosen_variant(config: Config) -> Variant:
     return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
 
 
-# ---------------------------------------------------------------- the run's folder
-
-
 @contextmanager
 def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
     """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
@@ -248,9 +245,6 @@ def branch_off(run: Path, folder: Path) -> None:
     for name in ("metrics.jsonl", "rollouts.jsonl"):
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
-
-
-# ---------------------------------------------------------------- what it takes
 
 
 def total_steps(config: Config, questions: int) -> int:

@@ -140,8 +140,6 @@ def evaluate(run: Run) -> dict[str, float]:
     return accuracy | clock.seconds
 
 
-# ---------------------------------------------------------------- the loop
-
 SKIPPED_AT_MOST = 9  # steps in a row without a finite gradient
 
 

@@ -81,8 +81,6 @@ def serve() -> None:
         replies.write(reply)
 
 
-# ------------------------------------------------------------ the parent
-
 _mine = threading.local()  # the child of each thread of the pool
 _replies: Counter[bytes] = Counter()
 _lock = threading.Lock()

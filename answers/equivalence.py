@@ -40,7 +40,6 @@ def extract_boxed(text: str) -> str | None:
     return content if content.strip() else None
 
 
-# ------------------------------------------------------------ normalisation
 # What Math-Verify misreads or reads slowly. Each rule is about how mathematics is written anywhere.
 
 SYMBOLS = r"−:- –:- ×:\times ·:\cdot π:\pi √:\sqrt ∞:\infty ∈:\in ∪:\cup ∩:\cap ≤:\le ≥:\ge ²:^2 ³:^3 °:^\circ"
@@ -96,8 +95,6 @@ def normalise(answer: str) -> str:
     return " ".join(answer.split())
 
 
-# ------------------------------------------------------------ verdicts without computer algebra
-
 DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2})?"
 NUMBER = re.compile(rf"[+-]?\s*(?:{DECIMAL}|\d+\s*/\s*\d+|\\frac\{{\d+\}}\{{\d+\}})", re.ASCII)
 BLANKS = r"(?<!\d) | (?!\d)"  # but not the one of `3 20`
@@ -129,9 +126,6 @@ def decide_here(first: str, second: str) -> bool | None:
     if WORDS.fullmatch(first) and WORDS.fullmatch(second):  # Math-Verify multiplies letters: listen = silent
         return first.casefold() == second.casefold()
     return None
-
-
-# ------------------------------------------------------------ what the rest of the project calls
 
 
 def compare(gold: str | None, answer: str | None) -> bool | Future[bytes]:

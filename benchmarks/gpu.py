@@ -68,22 +68,16 @@ Figures = dict[str, Any]
 
 @dataclass(frozen=True)
 class Settings:
-    parts: tuple[str, ...] = ("sanity", "learning", "training", "head", "resume")
-    """what to measure"""
-    models: tuple[str, ...] = ("0.6B", "1.7B")
-    """shapes; the first alone for all but `training`"""
+    parts: tuple[str, ...] = ("sanity", "learning", "training", "head", "resume")  # what to measure
+    models: tuple[str, ...] = ("0.6B", "1.7B")  # shapes; the first alone for all but `training`
+    # mean length of responses (those of `training` are spread over a quarter to seven quarters of it)
     response_tokens: int = 1000
-    """mean length of responses (those of `training` are spread over a quarter to seven quarters of it)"""
-    tokens: int = 65_536
-    """of a step of `training`"""
+    tokens: int = 65_536  # of a step of `training`
     tokens_per_micro_batch: int = 16_384
-    steps: int = 60
-    """of `learning`"""
+    steps: int = 60  # of `learning`
     repeats: int = 3
-    peak_tflops: float | None = None
-    """of the device in bfloat16 (None: known for some)"""
-    seconds: int = 300
-    """after which a part is ended"""
+    peak_tflops: float | None = None  # of the device in bfloat16 (None: known for some)
+    seconds: int = 300  # after which a part is ended
     out: Path = Path("gpu.json")
 
 

@@ -43,32 +43,21 @@ MEMORY_HEAD = ("resident memory, GB", "ours", "TRL", "ours / TRL")
 
 @dataclass(frozen=True)
 class Settings:
-    model: str = "embedded"
-    """the embedded model, or a folder in Hugging Face format"""
-    questions: int = 16
-    """of a step"""
-    rollouts: int = 8
-    """G, answers to each question"""
-    response_tokens: int = 32
-    """of the longest response"""
-    shortest: float = 0.25
-    """the shortest response, as a share of the longest; 1: all of one length, nothing to pad"""
-    steps: int = 10
-    """measured, after the warm-up"""
-    warmup: int = 2
-    """steps"""
-    threads: int = 1
-    """of PyTorch, on each side"""
-    tokens_per_micro_batch: int | None = None
-    """ours (None: train.py's default)"""
-    trl_micro_batch: int = 8
-    """sequences of one forward-backward pass of TRL (8: its default)"""
+    model: str = "embedded"  # the embedded model, or a folder in Hugging Face format
+    questions: int = 16  # of a step
+    rollouts: int = 8  # G, answers to each question
+    response_tokens: int = 32  # of the longest response
+    shortest: float = 0.25  # the shortest response, as a share of the longest; 1: all of one length, nothing to pad
+    steps: int = 10  # measured, after the warm-up
+    warmup: int = 2  # steps
+    threads: int = 1  # of PyTorch, on each side
+    tokens_per_micro_batch: int | None = None  # ours (None: train.py's default)
+    trl_micro_batch: int = 8  # sequences of one forward-backward pass of TRL (8: its default)
+    # gradient checkpointing in TRL, its default: less memory, a forward pass more; ours does without
     trl_checkpointing: bool = False
-    """gradient checkpointing in TRL, its default: less memory, a forward pass more; ours does without"""
+    # cpu: the work of one thread, which busy neighbours stretch less than the time on the wall
     clock: Literal["wall", "cpu"] = "wall"
-    """cpu: the work of one thread, which busy neighbours stretch less than the time on the wall"""
-    alone: bool = False
-    """leave TRL out"""
+    alone: bool = False  # leave TRL out
 
     def lengths(self) -> list[int]:
         """Of the responses of a step, [N]: the same at every step, in an order that no question can profit from."""

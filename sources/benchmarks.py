@@ -57,9 +57,6 @@ def python_literal(answer: str) -> str:
         return answer.strip()
 
 
-# ---------------------------------------------------------------- where they are
-
-
 @dataclass(frozen=True)
 class Source:
     local: Files  # below the folder of data; the first match counts

@@ -60,9 +60,6 @@ class Training:
         return {"policy": self.policy} | ({"teacher": self.teacher} if self.teacher is not None else {})
 
 
-# ---------------------------------------------------------------- writing
-
-
 def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every: int = 0) -> Path:
     """Write folder/step-N for the state after N optimizer steps, point folder/latest to it, remove older ones: all but
     the last `keep` (0: none) and every `keep_every`-th step. All processes must call this.
@@ -188,9 +185,6 @@ def step_of(path: Path) -> int:
 def newest_first(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
     return sorted(found, key=step_of, reverse=True)
-
-
-# ---------------------------------------------------------------- reading
 
 
 def find_checkpoint(resume: str, out: str | None) -> Path | None:

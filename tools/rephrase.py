@@ -61,41 +61,24 @@ The question:
 
 @dataclass(frozen=True)
 class RephrasingSettings:
-    data: str
-    """questions: a file or folder, or a published set, as in train.py"""
-    model: str
-    """the rewriter: hub name, local folder, or a run, which means its newest policy"""
-    out: Path
-    """JSONL to write: id, question, rephrased (or null), answer, faults"""
-    verify: str | None = None
-    """keep only pairs on which the majority answers of this model agree"""
-    verify_samples: int = 8
-    """answers to each wording that vote"""
-    verify_tokens: int = 3072
-    """longer answers are cut"""
-    attempts: int = 3
-    """at a question; the first asks for one rewrite, each further one for twice as many"""
-    temperature: float = 0.7
-    """of the rewriter; answers to verify are sampled as in training, at 1"""
-    top_p: float = 0.8
-    """of the rewriter"""
+    data: str  # questions: a file or folder, or a published set, as in train.py
+    model: str  # the rewriter: hub name, local folder, or a run, which means its newest policy
+    out: Path  # JSONL to write: id, question, rephrased (or null), answer, faults
+    verify: str | None = None  # keep only pairs on which the majority answers of this model agree
+    verify_samples: int = 8  # answers to each wording that vote
+    verify_tokens: int = 3072  # longer answers are cut
+    attempts: int = 3  # at a question; the first asks for one rewrite, each further one for twice as many
+    temperature: float = 0.7  # of the rewriter; answers to verify are sampled as in training, at 1
+    top_p: float = 0.8  # of the rewriter
+    # a longer reply is cut, and turned down; a question of more than half as many is not asked
     max_response_tokens: int = 2048
-    """a longer reply is cut, and turned down; a question of more than half as many is not asked"""
-    batch_size: int = 64
-    """questions that are sampled together and saved together"""
-    seed: int = 0
-    """of everything random"""
+    batch_size: int = 64  # questions that are sampled together and saved together
+    seed: int = 0  # of everything random
+    # hf: transformers; auto: vLLM if it is installed and there is a GPU
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    """hf: transformers; auto: vLLM if it is installed and there is a GPU"""
-    chat_template: str | None = None
-    """Jinja file, for a tokenizer without a chat template"""
-    question_column: str = "question"
-    """in a file of one's own"""
-    answer_column: str = "answer"
-    """gold answers: only to notice a rewrite that gives them away"""
-
-
-# ---------------------------------------------------------------- a model that replies
+    chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
+    question_column: str = "question"  # in a file of one's own
+    answer_column: str = "answer"  # gold answers: only to notice a rewrite that gives them away
 
 
 def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
@@ -118,9 +101,6 @@ def replies(model: FrozenModel, prompts: Mapping[Any, list[int]], **how: Any) ->
     sample, tokenizer, _ = model
     seeds = [request_seed(*key) for key in prompts]
     return decode(sample(list(prompts.values()), seeds, **how), tokenizer) if prompts else []
-
-
-# ---------------------------------------------------------------- questions -> rewrites
 
 
 def read_reply(reply: Response) -> tuple[str, str | None]:
@@ -180,9 +160,6 @@ def first_good(row: Row, candidates: Sequence[Response]) -> str | None:
     return None
 
 
-# ---------------------------------------------------------------- verification
-
-
 def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenModel) -> list[Row]:
     """Its rows, without the rephrasings to which the model's majority gives another answer, or none."""
     _, tokenizer, template = model
@@ -199,9 +176,6 @@ def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenMode
             row["rephrased"] = None
             row["faults"]["not answered" if None in both else "other answer"] = 1
     return rows
-
-
-# ---------------------------------------------------------------- the command
 
 
 def rephrase(settings: RephrasingSettings) -> bool:
