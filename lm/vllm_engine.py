@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from config import UserError
 from lm import ranks
 from lm.decoding import Sample
-from lm.model import plain_attention, skeleton, whole
+from lm.model import plain_attention, whole
 from lm.packing import Rollout
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
@@ -60,7 +60,6 @@ class VLLMSampler:
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
         self.sync_seconds: float | None = None
         self._held = self._checked = False
-        self._needed = {name: tuple(tensor.shape) for name, tensor in skeleton(lm.config).state_dict().items()}
         settings: dict[str, Any] = {
             "dtype": str(compute_dtype).removeprefix("torch."),
             "max_model_len": max_sequence_tokens,
@@ -124,15 +123,14 @@ class VLLMSampler:
             self.llm.sleep(level=2)  # drops the weights too: the next `holding` loads them anyway
 
     def _load(self, lm: PreTrainedModel) -> None:
-        """All of the model's tensors, under their Hugging Face names: vLLM fuses and shards them itself, but fills a
-        fused block from a part of it without complaint."""
-        weights = complete_weights(lm, self._needed)
+        """All of the model's tensors under their Hugging Face names, a tied one under each of its names: vLLM fuses and
+        shards them itself, but fills a fused block from a part of it without complaint."""
         checked, self._checked = self._checked, False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
             nonlocal name
-            for name, tensor in weights.items():
+            for name, tensor in lm.state_dict().items():
                 tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
                 yield name, ranks.full(tensor)  # one at a time: whole, the model would not fit
 
@@ -269,18 +267,6 @@ def undisturbed_host(on_gpu: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-def complete_weights(lm: PreTrainedModel, needed: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Every tensor of the architecture (`needed`: name -> shape) under its Hugging Face name, a tied one under each of
-    its names."""
-    weights = {name.replace("_orig_mod.", "").removeprefix("module."): t for name, t in lm.state_dict().items()}
-    given = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    for name in needed | given:
-        if given.get(name) != needed.get(name):
-            there, wanted = (shapes.get(name, "missing") for shapes in (given, needed))
-            raise UserError(f"weight {name}: the model's is {there}, the architecture's {wanted}")
-    return weights
 
 
 @torch.no_grad()

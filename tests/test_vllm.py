@@ -29,7 +29,7 @@ from lm import vllm_engine
 from lm.engine import choose_engine, open_sampler
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM, score
-from lm.vllm_engine import VLLMSampler, complete_weights
+from lm.vllm_engine import VLLMSampler
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
 REAL_MODEL = os.environ.get("CO_REWARDING_TEST_MODEL")
@@ -174,22 +174,11 @@ def test_a_partial_load_passes_in_silence(pair: Pair, weight: str, monkeypatch: 
 def test_weights_that_vllm_refuses_are_not_named(monkeypatch: pytest.MonkeyPatch) -> None:
     pair = paired(untied_model())
     more = pair.lm.state_dict() | {"model.layers.0.self_attn.surprise.weight": torch.zeros(1)}
-    monkeypatch.setattr(vllm_engine, "complete_weights", lambda *_: more)
+    monkeypatch.setattr(pair.lm, "state_dict", lambda: more)
     with pytest.raises(UserError, match="did not take the weight model.layers.0.self_attn.surprise.weight"):
         pair.sample()
     monkeypatch.undo()
     assert pair.gaps(pair.sample()).max() < 1e-4
-
-
-def test_names_of_wrapped_models() -> None:
-    lm = untied_model()
-    needed = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
-    wrapped = torch.nn.Module()
-    wrapped.module = torch.compile(lm)
-    assert any("_orig_mod" in name for name in wrapped.state_dict())
-    assert complete_weights(wrapped, needed).keys() == needed.keys()
-    with pytest.raises(UserError, match=r"weight lm_head.weight: the model's is \(101, 64\), .* \(99, 64\)"):
-        complete_weights(wrapped, needed | {"lm_head.weight": (99, 64)})
 
 
 @needs_vllm
