@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from config import UserError
 from lm import ranks
 from lm.decoding import Sample
-from lm.model import plain_attention, whole
+from lm.model import plain_attention, skeleton, whole
 from lm.packing import Rollout
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
@@ -60,6 +60,7 @@ class VLLMSampler:
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
         self.sync_seconds: float | None = None
         self._held = self._checked = False
+        self._needed = set(skeleton(lm.config).state_dict())
         settings: dict[str, Any] = {
             "dtype": str(compute_dtype).removeprefix("torch."),
             "max_model_len": max_sequence_tokens,
@@ -125,6 +126,8 @@ class VLLMSampler:
     def _load(self, lm: PreTrainedModel) -> None:
         """All of the model's tensors under their Hugging Face names, a tied one under each of its names: vLLM fuses and
         shards them itself, but fills a fused block from a part of it without complaint."""
+        if missing := sorted(self._needed - lm.state_dict().keys()):
+            raise UserError(f"weight {missing[0]}: the model's is missing")
         checked, self._checked = self._checked, False  # what follows a failed load is checked again
         name = ""
 
