@@ -156,7 +156,7 @@ def to_questions(
 def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
     method = config.method
-    if method.variant not in VARIANTS:
+    if str(method.variant) not in VARIANTS:
         raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(VARIANTS)}")
     variant = VARIANTS[method.variant]
     if method.views is not None and not variant.is_baseline:
