@@ -133,11 +133,13 @@ runpy.run_path("train.py", run_name="__main__")
 
 
 def test_a_finished_run_is_a_failed_job_if_a_library_aborts_at_the_exit(tmp_path):
-    """A scheduler would start it again."""
+    """A scheduler would start it again. What was printed last is not lost either."""
     (tmp_path / "aborting.py").write_text(ABORTING)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    command = torchrun(2, tmp_path / "run", script=str(tmp_path / "aborting.py"))
-    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
-    assert ended.returncode == 0, ended.stderr
-    assert "checkpoints/latest/policy" in ended.stdout, "what it printed last is not lost"
-    assert len(metrics_of(tmp_path / "run")) == 2
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    two = torchrun(2, tmp_path / "two", script=str(tmp_path / "aborting.py"))
+    alone = [sys.executable, str(tmp_path / "aborting.py"), *SMALL, *FLAGS, "--out", str(tmp_path / "alone")]
+    for command in (two, alone):
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+        assert "checkpoints/latest/policy" in ended.stdout
+    assert len(metrics_of(tmp_path / "two")) == len(metrics_of(tmp_path / "alone")) == 2

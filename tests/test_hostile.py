@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -80,6 +80,27 @@ def test_a_branch_writes_into_a_folder_that_holds_another_run(tmp_path):
     with pytest.raises(UserError, match=f"--out {other} holds a run: .*name another folder"):
         train.train(parse(["--resume", str(run / "checkpoints" / "step-000001"), "--out", str(other)]))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
+
+
+def test_a_branch_that_was_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path, monkeypatch):
+    """Its log holds the steps before, its folder no checkpoint: `auto` took it for a new run and cut the log."""
+    run = train.train(small(tmp_path / "run", "--steps", "1"))
+    branch = ["--resume", str(run / "checkpoints" / "step-000001"), "--steps", "3", "--out", str(tmp_path / "branch")]
+    again = [*SMALL, "--steps", "3", "--out", str(tmp_path / "branch"), "--resume", "auto"]
+    for killed_in, sentence in (("prepare", "holds no settings"), ("save_checkpoint", "branch without a checkpoint")):
+        with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
+            kill.setattr(train, killed_in, interrupted)
+            train.train(parse(branch))
+        log = (tmp_path / "branch" / "metrics.jsonl").read_text()
+        with pytest.raises(UserError, match=sentence):
+            train.train(parse(again))
+        assert (tmp_path / "branch" / "metrics.jsonl").read_text() == log
+        shutil.rmtree(tmp_path / "branch")
+    assert len(metrics_of(train.train(parse(branch)))) == 3
+
+
+def interrupted(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def test_four_runs_that_start_at_once_share_a_folder(tmp_path):
@@ -324,6 +345,8 @@ def test_a_link_in_a_runs_folder_overwrites_what_it_points_to(tmp_path, name):
     precious, run = tmp_path / "precious", tmp_path / "run"
     precious.write_bytes(b'{"step": -1}\n')
     run.mkdir()
+    (run / "config.json").write_text(json.dumps(asdict(small(run))))
+    (run / name).unlink(missing_ok=True)
     (run / name).symlink_to(precious)
     flags = ["--steps", "1", "--resume", "auto"]
     if name == ".lock":
