@@ -227,7 +227,7 @@ def settings_in(file: Path) -> Config:
         known = {group: type(default)(**groups[group]) for group, default in vars(Config()).items()}
         known["data"] = replace(known["data"], decontaminate=tuple(known["data"].decontaminate))  # JSON has lists
         return Config(**known)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as problem:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise UserError(f"{file} holds no settings of a run of this version ({problem})") from problem
 
 
@@ -236,9 +236,10 @@ def validated(config: Config, default: Config) -> Config:
     data, optimisation = config.data, config.optimisation
     values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
     for name, (lowest, highest, why) in LIMITS.items():
-        if values[name] is not None and not lowest <= values[name] <= highest:
-            range_of = f"must be at least {lowest:g}" if highest >= 10**3 else f"must be {lowest:g} to {highest:g}"
-            raise UserError(f"{flag(name)} {values[name]} {range_of}{': ' if why else ''}{why}")
+        value = values[name]
+        if value is not None and not (isinstance(value, int | float) and lowest <= value <= highest):
+            range_of = f"must be at least {lowest:g}" if highest >= 10**6 else f"must be {lowest:g} to {highest:g}"
+            raise UserError(f"{flag(name)} {value} {range_of}{': ' if why else ''}{why}")
     if optimisation.epochs is not None:
         if optimisation.steps not in (None, default.optimisation.steps):
             raise UserError("--steps and --epochs say the same thing twice: give one of them")

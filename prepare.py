@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from config import EMBEDDED_MODELS, Config, UserError
+from config import EMBEDDED_MODELS, Config, UserError, settings_in
 from data import (
     Benchmark,
     Pair,
@@ -156,7 +156,7 @@ def to_questions(
 def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
     method = config.method
-    if method.variant not in VARIANTS:
+    if str(method.variant) not in VARIANTS:
         raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(VARIANTS)}")
     variant = VARIANTS[method.variant]
     if method.views is not None and not variant.is_baseline:
@@ -215,11 +215,13 @@ def folder_of(config: Config) -> tuple[Path, Path | None]:
 def new_folder(config: Config) -> Path:
     """A folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
-        if config.run.resume != "auto" and (Path(config.run.out) / "metrics.jsonl").exists():
-            raise UserError(
-                f"--out {config.run.out} holds a run: continue it with --resume auto, or name another folder"
-            )
-        return Path(config.run.out)
+        folder = Path(config.run.out)
+        if (folder / "metrics.jsonl").exists():
+            if config.run.resume != "auto":
+                raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
+            if settings_in(folder / "config.json").run.resume not in (None, "auto"):
+                raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
+        return folder
     model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
     parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
     for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):

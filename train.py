@@ -177,6 +177,7 @@ def train(config: Config) -> Path:
             finally:
                 if ranks.is_first():
                     with suppress(OSError, UserError):  # a picture is not worth the reason why the run has ended
+                        (folder / "curves.png").unlink(missing_ok=True)  # a link is not followed
                         curves.draw([folder], folder / "curves.png")
     return folder
 

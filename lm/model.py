@@ -73,13 +73,17 @@ def load_pretrained(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if weights:
-            return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False), tokenizer
-        return skeleton(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype), tokenizer
-    except UserError:
-        raise
+            lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+        else:
+            lm = skeleton(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
+    rows, spoken = lm.config.get_text_config().vocab_size, f"{tokenizer.chat_template} {tokenizer.eos_token}"
+    for token, i in tokenizer.get_vocab().items():  # an added one that nobody says may lie beyond: Gemma 3 has one
+        if i >= rows and (i < tokenizer.vocab_size or token in spoken):
+            raise UserError(f"--model {name}: {token!r} is token {i:,} of a tokenizer, the embedding has {rows:,} rows")
+    return lm, tokenizer
 
 
 def load_policy(name: str, device: torch.device, offload: bool = False) -> tuple[PackedLM, PreTrainedTokenizerBase]:

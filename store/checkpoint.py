@@ -20,7 +20,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from config import UserError, flag
+from config import UserError, flag, settings_in
 from lm import ranks
 from lm.scoring import PackedLM
 from store.files import changes
@@ -211,10 +211,10 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
 def fault_of(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was written."""
     try:
-        written = dict(json.loads((path / "manifest.json").read_text()))
+        written = {**json.loads((path / "manifest.json").read_text())}
         present = manifest_of(path)
         expected = {"trainer.json", *(f"optimizer/{moment}.safetensors" for moment in MOMENTS)}
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return "it holds no checkpoint (no readable manifest.json in it)"
     for file in sorted(expected | written.keys()):
         if file not in present:
@@ -227,15 +227,15 @@ def fault_of(path: Path) -> str | None:
 def read_trainer(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads((path / "trainer.json").read_text())
-        kinds = {"step": int, "optimizer_steps": float, "settings": dict, "questions": str}
+        kinds = {"step": int, "optimizer_steps": float, "questions": str}
         return {name: kind(saved[name]) for name, kind in kinds.items()}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
 
 
 def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
     """Of these settings from those of the checkpoint, as a sentence's end; more steps are none."""
-    before = read_trainer(path)["settings"]
+    before = asdict(settings_in(path / "trainer.json"))
     old, new = (
         {flag(name): value for group in groups.values() for name, value in group.items()}
         for groups in (before, settings)
@@ -252,9 +252,12 @@ def restore(path: Path, training: Training) -> int:
             f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
             "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
         )
-    for name, model in training.models().items():
-        restore_model(path / name, model)
-    restore_optimizer(path / "optimizer", training, saved["optimizer_steps"])
+    try:
+        for name, model in training.models().items():
+            restore_model(path / name, model)
+        restore_optimizer(path / "optimizer", training, saved["optimizer_steps"])
+    except Exception as error:  # as it was written, but by whom: it can hold anything
+        raise UserError(f"--resume {path} does not hold the weights of this run ({error!r})") from error
     return int(saved["step"])
 
 

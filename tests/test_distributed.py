@@ -18,14 +18,23 @@ import train
 from store import checkpoint
 
 FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-micro-batch", "150"]
-
-
 FRUGAL = ["--activation-checkpointing", "on", "--offload-optimizer", "--offload-teacher"]
 
 
-def torchrun(processes: int, out: Path, *flags: str) -> list[str]:
+# On the second rank every comparison times out, and the votes are others.
+DISAGREEING = """
+import os, sys
+import rewards, train
+if os.environ["RANK"] == "1":
+    rewards.equivalent_many = lambda pairs: [False] * len(pairs)
+    rewards.vote_classes = lambda answers, match: [f"{i}" for i, _ in enumerate(answers)]
+train.main()
+"""
+
+
+def torchrun(processes: int, out: Path, *flags: str, script: str = "train.py") -> list[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, "train.py", *SMALL, *FLAGS, "--out", str(out), *flags]
+    return [*command, script, *SMALL, *FLAGS, "--out", str(out), *flags]
 
 
 def run_with(processes: int, out: Path, *flags: str) -> Path:
@@ -101,3 +110,36 @@ def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_pat
     for processes, flags in ((1, []), (4, FRUGAL)):
         resumed = shutil.copytree(two, tmp_path / f"resumed-{processes}", symlinks=True)
         assert_same_run(run_with(processes, resumed, "--resume", "auto", *flags), alone)
+
+
+def test_ranks_that_judge_answers_differently_hang_or_train_on_other_rewards(tmp_path):
+    """Without a KL term, rollouts that teach nothing are skipped: ranks that disagreed on them waited for ever."""
+    flags = ["--answer-match", "math", "--kl-coef", "0"]
+    alone = train.train(small(tmp_path / "alone", *FLAGS, *flags))
+    assert any(metrics["zero_std_groups"] < 1 for metrics in metrics_of(alone)), "nothing is learnt, nothing is shown"
+    (tmp_path / "disagreeing.py").write_text(DISAGREEING)
+    command = torchrun(2, tmp_path / "two", *flags, script=str(tmp_path / "disagreeing.py"))
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=200)
+    assert_same_run(tmp_path / "two", alone)
+
+
+# What a library may do at the interpreter's exit: CUDA, NCCL and vLLM all have.
+ABORTING = """
+import atexit, os, runpy
+atexit.register(os.abort)
+runpy.run_path("train.py", run_name="__main__")
+"""
+
+
+def test_a_finished_run_is_a_failed_job_if_a_library_aborts_at_the_exit(tmp_path):
+    """A scheduler would start it again. What was printed last is not lost either."""
+    (tmp_path / "aborting.py").write_text(ABORTING)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""}
+    two = torchrun(2, tmp_path / "two", script=str(tmp_path / "aborting.py"))
+    alone = [sys.executable, str(tmp_path / "aborting.py"), *SMALL, *FLAGS, "--out", str(tmp_path / "alone")]
+    for command in (two, alone):
+        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+        assert ended.returncode == 0, ended.stderr
+        assert "checkpoints/latest/policy" in ended.stdout
+    assert len(metrics_of(tmp_path / "two")) == len(metrics_of(tmp_path / "alone")) == 2

@@ -72,12 +72,30 @@ def kill_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
+def tiny_training() -> checkpoint.Training:
+    """On a tiny model, after an optimizer step."""
     policy = PackedLM(tiny_lm())
     optimizer = build_optimizer(policy, (0.9, 0.99), 0.0)
     sum(parameter.sum() for parameter in policy.parameters()).backward()
     optimizer.step()
-    training = checkpoint.Training(policy, frozen_copy(policy), byte_tokenizer(), optimizer, {"run": {}}, "questions")
+    return checkpoint.Training(policy, frozen_copy(policy), byte_tokenizer(), optimizer, {"run": {}}, "questions")
+
+
+def test_a_run_that_was_copied_by_what_follows_links_can_save_again(tmp_path):
+    """`latest` is then a real folder, which no link replaces."""
+    training = tiny_training()
+    checkpoint.save(tmp_path / "run", 1, training)
+    run = shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=False)
+    assert not (run / "latest").is_symlink()
+    for step in (2, 3):
+        checkpoint.save(run, step, training, keep=2)
+        assert (run / "latest").is_symlink() and (run / "latest").resolve().name == f"step-{step:06d}"
+        assert checkpoint.restore(run / "latest", training) == step
+    assert sorted(os.listdir(run)) == ["latest", "step-000002", "step-000003"]
+
+
+def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
+    training = tiny_training()
     for step in (1, 2):
         checkpoint.save(tmp_path / "before" / "checkpoints", step, training)
     found = []
