@@ -2,7 +2,7 @@
 
     python train.py                                             # variant II on the embedded task, a laptop, minutes
     python train.py --variant I --model Qwen3-8B-Base --data math
-    torchrun --nproc-per-node 4 train.py --variant I --model Qwen3-8B-Base --data math
+    torchrun --nproc-per-node 4 --shutdown-timeout 900 train.py --variant I --model Qwen3-8B-Base --data math
 
 A view is a wording of a question: x as written, x' rephrased. Every variant is a row of `rewards.VARIANTS`:
 
@@ -88,12 +88,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
 
     # 5. One optimizer step on the mean over each view's tokens of -min(c A, clip(c) A) + beta k3(policy, anchor). The
     # ratio c is 1 on the first step on a batch, and there is one; the teacher anchors as it has answered.    Eqs. 4-6
-    anchor = (
-        {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
-    )  # teacher as it answered
-    share = micro_batches(  # this rank's
-        rollouts, optimisation.tokens_per_micro_batch, run.device, None if anchor else not_zero(advantages)
-    )
+    anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
+    trained = None if anchor else not_zero(advantages)  # None: all
+    share = micro_batches(rollouts, optimisation.tokens_per_micro_batch, run.device, trained)  # this rank's
     anchors = score(anchor, share, T) if anchor else None
     clock.lap("reference")
     counts = denominators(method.loss_agg, of_views, config.sampling.max_response_tokens).to(run.device)
@@ -141,6 +138,7 @@ def evaluate(run: Run) -> dict[str, float]:
 
 
 SKIPPED_AT_MOST = 9  # steps in a row without a finite gradient
+AGAIN = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; a second Ctrl-C stops at once"
 
 
 @dataclass
@@ -153,10 +151,10 @@ class Watch:
 
     def request(self, number: int, _: object) -> None:
         asked_before, self.signal = self.signal, number
-        if not self.at_work_on or (asked_before and "TORCHELASTIC_RUN_ID" not in os.environ):
+        if not self.at_work_on or (asked_before and AGAIN):
             raise KeyboardInterrupt
         if ranks.is_first() and not asked_before:
-            print(f"\nfinishing {self.at_work_on}, then saving; a second Ctrl-C stops at once", file=sys.stderr)
+            print(f"\nfinishing {self.at_work_on}, then saving{AGAIN}", file=sys.stderr)
 
 
 def train(config: Config) -> Path:
