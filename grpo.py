@@ -153,7 +153,7 @@ def optimizer_step(
     A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
     """
     seen: list[dict[str, Tensor]] = []
-    for i, batch in enumerate(batches):
+    for i, batch in enumerate(ranks.bar(batches, "updating", "micro-batch")):
         anchor_logp = anchors[i].logp if anchors else None
         stats = policy(batch, config.sampling.temperature)
         loss = loss_of(stats.logp, anchor_logp, batch, advantages, kl_coef, config.method)  # [B, T]

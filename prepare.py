@@ -64,6 +64,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
+    print(f"loading {config.model.name}", flush=True)
     policy, tokenizer = load_policy(str(config.model.name), device, config.memory.offload_optimizer)
     questions = to_questions(config, variant, tokenizer, pairs, report)
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
+from lm import ranks
 from lm.model import plain_attention, whole
 from lm.packing import Rollout
 
@@ -156,7 +157,7 @@ class TransformersSampler:
         active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
         stop_ids = torch.tensor(self.eos_ids, device=lm.device)
         decoding = Decoding(lm, prompts, n)
-        for position in range(max_tokens):
+        for position in ranks.bar(range(max_tokens), "sampling", "token"):
             token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
             for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
                 response_ids[row].append(token_id)

@@ -9,7 +9,7 @@ A rank is one process, usually one GPU; rank 0, the first, alone prints and writ
 
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
 
 T = TypeVar("T")
 
@@ -95,6 +96,12 @@ def on_first(task: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+def bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:
+    """Of the first rank, and only where it takes longer than a person waits in silence."""
+    shown: Iterable[T] = tqdm(work, what, unit=unit, leave=False, delay=5, disable=not is_first())
+    return shown
 
 
 def everyones(mine: list[T]) -> list[T]:

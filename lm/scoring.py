@@ -127,7 +127,7 @@ class PackedLM(nn.Module):
 @torch.no_grad()
 def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) -> list[TokenStats]:
     """Statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
-    return [model(batch, temperature) for batch in batches]
+    return [model(batch, temperature) for batch in ranks.bar(batches, "scoring", "micro-batch")]
 
 
 def mean_per_rollout(

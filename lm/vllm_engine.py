@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, distributed
+from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from config import UserError
@@ -175,7 +177,7 @@ class VLLMSampler:
         ]
         asked = [{"prompt_token_ids": prompt} for prompt, _ in rows]
         with undisturbed_host(self.on_gpu):
-            outputs = self.llm.generate(asked, parameters, use_tqdm=False)
+            outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
         said = [output.outputs[0] for output in outputs]
         return [
             Rollout(prompt, list(o.token_ids), list(o.logprobs.logprobs), finished=o.finish_reason == "stop")
