@@ -238,9 +238,9 @@ class RunLog:
         signs |= {sign: f"collapse? {sign} ({seen})" for sign, seen in collapse_signs(self.history).items()}
         new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
         self.alarms |= set(new)
-        step = int(self.history[-1]["step"])
-        with (self.metrics_file.parent / "warnings.txt").open("a", encoding="utf-8") as file:
-            file.writelines(f"step {step}: {line}\n" for line in new.values())
+        if new:
+            with (self.metrics_file.parent / "warnings.txt").open("a", encoding="utf-8") as file:
+                file.writelines(f"step {int(self.history[-1]['step'])}: {line}\n" for line in new.values())
         return list(new.values())
 
     def write(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
@@ -279,11 +279,18 @@ def closing_table(folder: Path) -> str:
         values = [metrics[key] for metrics in history if key in metrics]
         return f"{fmean(values[:window]):.2f} -> {fmean(values[-window:]):.2f}" if values else None
 
+    steps = [metrics for metrics in history if "reward" in metrics]
+    taught_nothing = bool(steps) and all(metrics.get("zero_std_groups") == 1 for metrics in steps)
+    warnings = folder / "warnings.txt"
     rows = {
+        "nothing was learnt": "in no group of no step did two rewards differ" if taught_nothing else None,
         "held-out accuracy, sampled": change("eval_accuracy"),
         "held-out accuracy, greedy": change("eval_accuracy/greedy"),
         "label accuracy": change("label_accuracy", window=5),
         "reward": change("reward", window=5),
+        "warned of": warnings.read_text().rstrip().replace("\n", "\n" + " " * 30) if warnings.exists() else None,
+        "tokens sampled a second": change("tokens_per_second", window=5),
+        "peak memory, GB": f"{max((metrics.get('peak_memory_gb', 0) for metrics in steps), default=0):.2f}",
         "seconds": f"{seconds.total():.0f} ({', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())})",
         "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
