@@ -51,7 +51,7 @@ def test_a_separator_of_unicode_in_a_question_or_a_text_makes_a_run_unresumable(
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == [0, 1]
     rollouts = read_rows(run / "rollouts.jsonl")
     assert [row["step"] for row in rollouts] == [0, 1]
-    assert all(SEPARATORS in row["text"] and SEPARATORS in row["question"] for row in rollouts)
+    assert all(SEPARATORS in text for row in rollouts for text in (row["question"], *row["texts"]))
 
 
 def test_lines_of_json_depend_on_the_locale(tmp_path):
