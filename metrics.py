@@ -239,8 +239,9 @@ class RunLog:
         new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
         self.alarms |= set(new)
         if new:
-            with (self.metrics_file.parent / "warnings.txt").open("a", encoding="utf-8") as file:
-                file.writelines(f"step {int(self.history[-1]['step'])}: {line}\n" for line in new.values())
+            file, step = self.metrics_file.with_name("warnings.txt"), int(self.history[-1]["step"])
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+            write_whole(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
         return list(new.values())
 
     def write(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:

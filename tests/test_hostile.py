@@ -148,7 +148,11 @@ def test_a_run_that_skips_every_step_ends_with_exit_code_0(tmp_path, monkeypatch
 def test_a_skipped_step_is_only_a_number(tmp_path, monkeypatch, capsys):
     """It is said once, and two of them do not end the run."""
     diverge(monkeypatch, lambda step: step in (1, 3))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/warnings.txt").symlink_to(tmp_path / "precious")
+    (tmp_path / "precious").write_text("not to be added to\n")
     run = train.train(small(tmp_path / "run", "--steps", "5"))
+    assert (tmp_path / "precious").read_text() == "not to be added to\n"
     said = "step 1: its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
     assert [row["skipped_steps"] for row in metrics_of(run)] == [0, 1, 0, 1, 0]
     assert capsys.readouterr().err.count("gradient is not finite") == 1
