@@ -464,6 +464,12 @@ def test_right_answers_in_a_benchmarks_own_notation_are_wrong() -> None:
     assert python_literal("9**9**9**9") == "9**9**9**9"
 
 
+def test_what_can_be_read_but_not_printed_ends_an_evaluation() -> None:
+    """And each restart of it: a number of 20,000 hexadecimal digits is a literal, but over the limit of its printing."""
+    for answer in ("0x" + "f" * 20_000, "[" * 20_000, "{[]: 1}"):
+        assert python_literal(answer) == answer
+
+
 def test_every_named_benchmark_reads_its_hub_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The columns that the hub's data sets have, where they differ from the files that circulate elsewhere."""
     rows = {
