@@ -465,7 +465,7 @@ def test_right_answers_in_a_benchmarks_own_notation_are_wrong() -> None:
 
 
 def test_what_can_be_read_but_not_printed_ends_an_evaluation() -> None:
-    """And each restart of it: a number of 20,000 hexadecimal digits is a literal, but over the limit of its printing."""
+    """And each restart of it: a number of 20,000 hexadecimal digits is a literal, but too long to be printed."""
     for answer in ("0x" + "f" * 20_000, "[" * 20_000, "{[]: 1}"):
         assert python_literal(answer) == answer
 
