@@ -228,6 +228,8 @@ def read_trainer(path: Path) -> dict[str, Any]:
     try:
         saved = json.loads((path / "trainer.json").read_text())
         kinds = {"step": int, "optimizer_steps": float, "questions": str}
+        if saved["step"] < 0:
+            raise ValueError("a step before the first")
         return {name: kind(saved[name]) for name, kind in kinds.items()}
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
@@ -240,7 +242,8 @@ def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
         {flag(name): value for group in groups.values() for name, value in group.items()}
         for groups in (before, settings)
     )
-    more = {name for name in ("--steps", "--epochs") if (old.get(name) or math.inf) < (new.get(name) or 0)}
+    lengths = {name: old.get(name) or math.inf for name in ("--steps", "--epochs")}
+    more = {name for name, n in lengths.items() if isinstance(n, int | float) and n < (new.get(name) or 0)}
     return changes(old, new, HARMLESS | more)
 
 

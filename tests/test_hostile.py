@@ -386,6 +386,7 @@ TRAINERS: list[dict[str, Any]] = [
     {"step": None},
     {"step": "one"},
     {"step": float("inf")},
+    {"step": -1},
     {"optimizer_steps": {}},
     {"settings": []},
     {"settings": {"run": 1}},
@@ -406,6 +407,17 @@ def test_a_trainer_json_of_another_shape_ends_in_a_traceback(finished, tmp_path,
     for flags in (["--resume", str(saved)], [*SMALL, "--steps", "1", "--out", str(run), "--resume", "auto"]):
         with pytest.raises(UserError, match="trainer.json (is not one|holds no settings of)"):
             train.train(parse(flags))
+
+
+def test_a_length_that_is_no_number_ends_in_a_traceback(finished, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    saved = run / "checkpoints" / "step-000001"
+    settings = json.loads((saved / "trainer.json").read_text())["settings"]
+    settings["optimisation"]["steps"] = "abc"
+    change(saved / "trainer.json", settings=settings)
+    sealed(saved)
+    with pytest.raises(UserError, match=r"--steps \(was abc, is 2\)"):
+        train.train(parse([*SMALL, "--steps", "2", "--out", str(run), "--resume", "auto"]))
 
 
 def test_settings_of_another_type_end_in_a_traceback(tmp_path):
