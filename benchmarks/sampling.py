@@ -137,12 +137,16 @@ def main(
         table["tokens a second: transformers' generate"] = f"{rows * response_tokens / slow:,.0f}"
     table["log-prob mismatch with the trainer, mean / maximum"] = f"{gaps[0]:.2g} / {gaps[1]:.2g} nats"
     table |= loads(sampler, lm, loads_of_weights)
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} thread(s)"
+    asked = f"{questions} x {rollouts} responses of {response_tokens} tokens to {prompt_tokens}"
+    show(table, f"{model}, {asked}, {dtype}", f"median of {repeats}")
+
+
+def show(table: dict[str, str], measured: str, how: str) -> None:
+    on_gpu = torch.cuda.is_available()
+    where = torch.cuda.get_device_name() if on_gpu else f"CPU, {torch.get_num_threads()} thread(s)"
     vllm = packages_distributions()["vllm"][0]
-    print(
-        f"{model}, {questions} x {rollouts} responses of {response_tokens} tokens to {prompt_tokens}, {dtype}, {where}"
-    )
-    print(f"{vllm} {version(vllm)}, torch {torch.__version__}; median of {repeats}\n\n| | |\n|---|---|")
+    print(f"{measured}, {where}")
+    print(f"{vllm} {version(vllm)}, torch {torch.__version__}; {how}\n\n| | |\n|---|---|")
     print("\n".join(f"| {name} | {value} |" for name, value in table.items()))
 
 

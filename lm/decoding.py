@@ -16,6 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 from lm import ranks
 from lm.model import plain_attention, whole
 from lm.packing import Rollout
+from lm.scoring import autocast
 
 ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
 
@@ -133,7 +134,7 @@ class TransformersSampler:
             per_call = max(1, ROWS_PER_CALL // n)
             calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
             settings = n, temperature, max_tokens, top_p
-            with torch.autocast(lm.device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32):
+            with autocast(lm.device, self.compute_dtype):
                 groups = [self._sample(lm, prompts[c], seeds[c], *settings) for c in calls]
             return [rollout for group in groups for rollout in group]
 

@@ -100,6 +100,11 @@ def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
     return logits if temperature == 1 else logits.div_(temperature)
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
+    """In which every model computes here, when it is trained and when it is sampled from."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class PackedLM(nn.Module):
     """A causal language model of transformers that returns statistics of packed responses instead of logits."""
 
@@ -109,11 +114,8 @@ class PackedLM(nn.Module):
         self.lm = lm
         self.compute_dtype = compute_dtype
 
-    def autocast(self, device: torch.device) -> AbstractContextManager[None]:
-        return torch.autocast(device.type, self.compute_dtype, enabled=self.compute_dtype != torch.float32)
-
     def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
-        with self.autocast(batch.input_ids.device):  # the weights may be elsewhere, see model.shard
+        with autocast(batch.input_ids.device, self.compute_dtype):  # the weights may be elsewhere, see model.shard
             hidden = self.lm.base_model(
                 input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, packing=batch
             ).last_hidden_state[0]  # [S, H]

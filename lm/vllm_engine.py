@@ -35,6 +35,7 @@ from lm import ranks
 from lm.decoding import Sample
 from lm.model import plain_attention, skeleton, whole
 from lm.packing import Rollout
+from lm.scoring import autocast
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
 CPU_SEQUENCES = 256  # sampled at once on a CPU
@@ -279,7 +280,7 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype) -> Tenso
     """Log-probs [T] of a response under the model itself, by transformers."""
     lm = whole(lm, dtype)
     tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
-    with plain_attention(lm), torch.autocast(lm.device.type, dtype, enabled=dtype != torch.float32):
+    with plain_attention(lm), autocast(lm.device, dtype):
         logits = lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
     response = tokens[0, len(rollout.prompt_ids) :, None]
     logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
