@@ -32,7 +32,7 @@ from typing import Any, Literal
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, told_in_a_sentence
+from config import UserError, flag, told_in_a_sentence
 from data import Benchmark, Pair, load_benchmark
 from lm.decoding import Sample
 from lm.engine import frozen_sampler
@@ -233,7 +233,7 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
         raise UserError(f"--temperature {settings.temperature} must be over 0; the greedy answer is extra")
     for name, least in {"k": 0, "max_response_tokens": 1, "questions_per_batch": 1, "limit": 1}.items():
         if (given := getattr(settings, name)) is not None and given < least:
-            raise UserError(f"--{name.replace('_', '-')} {given} must be at least {least}")
+            raise UserError(f"{flag(name)} {given} must be at least {least}")
     model = newest_policy(settings.model)
     name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
     return replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from config import Config, parse, told_in_a_sentence
+from config import Config, flag, parse, told_in_a_sentence
 from lm.model import decoder_layers, load_pretrained
 from lm.scoring import ON_GPU as LOGITS_ON_GPU
 from prepare import chosen_variant
@@ -121,7 +121,7 @@ def as_text(lm: PreTrainedModel, config: Config, variant: Variant) -> str:
     lines.append(f"{'fits':<28}" + "".join(f"{'yes' if fits(need) else 'no':>9}" for need in needs))
     for n in (n for n, need in zip(GPUS, needs, strict=True) if not fits(need)):
         settings = settings_that_fit(lm, config, variant, n) or {}
-        flags = [f"--{name.replace('_', '-')}" + f" {value}" * (value is not True) for name, value in settings.items()]
+        flags = [flag(name) + f" {value}" * (value is not True) for name, value in settings.items()]
         lines.append(f"on {n} GPU{'s' * (n > 1)}: {' '.join(flags) or 'take more GPUs or a smaller model'}")
     return "\n".join(lines)
 
