@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 from test_train import SMALL, assert_same_weights, metrics_of, small, weights_of
 from tiny import byte_tokenizer, tiny_lm
+from tqdm import tqdm
 
 import train
 from config import parse
@@ -27,7 +29,12 @@ FLAGS = ["--steps", "4", "--save-every", "1"]
 
 def in_a_child(task: Callable[[], object]) -> multiprocessing.Process:
     """A process that starts with everything imported, so that kills fall into the work and not into the start."""
-    process = multiprocessing.get_context("fork").Process(target=task)
+
+    def with_its_own_lock() -> None:
+        tqdm.set_lock(threading.RLock())  # forks share tqdm's: one that is killed while it holds it stops all others
+        task()
+
+    process = multiprocessing.get_context("fork").Process(target=with_its_own_lock)
     process.start()
     return process
 
