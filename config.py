@@ -48,7 +48,7 @@ def told_in_a_sentence(when_stopped: str = "stopped") -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Method:
-    # who labels what: I, II, III, gt, majority, self-certainty, entropy (the rows of rewards.VARIANTS)
+    # who labels what: I, II, III, gt, majority, self-certainty, entropy (rewards.py), or a row of baselines.py
     variant: str = "II"
     # move a baseline to these wordings, each labelled by itself
     views: Literal["original", "rephrased", "both"] | None = None
@@ -61,7 +61,8 @@ class Method:
     ema_schedule: Literal["cosine", "constant"] = "cosine"  # from one to the other; constant: always ema-start
     # equality in votes and pseudo-label rewards: of strings, or mathematical
     answer_match: Literal["exact", "math"] = "exact"
-    clip: float = 0.2  # bound of the probability ratio around 1
+    clip: float = 0.2  # bound of the probability ratio around 1; acts with --mini-batches
+    clip_high: float | None = None  # another bound above 1 (None: the same)
     # what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length
     loss_agg: Literal["token", "sequence", "dr-grpo"] = "token"
     tis_cap: float = 2.0  # cap of the importance weight between sampler and trainer; 0: no weight
@@ -103,6 +104,7 @@ class Sampling:
     # share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most
     engine_memory: float = 0.5
     rollouts: int = 8  # G: sampled answers to each wording of a question
+    votes: int | None = None  # V: answers that vote, the first G of which are trained on (None: G)
     max_response_tokens: int = 3072  # longer answers are cut
     temperature: float = 1.0  # of policy and teacher rollouts
 
@@ -117,6 +119,7 @@ class Optimisation:
     weight_decay: float = 0.01  # of AdamW
     beta2: float = 0.999  # of AdamW
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to this
+    mini_batches: int = 1  # M: optimizer steps on the rollouts of a step, each on its share of the questions
     tokens_per_micro_batch: int = 16384  # tokens of one forward and backward pass: costs memory, changes no result
 
 
@@ -153,6 +156,11 @@ class Config:
     run: OmitArgPrefixes[RunSettings] = field(default_factory=RunSettings)
 
     @property
+    def votes(self) -> int:
+        """V, answers of policy or teacher to a wording of a question."""
+        return self.sampling.votes or self.sampling.rollouts
+
+    @property
     def max_sequence_tokens(self) -> int:
         """Of a prompt and its response together."""
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
@@ -176,11 +184,11 @@ EMBEDDED = Config(
 # The lowest and the highest value of each number, and what is wrong with others.
 LIMITS: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("questions_per_step", "max_prompt_tokens", "max_response_tokens"), (1, 10**9, "")),
-    **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs"), (1, 10**9, "")),
+    **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs", "mini_batches"), (1, 10**9, "")),
     **dict.fromkeys(("save_every", "keep", "keep_every", "eval_every"), (0, 10**9, "0 switches it off")),
-    **dict.fromkeys(("kl_coef", "kl_cap", "clip", "tis_cap", "weight_decay"), (0, 10**3, "")),
+    **dict.fromkeys(("kl_coef", "kl_cap", "clip", "clip_high", "tis_cap", "weight_decay"), (0, 10**3, "")),
     **dict.fromkeys(("ema_start", "ema_end"), (0, 1, "it is the share that the teacher keeps of itself")),
-    "rollouts": (2, 10**6, "an advantage compares rollouts of one group"),
+    **dict.fromkeys(("rollouts", "votes"), (2, 10**6, "an advantage compares rollouts of one group")),
     "temperature": (0.01, 100, "learning needs rollouts that differ"),
     "lr": (0, 1, ""),
     "warmup": (0, 1, "it is a share of the steps"),
@@ -244,6 +252,10 @@ def validated(config: Config, default: Config) -> Config:
         if optimisation.steps not in (None, default.optimisation.steps):
             raise UserError("--steps and --epochs say the same thing twice: give one of them")
         config = replace(config, optimisation=replace(optimisation, steps=None))
+    if config.votes < config.sampling.rollouts:
+        raise UserError(f"--votes {config.votes} are fewer than --rollouts {config.sampling.rollouts}, which all vote")
+    if optimisation.mini_batches > data.questions_per_step:
+        raise UserError(f"--mini-batches {optimisation.mini_batches} need as many --questions-per-step at least")
     if data.source is None:
         raise UserError("--data is missing: a file of questions, a folder, or math, dapo, open-rs, amc")
     if config.model.name is None:

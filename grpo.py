@@ -63,14 +63,16 @@ def policy_loss(
     mask: Tensor,
     clip: float = 0.2,
     weights: Tensor | None = None,
+    clip_high: float | None = None,
 ) -> Tensor:
     """Clipped surrogate per token [B, T], to be minimised (Eq. 4 without its KL term); 0 where `mask` is 0.
 
-    advantages is [B], everything else [B, T]. `weights` (detached) multiplies each token's term.
+    advantages is [B], everything else [B, T]. `weights` (detached) multiplies each token's term. `clip_high` bounds the
+    ratio above 1 where it differs from the bound below (DAPO, arXiv 2503.14476).
     """
     ratio = torch.exp(logp - old_logp)
     gain = advantages[:, None] * ratio
-    clipped_gain = advantages[:, None] * ratio.clamp(1 - clip, 1 + clip)
+    clipped_gain = advantages[:, None] * ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high))
     loss = -torch.minimum(gain, clipped_gain)
     if weights is not None:
         loss = loss * weights
@@ -83,16 +85,22 @@ def truncated_importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) 
     return torch.exp(logp.detach() - sampler_logp).clamp(max=cap)
 
 
-def denominators(how: Aggregation, views: Sequence[Sequence[Rollout]], max_tokens: int) -> Tensor:
-    """What `aggregate` divides each rollout of these views by [N]: a count of its whole view, known before the first
-    backward pass, so that the gradient does not depend on how a step is cut into micro-batches or spread over
-    processes. The views' means are added (Eq. 6)."""
-    counts = []
-    for rollouts in views:
-        tokens = sum(len(rollout.response_ids) for rollout in rollouts)
-        of_view = {"token": max(tokens, 1), "sequence": len(rollouts), "dr-grpo": len(rollouts) * max_tokens}[how]
-        counts += [float(of_view)] * len(rollouts)
-    return torch.tensor(counts)
+def mini_batches(questions: int, group_size: int, views: int, count: int) -> list[list[range]]:
+    """Which rollouts [N] each of `count` optimizer steps is on: the same questions in all views, a range in each."""
+    size, cuts = questions * group_size, [group_size * (questions * m // count) for m in range(count + 1)]
+    return [[range(v * size + cuts[m], v * size + cuts[m + 1]) for v in range(views)] for m in range(count)]
+
+
+def denominators(how: Aggregation, rollouts: Sequence[Rollout], parts: Sequence[range], max_tokens: int) -> Tensor:
+    """What `aggregate` divides each rollout by [N]: a count of its whole part, a view's share in an optimizer step. It
+    is known before the first backward pass, so that the gradient does not depend on how a step is cut into
+    micro-batches or spread over processes. The views' means are added (Eq. 6)."""
+    counts = torch.zeros(len(rollouts))
+    for part in parts:
+        tokens = sum(len(rollouts[row].response_ids) for row in part)
+        of_part = {"token": max(tokens, 1), "sequence": len(part), "dr-grpo": len(part) * max_tokens}[how]
+        counts[part.start : part.stop] = of_part
+    return counts
 
 
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
@@ -127,12 +135,17 @@ def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: 
 
 
 def loss_of(
-    logp: Tensor, anchor_logp: Tensor | None, batch: MicroBatch, advantages: Tensor, kl_coef: float, method: Method
+    logp: Tensor,
+    old_logp: Tensor,
+    anchor_logp: Tensor | None,
+    batch: MicroBatch,
+    advantages: Tensor,
+    kl_coef: float,
+    method: Method,
 ) -> Tensor:
     """Eq. 4 per token [B, T]; advantages are the step's [N], `anchor_logp` [B, T] is None without a KL term."""
-    old_logp = logp.detach()  # one optimizer step a batch: the old policy is the policy at hand, and needs no pass
-    weights = truncated_importance_weight(logp, batch.sampler_logp, method.tis_cap) if method.tis_cap else None
-    loss = policy_loss(logp, old_logp, advantages[batch.rows], batch.mask, method.clip, weights)
+    weights = truncated_importance_weight(old_logp, batch.sampler_logp, method.tis_cap) if method.tis_cap else None
+    loss = policy_loss(logp, old_logp, advantages[batch.rows], batch.mask, method.clip, weights, method.clip_high)
     return loss if anchor_logp is None else loss + kl_coef * k3(logp, anchor_logp, method.kl_cap)
 
 
@@ -140,15 +153,17 @@ def optimizer_step(
     policy: PackedLM,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
-    advantages: Tensor,
     anchors: Sequence[TokenStats] | None,
+    old: Sequence[TokenStats] | None,
+    advantages: Tensor,
     denominator: Tensor,
     kl_coef: float,
     rate: float,
     config: Config,
 ) -> dict[str, float]:
     """One step on the loss of all ranks' micro-batches (Eqs. 4-6). `advantages` and `denominator` are the step's [N],
-    `anchors` the reference's log-probs of each micro-batch, None without a KL term.
+    `anchors` the reference's log-probs of each micro-batch, None without a KL term; `old` those of the policy that has
+    answered, None where that is the policy at hand.
 
     A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
     """
@@ -156,9 +171,10 @@ def optimizer_step(
     for i, batch in enumerate(ranks.bar(batches, "updating", "micro-batch")):
         anchor_logp = anchors[i].logp if anchors else None
         stats = policy(batch, config.sampling.temperature)
-        loss = loss_of(stats.logp, anchor_logp, batch, advantages, kl_coef, config.method)  # [B, T]
+        old_logp = old[i].logp if old else stats.logp.detach()
+        loss = loss_of(stats.logp, old_logp, anchor_logp, batch, advantages, kl_coef, config.method)  # [B, T]
         aggregate(loss, batch.mask, config.method.loss_agg, denominator[batch.rows]).backward()
-        seen.append(token_metrics(stats, anchor_logp, batch))
+        seen.append(token_metrics(stats, old_logp, anchor_logp, batch))
         del stats, loss  # or their graph would outlive the next forward pass
     grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimisation.max_grad_norm))
     if finite := math.isfinite(grad_norm.item()):
@@ -172,10 +188,11 @@ def optimizer_step(
     return metrics | {"grad_norm": grad_norm.item(), "lr": rate, "skipped_steps": float(not finite)}
 
 
-def token_metrics(stats: TokenStats, anchor_logp: Tensor | None, batch: MicroBatch) -> dict[str, Tensor]:
+def token_metrics(
+    stats: TokenStats, old_logp: Tensor, anchor_logp: Tensor | None, batch: MicroBatch
+) -> dict[str, Tensor]:
     """What is logged of the micro-batch's response tokens, without padding and gradient."""
-    logp = stats.logp.detach()
-    metrics = {"entropy": stats.entropy, "mismatch_mean": (logp - batch.sampler_logp).abs()}
+    metrics = {"entropy": stats.entropy, "mismatch_mean": (old_logp - batch.sampler_logp).abs()}
     if anchor_logp is not None:
-        metrics["kl"] = k3(logp, anchor_logp)
+        metrics["kl"] = k3(stats.logp.detach(), anchor_logp)
     return {name: values[batch.mask] for name, values in metrics.items()}

@@ -10,18 +10,19 @@ import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
+from itertools import cycle
 from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
 import torch
 
-from data import Pair
+from data import Pair, PromptedPair
 from rewards import Group, Variant, View, Voter, are_equal
-from store.files import append_rows, read_rows, to_lines, write_whole
+from store.files import Row, append_rows, read_rows, to_lines, write_whole
 
 Item = TypeVar("Item")
+Records = dict[str, list[Row]]  # rows for files of a run's folder: {"labels": of labels.jsonl, ...}
 
 # ---------------------------------------------------------------- time and memory
 
@@ -75,6 +76,7 @@ def step_metrics(
     groups: Sequence[Group],
     golds: Sequence[str | None],
     rewards: Sequence[Sequence[float]],
+    labels: Sequence[Row],
 ) -> dict[str, float]:
     """Means over the policy's `groups` of a step; /x and /x' by view where there are two, /teacher for the teacher."""
     of_view = by_view(variant, groups)
@@ -91,7 +93,7 @@ def step_metrics(
         parts["/teacher"] = [group for view in variant.teacher_views for group in voted["teacher", view]]
     for suffix, part in parts.items():
         metrics |= {f"{name}{suffix}": statistic(part) for name, statistic in STATISTICS.items()}
-    return metrics | label_metrics(variant, of_view, golds)
+    return metrics | label_metrics(labels) | gold_metrics(groups, golds, rewards)
 
 
 def by_view(variant: Variant, items: Sequence[Item]) -> dict[View, Sequence[Item]]:
@@ -99,27 +101,51 @@ def by_view(variant: Variant, items: Sequence[Item]) -> dict[View, Sequence[Item
     return {view: items[i * size : (i + 1) * size] for i, view in enumerate(variant.policy_views)}
 
 
-def label_metrics(
-    variant: Variant, of_view: Mapping[View, Sequence[Group]], golds: Sequence[str | None]
+def label_records(step: int, variant: Variant, questions: Sequence[PromptedPair], groups: Sequence[Group]) -> list[Row]:
+    """Of each label by a vote: whether it is equivalent to the gold answer, where there is one (a missing label is
+    not), and whether the policy's own vote on the same view agrees (under plain majority it does)."""
+    records: list[Row] = []
+    for view, of_view in by_view(variant, groups).items():
+        for question, group in zip(questions, of_view, strict=True):
+            record = {"step": step, "id": question.pair.id, "view": view, "label": group.label}
+            record |= {"share": group.label_share, "agrees": group.vote.label == group.label}
+            if group.label_vote is not None:
+                records.append(record | {"gold": question.pair.gold})
+    right = are_equal([record["gold"] for record in records], [record["label"] for record in records], "math")
+    known = [record.pop("gold") is not None for record in records]
+    return [
+        record | ({"right": is_right} if is_known else {})
+        for record, is_right, is_known in zip(records, right, known, strict=True)
+    ]
+
+
+def label_metrics(labels: Sequence[Row]) -> dict[str, float]:
+    """label_accuracy: share of labels that are right, of those whose gold answer is known. label_agreement: with the
+    policy's own vote on the same view."""
+    views = dict.fromkeys(label["view"] for label in labels)
+    parts = {"": labels} | {f"/{view}": [label for label in labels if label["view"] == view] for view in views}
+    right = {
+        f"label_accuracy{suffix}": [label["right"] for label in part if "right" in label]
+        for suffix, part in parts.items()
+        if not suffix or len(views) > 1
+    }
+    right["label_agreement"] = [label["agrees"] for label in labels]
+    return {key: fmean(part) for key, part in right.items() if part}
+
+
+def gold_metrics(
+    groups: Sequence[Group], golds: Sequence[str | None], rewards: Sequence[Sequence[float]]
 ) -> dict[str, float]:
-    """label_accuracy: share of labels equivalent to the gold answer, where there is one; a missing label is wrong.
-    label_agreement: share of labels equal to the policy's own vote on the same view (under plain majority it is 1)."""
-    accuracy: dict[str, list[bool]] = {}
-    agreement: list[bool] = []
-    for view, (voter, _) in variant.label_of.items():
-        if voter == "gold":
-            continue
-        known = [(gold, group.label) for gold, group in zip(golds, of_view[view], strict=True) if gold is not None]
-        accuracy[view] = are_equal([gold for gold, _ in known], [label for _, label in known], "math")
-        agreement += [group.vote.label == group.label for group in of_view[view]]
-    parts = {"label_accuracy": list(chain(*accuracy.values())), "label_agreement": agreement}
-    if len(accuracy) > 1:
-        parts |= {f"label_accuracy/{view}": right for view, right in accuracy.items()}
-    return {key: fmean(part) for key, part in parts.items() if part}
-
-
-def sampled_tokens(voted: Mapping[tuple[Voter, View], Sequence[Group]]) -> int:
-    return sum(tokens for groups in voted.values() for group in groups for tokens in group.tokens)
+    """Where the gold answer is known: rollout_accuracy, the share of the policy's rollouts that are right, and for
+    rewards of 0 or 1 reward_accuracy, the share of them that gold would have given alike."""
+    known = [each for each in zip(cycle(golds), groups, rewards, strict=False) if each[0] is not None]
+    answers = [answer for _, group, _ in known for answer in group.boxed]
+    right = are_equal([gold for gold, group, _ in known for _ in group.boxed], answers, "math")
+    paid = [reward for _, _, of_group in known for reward in of_group]
+    metrics = {"rollout_accuracy": fmean(right)} if right else {}
+    if right and set(paid) <= {0.0, 1.0}:
+        metrics["reward_accuracy"] = fmean(r == float(is_right) for r, is_right in zip(paid, right, strict=True))
+    return metrics
 
 
 def readable_sample(
@@ -202,14 +228,18 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
 # ---------------------------------------------------------------- the log of a run
 
 
+LOGS = ("metrics.jsonl", "labels.jsonl", "rollouts.jsonl")
+
+
 class RunLog:
-    """metrics.jsonl and rollouts.jsonl of a run's folder, and on request TensorBoard and Weights & Biases."""
+    """metrics.jsonl, labels.jsonl and rollouts.jsonl of a run's folder, on request TensorBoard and Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
-        self.metrics_file, self.rollouts_file = folder / "metrics.jsonl", folder / "rollouts.jsonl"
-        for file in (self.metrics_file, self.rollouts_file):
-            keep_steps_before(file, first_step)
+        self.folder, self.metrics_file = folder, folder / "metrics.jsonl"
+        for name in LOGS:
+            keep_steps_before(folder / name, first_step)
         self.history = read_rows(self.metrics_file)
+        self.label_of = {(row["id"], row["view"]): row["label"] for row in read_rows(folder / "labels.jsonl")}
         self.alarms: set[str] = set()
         self.board: Any = None
         self.wandb: Any = None
@@ -244,18 +274,27 @@ class RunLog:
             write_whole(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
         return list(new.values())
 
-    def write(self, metrics: dict[str, float], samples: list[dict[str, Any]]) -> None:
+    def write(self, metrics: dict[str, float], records: Records) -> None:
         """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
+        metrics |= self.flipped(records.get("labels", []))
         self.history.append(metrics)
         append_rows(self.metrics_file, [metrics])
-        append_rows(self.rollouts_file, samples)
+        for name, rows in records.items():
+            append_rows(self.folder / f"{name}.jsonl", rows)
         step, measured = int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"}
         if self.board:
             for key, value in measured.items():
                 self.board.add_scalar(key, value, step)
         if self.wandb:
             self.wandb.log(measured, step=step)
+
+    def flipped(self, labels: list[Row]) -> dict[str, float]:
+        """labels_flipped: of questions seen before, the share whose label is another one now, by view."""
+        now = {(row["id"], row["view"]): row["label"] for row in labels}
+        flips = [self.label_of[key] != label for key, label in now.items() if key in self.label_of]
+        self.label_of |= now
+        return {"labels_flipped": fmean(flips)} if flips else {}
 
     def close(self) -> None:
         if self.board:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from baselines import BASELINES
 from config import EMBEDDED_MODELS, Config, UserError, settings_in
 from data import (
     Benchmark,
@@ -32,6 +33,7 @@ from lm.engine import choose_engine, open_sampler
 from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
+from metrics import LOGS
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from store import checkpoint
 from store.files import fingerprint
@@ -83,7 +85,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
         policy.compute_dtype,
         max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
-        rows=len(variant.policy_views) * config.data.questions_per_step * config.sampling.rollouts,
+        rows=len(variant.policy_views) * config.data.questions_per_step * config.votes,
         engine_memory=config.sampling.engine_memory,
     )
     run = Run(
@@ -157,9 +159,10 @@ def to_questions(
 def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
     method = config.method
-    if str(method.variant) not in VARIANTS:
-        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(VARIANTS)}")
-    variant = VARIANTS[method.variant]
+    rows = VARIANTS | BASELINES
+    if method.variant not in rows:
+        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(rows)}")
+    variant = rows[method.variant]
     if method.views is not None and not variant.is_baseline:
         raise UserError(
             f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
@@ -245,7 +248,7 @@ def remove_if_empty(folder: Path) -> None:
 
 def branch_off(run: Path, folder: Path) -> None:
     """The log of the steps before."""
-    for name in ("metrics.jsonl", "rollouts.jsonl"):
+    for name in LOGS:
         if (run / name).is_file():
             shutil.copyfile(run / name, folder / name)
 

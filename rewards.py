@@ -2,8 +2,8 @@
 
 A view is one wording of a question: x as written, x' rephrased. A group is the G rollouts on one view of one question.
 Every variant is a row of VARIANTS: which views the policy and the teacher answer, whose vote labels which view, and
-what the KL term anchors to. The training loop knows rows, not names. Labels from another view, or from a teacher that
-lags behind, are what keeps a policy from agreeing with itself on wrong answers.
+what the KL term anchors to. The training loop knows rows, not names; baselines.py has rows of other papers. Labels from
+another view, or from a teacher that lags behind, are what keeps a policy from agreeing with itself on wrong answers.
 
 Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere; votes and
 pseudo-labels compare raw strings as in that code, unless match="math" is asked for.
@@ -34,16 +34,18 @@ class Vote:
     share: float  # of the answers given, how many agree with the label
     distinct: int  # number of different answers
     answered: int  # number of rollouts with an answer
+    counts: dict[str, int] = field(default_factory=dict, compare=False)  # of each answer, as first written
+    rollouts: int = field(default=0, compare=False)  # that could vote, those without an answer included
 
 
 def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote:
     """The most frequent answer; missing ones (None) do not vote, and ties go to the answer that was seen first."""
     given = [answer for answer in answers if answer is not None]
     if not given:
-        return Vote(label=None, share=0.0, distinct=0, answered=0)
+        return Vote(label=None, share=0.0, distinct=0, answered=0, rollouts=len(answers))
     counts = Counter(vote_classes(given, match))
     label, count = counts.most_common(1)[0]  # of equals, the one that was counted first
-    return Vote(label, count / len(given), len(counts), len(given))
+    return Vote(label, count / len(given), len(counts), len(given), dict(counts), len(answers))
 
 
 class Response(NamedTuple):
@@ -56,32 +58,35 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """G rollouts on one view of one question: what they say, how they vote and, once labelled, what they should say."""
+    """G rollouts on one view of one question: what they say, how they vote and, once labelled, what they should say.
+    With `--votes` more than these G have voted."""
 
     texts: list[str]
     boxed: list[str | None]
     tokens: list[int]
     finished: list[bool]
-    vote: Vote  # of these rollouts themselves
+    vote: Vote  # of these rollouts themselves, and of those beside them that only vote
     match: Match  # how an answer is compared with the label
     label: str | None = None  # from the vote or the gold answer that the variant's row names
-    label_share: float = 0.0  # of the vote that gave the label; 1 for a gold answer, 0 without a label
+    label_share: float = 0.0  # that the label has in the vote which gave it; 1 for a gold answer, 0 without a label
+    label_vote: Vote | None = None  # that gave the label; None for a gold answer, and without a label
     means: dict[str, list[float]] = field(default_factory=dict)  # of lm.scoring.TokenStats, if the row asks for them
 
 
-def read_groups(responses: Sequence[Response], group_size: int, match: Match) -> list[Group]:
-    """Q groups of Q * G responses, groups contiguous: answers are read, and every group votes (Eqs. 7-10)."""
+def read_groups(responses: Sequence[Response], votes: int, match: Match, kept: int | None = None) -> list[Group]:
+    """Q groups of Q * V responses, groups contiguous: answers are read, and every group of V = `votes` votes (Eqs.
+    7-10). The first G = `kept` of each are those of the group (None: all)."""
     groups = []
-    for start in range(0, len(responses), group_size):
-        group = responses[start : start + group_size]
-        boxed = [extract_boxed(response.text) for response in group]
+    for start in range(0, len(responses), votes):
+        answers = [extract_boxed(response.text) for response in responses[start : start + votes]]
+        group, boxed = responses[start : start + votes][:kept], answers[:kept]
         groups.append(
             Group(
                 texts=[response.text for response in group],
                 boxed=boxed,
                 tokens=[response.tokens for response in group],
                 finished=[response.finished for response in group],
-                vote=majority_vote(boxed, match),
+                vote=majority_vote(answers, match),
                 match=match,
             )
         )
@@ -95,6 +100,23 @@ def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match
     given = [(a, b) for a, b in zip(labels, answers, strict=True) if a is not None and b is not None]
     verdict = dict(zip(given, equivalent_many(given), strict=True))
     return [verdict.get((label, answer), False) for label, answer in zip(labels, answers, strict=True)]  # type: ignore[arg-type]
+
+
+def classes(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
+    """Of each answer, which one of the vote's it equals, named as in `vote.counts`; None for one that it has not."""
+    class_of: dict[str | None, str] = {}
+    for name in vote.counts:
+        others = [answer for answer in dict.fromkeys(answers) if answer not in class_of]
+        same = are_equal([name] * len(others), others, match)
+        class_of |= {answer: name for answer, equal in zip(others, same, strict=True) if equal}
+    return [class_of.get(answer) for answer in answers]
+
+
+def shares(group: Group, vote: Vote) -> list[float]:
+    """Of each rollout, the share of the vote's rollouts that gave its answer: in its own vote (`group.vote`) or in the
+    one that labels it (`group.label_vote`). 0 without an answer."""
+    of_rollouts = classes(vote, group.boxed, group.match)
+    return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in of_rollouts]
 
 
 def agreement(groups: Sequence[Group]) -> list[list[float]]:
@@ -127,6 +149,8 @@ class Variant:
     kl_coef: float
     reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
     reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
+    elect: Callable[[Group], str | None] | None = None  # chooses the label, instead of the most frequent answer
+    gold_where_known: bool = False  # semi-supervised: a gold answer takes the vote's place where the question has one
 
     def __post_init__(self) -> None:
         answers = {"policy": self.policy_views, "teacher": self.teacher_views}
@@ -177,16 +201,17 @@ def label_groups(
     variant: Variant, voted: Mapping[tuple[Voter, View], Sequence[Group]], golds: Sequence[str | None]
 ) -> list[Group]:
     """The policy's groups by view, then by question, each with the label that the row names: the one place where a
-    label comes from. A gold answer becomes one where the row says "gold" alone, and is compared as mathematics."""
+    label comes from. A gold answer becomes one where the row says so alone, and is compared as mathematics."""
     labelled = []
     for view in variant.policy_views:
         voter, voted_view = variant.label_of.get(view, (None, view))
         for q, group in enumerate(voted["policy", view]):
-            if voter == "gold":
+            if voter == "gold" or (variant.gold_where_known and golds[q] is not None):
                 group = replace(group, label=golds[q], label_share=float(golds[q] is not None), match="math")
             elif voter is not None:
                 vote = voted[voter, voted_view][q].vote
-                group = replace(group, label=vote.label, label_share=vote.share)
+                group = replace(group, label=vote.label, label_share=vote.share, label_vote=vote)
+                group = replace(group, label=variant.elect(group)) if variant.elect else group
             labelled.append(group)
     return labelled
 

@@ -27,7 +27,7 @@ def ask(
     step: int,
     config: Config,
 ) -> dict[tuple[Voter, View], list[Rollout]]:
-    """G rollouts of `model` on every view of every question, in one call of the sampler: Q * G a view, by question."""
+    """V rollouts of `model` on every view of every question, in one call of the sampler: Q * V a view, by question."""
     if not views:
         return {}
     asked = [(view, question) for view in views for question in questions]
@@ -35,11 +35,11 @@ def ask(
         rollouts = ranks.shared_out(sample)(
             prompts=[question.prompts[view] for view, question in asked],
             seeds=[request_seed(config.run.seed, step, question.pair.id, view, who) for view, question in asked],
-            n=config.sampling.rollouts,
+            n=config.votes,
             temperature=config.sampling.temperature,
             max_tokens=config.sampling.max_response_tokens,
         )
-    per_view = len(questions) * config.sampling.rollouts
+    per_view = len(questions) * config.votes
     return {(who, view): rollouts[i * per_view : (i + 1) * per_view] for i, view in enumerate(views)}
 
 

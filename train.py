@@ -30,8 +30,10 @@ import signal
 import sys
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from statistics import fmean
 
 import torch
 from tqdm import tqdm
@@ -40,7 +42,7 @@ import metrics
 from config import Config, UserError, parse, told_in_a_sentence
 from data import questions_of_step
 from evaluate import EvaluationSettings, accuracies
-from grpo import denominators, group_advantages, learning_rate, optimizer_step
+from grpo import denominators, group_advantages, learning_rate, mini_batches, optimizer_step
 from lm import ranks
 from lm.packing import Rollout, micro_batches
 from lm.scoring import mean_per_rollout, score
@@ -53,14 +55,14 @@ from store.results import versions
 from teacher import ema_weight, update
 
 
-def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    """One step of the algorithm; returns its metrics and a sample of its rollouts to read."""
-    config, method, optimisation = run.config, run.config.method, run.config.optimisation
-    row, clock, G, T = run.variant, metrics.Clock(), config.sampling.rollouts, config.sampling.temperature
+def train_step(run: Run, step: int) -> tuple[dict[str, float], metrics.Records]:
+    """One step of the algorithm; returns its metrics, and records of its labels and rollouts to read."""
+    config, method, row, clock = run.config, run.config.method, run.variant, metrics.Clock()
+    G, V = config.sampling.rollouts, config.votes  # V answers to a question vote, the first G of them are trained on
     questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
     golds = [question.pair.gold for question in questions]  # in no prompt: they label `gt`, and measure the others
 
-    # 1. The policy answers every question G times, in the row's views: {(who, view): Q * G rollouts}, on all ranks.
+    # 1. The policy answers every question V times, in the row's views: {(who, view): Q * V rollouts}, on all ranks.
     said = ask(run.sampler, run.policy, "policy", row.policy_views, questions, step, config)
     clock.lap("rollout", sync=run.sampler.sync_seconds)
 
@@ -71,40 +73,62 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], list[dict[str, An
         said |= ask(run.sampler, run.teacher, "teacher", row.teacher_views, questions, step, config)
         clock.lap("teacher", sync=run.sampler.sync_seconds)
 
-    # 3. Every group of G votes; the row says whose vote labels which of the policy's groups.             Eqs. 7-10
+    # 3. Every group of V votes; the row says whose vote labels which of the policy's groups.             Eqs. 7-10
     # Answers are compared on the first rank, which tells the others: a comparison may time out on one of them.
     voted = ranks.on_first(
-        lambda: {key: read_groups(decode(each, run.tokenizer), G, method.answer_match) for key, each in said.items()}
+        lambda: {key: read_groups(decode(each, run.tokenizer), V, method.answer_match, G) for key, each in said.items()}
     )
     groups = label_groups(row, voted, golds)
 
     # 4. Rewards [views x Q][G] compare answers with labels; advantages [N] compare rewards within a group.    Eq. 3
-    of_views = [said["policy", view] for view in row.policy_views]
-    rollouts = [rollout for each in of_views for rollout in each]
+    rollouts = [rollout for view in row.policy_views for rollout in first_of_groups(said["policy", view], V, G)]
     groups = read_logits(run, groups, rollouts) if row.reward_reads_logits else groups
     rewards = ranks.on_first(lambda: row.reward(groups))
     advantages = group_advantages(torch.tensor(rewards).flatten(), G).to(run.device)  # (r - mean) / (std + 1e-6)
     clock.lap("reward")
 
-    # 5. One optimizer step on the mean over each view's tokens of -min(c A, clip(c) A) + beta k3(policy, anchor). The
-    # ratio c is 1 on the first step on a batch, and there is one; the teacher anchors as it has answered.    Eqs. 4-6
-    anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
-    trained = None if anchor else not_zero(advantages)  # None: all
-    share = micro_batches(rollouts, optimisation.tokens_per_micro_batch, run.device, trained)  # this rank's
-    anchors = score(anchor, share, T) if anchor else None
-    clock.lap("reference")
-    counts = denominators(method.loss_agg, of_views, config.sampling.max_response_tokens).to(run.device)
-    rate = learning_rate(step, run.total_steps, optimisation)
-    measured = optimizer_step(
-        run.policy, run.optimizer, share, advantages, anchors, counts, kl_coef=row.kl_coef, rate=rate, config=config
-    )
-    clock.lap("update")
+    # 5. One optimizer step on Eq. 4's loss, the mean over each view's tokens; M on a part each.           Eqs. 4-6
+    measured = learn(run, step, rollouts, advantages, clock)
 
-    measured |= ranks.on_first(lambda: metrics.step_metrics(row, voted, groups, golds, rewards))
+    labels = ranks.on_first(lambda: metrics.label_records(step, row, questions, groups))
+    measured |= ranks.on_first(lambda: metrics.step_metrics(row, voted, groups, golds, rewards, labels))
     measured |= {"ema_weight": w} if run.teacher is not None else {}
     clock.lap("metrics")
-    measured["tokens_per_second"] = metrics.sampled_tokens(voted) / sum(clock.seconds.values())
-    return measured | clock.seconds, metrics.readable_sample(step, row, questions[0].pair, voted, groups, rewards)
+    tokens = sum(len(rollout.response_ids) for each in said.values() for rollout in each)
+    measured["tokens_per_second"] = tokens / sum(clock.seconds.values())
+    sample = metrics.readable_sample(step, row, questions[0].pair, voted, groups, rewards)
+    return measured | clock.seconds, {"labels": labels, "rollouts": sample}
+
+
+def learn(
+    run: Run, step: int, rollouts: list[Rollout], advantages: torch.Tensor, clock: metrics.Clock
+) -> dict[str, float]:
+    """M optimizer steps (`--mini-batches`, 1) on -min(c A, clip(c) A) + beta k3(policy, anchor), each on its share of
+    the questions (Eqs. 4-6). The ratio c to the policy that has answered is 1 on the first of them, and needs no pass
+    where there is one; the anchor is the initial policy, or the teacher as it answered."""
+    row, settings, sampling = run.variant, run.config.optimisation, run.config.sampling
+    anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
+    views, G, M = len(row.policy_views), sampling.rollouts, settings.mini_batches
+    parts = mini_batches(len(rollouts) // views // G, G, views, M)
+    trained = [with_gradient(part, None if anchor else advantages.tolist()) for part in parts]
+    shares = [micro_batches(rollouts, settings.tokens_per_micro_batch, run.device, rows) for rows in trained]
+    anchors = [score(anchor, share, sampling.temperature) if anchor else None for share in shares]
+    old = [score(run.policy, share, sampling.temperature) if M > 1 else None for share in shares]
+    clock.lap("reference")
+    counts = denominators(run.config.method.loss_agg, rollouts, list(chain(*parts)), sampling.max_response_tokens)
+    take_step = partial(
+        optimizer_step,
+        run.policy,
+        run.optimizer,
+        advantages=advantages,
+        denominator=counts.to(run.device),
+        kl_coef=row.kl_coef,
+        rate=learning_rate(step, run.total_steps, settings),
+        config=run.config,
+    )
+    measured = [take_step(*each) for each in zip(shares, anchors, old, strict=True)]
+    clock.lap("update")
+    return {name: fmean(of_step[name] for of_step in measured) for name in measured[0]}
 
 
 def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[Group]:
@@ -114,10 +138,15 @@ def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[
     return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
 
 
-def not_zero(advantages: torch.Tensor) -> list[int]:
-    """Which rollouts have a gradient where there is no KL term. One stays in any case: AdamW must see a gradient of 0,
-    not none."""
-    return advantages.nonzero().flatten().tolist() or [0]
+def first_of_groups(rollouts: list[Rollout], votes: int, kept: int) -> list[Rollout]:
+    return [rollout for i, rollout in enumerate(rollouts) if i % votes < kept]
+
+
+def with_gradient(part: list[range], advantages: list[float] | None) -> list[int]:
+    """Which rollouts of a mini-batch have a gradient: without a KL term those whose advantage is not 0 (given, or None:
+    all). One stays in any case: AdamW must see a gradient of 0, not none."""
+    rows = [row for of_view in part for row in of_view]
+    return rows if advantages is None else [row for row in rows if advantages[row]] or rows[:1]
 
 
 def evaluate(run: Run) -> dict[str, float]:
@@ -191,10 +220,10 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
     for step in bar:
         watch.at_work_on = f"step {step}"
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
-        seen, sample = train_step(run, step)
+        seen, records = train_step(run, step)
         seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         if log:
-            log.write({"step": step} | evaluated | seen, sample)
+            log.write({"step": step} | evaluated | seen, records)
             bar.set_postfix(log.headline())
             for warning in log.warnings(first=step == first_step):
                 bar.write(f"step {step}: {warning}", file=sys.stderr)
@@ -213,7 +242,7 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
     watch.at_work_on = ""
     evaluated = evaluate(run)
     if log and evaluated:
-        log.write({"step": run.total_steps} | evaluated, [])
+        log.write({"step": run.total_steps} | evaluated, {})
     if log:
         log.close()
 
