@@ -153,13 +153,13 @@ def optimizer_step(
     policy: PackedLM,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
-    anchors: Sequence[TokenStats] | None,
-    old: Sequence[TokenStats] | None,
     advantages: Tensor,
+    anchors: Sequence[TokenStats] | None,
     denominator: Tensor,
     kl_coef: float,
     rate: float,
     config: Config,
+    old: Sequence[TokenStats] | None = None,
 ) -> dict[str, float]:
     """One step on the loss of all ranks' micro-batches (Eqs. 4-6). `advantages` and `denominator` are the step's [N],
     `anchors` the reference's log-probs of each micro-batch, None without a KL term; `old` those of the policy that has

@@ -30,7 +30,6 @@ import signal
 import sys
 from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -116,17 +115,12 @@ def learn(
     old = [score(run.policy, share, sampling.temperature) if M > 1 else None for share in shares]
     clock.lap("reference")
     counts = denominators(run.config.method.loss_agg, rollouts, list(chain(*parts)), sampling.max_response_tokens)
-    take_step = partial(
-        optimizer_step,
-        run.policy,
-        run.optimizer,
-        advantages=advantages,
-        denominator=counts.to(run.device),
-        kl_coef=row.kl_coef,
-        rate=learning_rate(step, run.total_steps, settings),
-        config=run.config,
-    )
-    measured = [take_step(*each) for each in zip(shares, anchors, old, strict=True)]
+    policy, optimizer, counts = run.policy, run.optimizer, counts.to(run.device)
+    rate = learning_rate(step, run.total_steps, settings)
+    measured = [
+        optimizer_step(policy, optimizer, share, advantages, of_anchor, counts, row.kl_coef, rate, run.config, of_old)
+        for share, of_anchor, of_old in zip(shares, anchors, old, strict=True)
+    ]
     clock.lap("update")
     return {name: fmean(of_step[name] for of_step in measured) for name in measured[0]}
 

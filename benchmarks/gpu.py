@@ -240,7 +240,7 @@ def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute
         checkpoint_activations(policy)
     optimizer, config = build_optimizer(policy, (0.9, 0.999), 0.01), Config()
     advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).to(device)
-    denominator = denominators("token", [rollouts], 0).to(device)
+    denominator = denominators("token", rollouts, [range(len(rollouts))], 0).to(device)
     batches = micro_batches(rollouts, settings.tokens_per_micro_batch, device)
     anchors = score(reference, batches, 1.0)
     fresh_peak()

@@ -162,7 +162,8 @@ def one_step(variant: Variant, answers: list[str]) -> tuple[dict[str, float], di
     """Metrics, the sample to read, and whether the policy moved; policy and teacher both give these answers."""
     run = tiny_run(variant, [Pair("a", "what", gold="4")], ScriptedSampler(lambda _, __, g: answers[g]))
     before = [parameter.clone() for parameter in run.policy.parameters()]
-    seen, (sample,) = train.train_step(run, 0)
+    seen, records = train.train_step(run, 0)
+    (sample,) = records["rollouts"]
     return seen, sample, any(not torch.equal(p, q) for p, q in zip(before, run.policy.parameters(), strict=True))
 
 

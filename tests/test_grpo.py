@@ -43,6 +43,8 @@ from grpo import (
 )
 from lm.packing import Rollout, micro_batches, pack
 from lm.scoring import PackedLM, score
+from metrics import Clock
+from prepare import Run
 from rewards import VARIANTS
 
 AGGREGATIONS = ["token", "sequence", "dr-grpo"]
@@ -230,13 +232,13 @@ TWO = [Rollout([1], [2, 2, 2], [0.0] * 3, False), Rollout([1], [2], [0.0], False
 
 @pytest.mark.parametrize(("how", "expected"), [("token", 10 / 4), ("sequence", (2 + 4) / 2), ("dr-grpo", 10 / (2 * 5))])
 def test_aggregations_by_hand(how, expected):
-    denominator = denominators(how, [TWO], max_tokens=5)
+    denominator = denominators(how, TWO, [range(len(TWO))], max_tokens=5)
     assert aggregate(PER_TOKEN, MASK, how, denominator).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
 def test_a_mean_is_that_of_the_step_and_not_of_a_micro_batch(how):
-    denominator = denominators(how, [TWO], max_tokens=5)
+    denominator = denominators(how, TWO, [range(len(TWO))], max_tokens=5)
     parts = [aggregate(PER_TOKEN[i : i + 1], MASK[i : i + 1], how, denominator[i : i + 1]) for i in range(2)]
     assert sum(parts).item() == pytest.approx(aggregate(PER_TOKEN, MASK, how, denominator).item())
 
@@ -317,7 +319,7 @@ def step_config(**settings: Any) -> Config:
 def two_views(rollouts: list[Rollout], how: str) -> torch.Tensor:
     """Denominators: the first half of the rollouts is one view, the second another."""
     half = len(rollouts) // 2
-    return denominators(how, [rollouts[:half], rollouts[half:]], 20)
+    return denominators(how, rollouts, [range(half), range(half, len(rollouts))], 20)
 
 
 def seen_gradients(
@@ -335,6 +337,58 @@ def seen_gradients(
     anchors, denominator = score(reference, batches, 0.7), two_views(rollouts, config.method.loss_agg)
     measured = optimizer_step(policy, optimizer, batches, advantages, anchors, denominator, kl_coef, 1.0, config)
     return seen, measured, len(batches)
+
+
+def brute_force_steps(run: Run, rollouts: list[Rollout], advantages: torch.Tensor, parts: list[list[range]]):
+    """Eqs. 4-6 in float64, a sequence at a time, whole logits, an AdamW step for each mini-batch: the weights."""
+    lm, reference, settings = twin_of(run.policy.lm), twin_of(run.initial.lm), run.config.optimisation
+    old = [naive_stats(lm, rollout, 1.0)[0].detach() for rollout in rollouts]
+    rate = learning_rate(0, run.total_steps, settings)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
+    for part in parts:
+        loss = 0.0
+        for of_view in part:
+            tokens = sum(len(rollouts[row].response_ids) for row in of_view)
+            for row in of_view:
+                logp, advantage = naive_stats(lm, rollouts[row], 1.0)[0], advantages[row]
+                d = naive_stats(reference, rollouts[row], 1.0)[0].detach() - logp
+                ratio = (logp - old[row]).exp()
+                clipped = ratio.clamp(1 - run.config.method.clip, 1 + run.config.method.clip_high)
+                terms = -torch.minimum(ratio * advantage, clipped * advantage) + 0.005 * (d.exp() - d - 1)
+                loss = loss + terms.sum() / tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(lm.parameters(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(lm.named_parameters())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_several_steps_on_one_batch_are_those_of_a_float64_brute_force(count):
+    """The old log-probs are of the policy that has answered, not of the one that the mini-batch before has left."""
+    pairs = [Pair(str(i), "a", "b") for i in range(5)]
+    how = dict(rollouts=2, mini_batches=count, clip=0.02, clip_high=0.05, lr=1e-2, kl_coef=0.005, warmup=0.0)
+    run = tiny_run("I", pairs, **how)
+    rollouts, advantages = tiny_rollouts(20), torch.linspace(-1.5, 2, 20)
+    questions = [range(0, 5)] if count == 1 else [range(0, 2), range(2, 5)] if count == 2 else None
+    questions = questions or [range(0, 1), range(1, 3), range(3, 5)]
+    parts = [[range(v * 10 + 2 * q.start, v * 10 + 2 * q.stop) for v in (0, 1)] for q in questions]
+    before = {name: weight.detach().clone() for name, weight in run.policy.lm.named_parameters()}
+    expected = brute_force_steps(run, rollouts, advantages, parts)
+    train.learn(run, 0, rollouts, advantages, Clock())
+    moved = {name: weight.detach() - before[name] for name, weight in run.policy.lm.named_parameters()}
+    wanted = {name: (weight.detach() - before[name]).float() for name, weight in expected.items()}
+    assert max(step.abs().max() for step in wanted.values()) > 0.9e-2
+    # AdamW's step is a quotient: where a gradient is nearly 0 its sign is rounding's, so that most must agree, not all.
+    gaps = torch.cat([(moved[name] - wanted[name]).abs().flatten() for name in wanted])
+    assert gaps.quantile(0.99) < 1e-5
+
+
+def test_an_asymmetric_clip_bounds_each_side_by_its_own():
+    logp, old, mask = torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2), torch.ones(1, 2)
+    up, down = (policy_loss(logp, old, torch.tensor([a]), mask, 0.2, clip_high=0.3) for a in (1.0, -1.0))
+    assert up.tolist()[0] == pytest.approx([-1.3, -math.exp(-1)])
+    assert down.tolist()[0] == pytest.approx([math.e, 0.8])
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
@@ -636,7 +690,7 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
     old_logp, ref_logp = (seen[f"{who}_per_token_logps"][:, :width] for who in ("old", "ref"))
     logp = PackedLM(lm)(batch, 0.7).logp
     per_token = policy_loss(logp, old_logp, advantages, batch.mask) + 0.04 * k3(logp, ref_logp)
-    loss = aggregate(per_token, batch.mask, how, denominators(how, [rollouts], 9))
+    loss = aggregate(per_token, batch.mask, how, denominators(how, rollouts, [range(len(rollouts))], 9))
     loss.backward()
     assert loss.item() == pytest.approx(seen["loss"].item(), rel=1e-4)
     assert largest_gap(seen["gradients"], gradients(lm)) < 1e-4

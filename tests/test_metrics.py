@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 import metrics
-from metrics import collapse_signs, keep_steps_before, label_metrics, step_metrics
+from data import Pair, PromptedPair
+from metrics import collapse_signs, gold_metrics, keep_steps_before, label_metrics, label_records, step_metrics
 from rewards import VARIANTS, Group, Response, label_groups, read_groups
 from store.files import append_rows
 
@@ -21,6 +22,10 @@ def groups(*answers: list[str | None]) -> list[Group]:
         for a in group
     ]
     return read_groups(said, len(answers[0]), "exact")
+
+
+def asked(*golds: str | None) -> list[PromptedPair]:
+    return [PromptedPair(Pair(str(i), "?", gold=gold), {}) for i, gold in enumerate(golds)]
 
 
 def statistics(part: list[Group]) -> dict[str, float]:
@@ -45,7 +50,9 @@ def test_views_and_teacher_do_not_mix():
         ("teacher", "x'"): groups(["3", "3", "4", "4"]),
     }
     row = VARIANTS["III"]
-    found = step_metrics(row, voted, label_groups(row, voted, ["1"]), ["1"], [[0, 0, 0, 0], [1, 0, 0, 0]])
+    labelled = label_groups(row, voted, ["1"])
+    labels = label_records(7, row, asked("1"), labelled)
+    found = step_metrics(row, voted, labelled, ["1"], [[0, 0, 0, 0], [1, 0, 0, 0]], labels)
     assert found["reward"] == 1 / 8 and found["reward/x"] == 0 and found["reward/x'"] == 1 / 4
     assert found["zero_std_groups"] == 1 / 2
     assert found["vote_share"] == pytest.approx((2 / 3 + 1) / 2)
@@ -57,13 +64,50 @@ def test_views_and_teacher_do_not_mix():
 
 def test_label_accuracy_counts_missing_labels_as_wrong_and_missing_golds_not_at_all():
     row, voted = VARIANTS["majority"], {("policy", "x"): groups(["1", "1"], [None, None], ["2", "2"])}
-    found = label_metrics(row, {"x": label_groups(row, voted, [None] * 3)}, ["1.0", "7", None])
+    found = label_metrics(label_records(0, row, asked("1.0", "7", None), label_groups(row, voted, [None] * 3)))
     assert found == {"label_accuracy": 1 / 2, "label_agreement": 1.0}
 
 
 def test_gold_labels_have_no_accuracy():
     row, voted = VARIANTS["gt"], {("policy", "x"): groups(["1", "1"])}
-    assert label_metrics(row, {"x": label_groups(row, voted, ["1"])}, ["1"]) == {}
+    assert label_records(0, row, asked("1"), label_groups(row, voted, ["1"])) == []
+
+
+def test_the_record_of_a_label_says_whose_it_is_how_sure_and_whether_it_is_right():
+    row = VARIANTS["I"]
+    voted = {("policy", "x"): groups(["1", "1", "2", None]), ("policy", "x'"): groups(["2", "2", "2", "2"])}
+    records = label_records(7, row, asked("1"), label_groups(row, voted, [None]))
+    assert records == [
+        {"step": 7, "id": "0", "view": "x", "label": "2", "share": 1.0, "agrees": False, "right": False},
+        {"step": 7, "id": "0", "view": "x'", "label": "1", "share": 2 / 3, "agrees": False, "right": True},
+    ]
+    (without_gold, _) = label_records(7, row, asked(None), label_groups(row, voted, [None]))
+    assert "right" not in without_gold
+
+
+def test_rewards_are_measured_by_gold_where_it_is_known_and_only_if_they_are_0_or_1():
+    two = groups(["1", "1", "2", None], ["3", "3", "3", "3"])
+    rewards = [[1, 1, 0, 0], [1, 1, 1, 1]]  # majority's; gold would have paid the third answer, and knows no second
+    assert gold_metrics(two, ["2", None], rewards) == {"rollout_accuracy": 1 / 4, "reward_accuracy": 1 / 4}
+    assert gold_metrics(two, ["2", None], [[0.5, 0.5, 0, 0], [1] * 4]) == {"rollout_accuracy": 1 / 4}
+    assert gold_metrics(two, [None, None], rewards) == {}
+
+
+def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_path: Path):
+    def log(first_step: int) -> metrics.RunLog:
+        return metrics.RunLog(tmp_path, {"run": {"tensorboard": False, "wandb": False}}, first_step)
+
+    def labels(step: int, **of_question: str) -> dict:
+        return {"labels": [{"step": step, "id": id, "view": "x", "label": label} for id, label in of_question.items()]}
+
+    run = log(0)
+    run.write({"step": 0}, labels(0, a="1", b="2"))
+    run.write({"step": 1}, labels(1, a="1", b="3", c="4"))
+    run.write({"step": 2}, labels(2, a="9"))
+    resumed = log(2)  # the last step is going to be repeated
+    resumed.write({"step": 2}, labels(2, a="1", b="2"))
+    flipped = [step.get("labels_flipped") for step in resumed.history]
+    assert flipped == [None, 1 / 2, 1 / 2]
 
 
 HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "response_tokens": 16.0, "entropy": 0.3}
@@ -100,7 +144,7 @@ def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
 def test_a_step_whose_gradient_is_not_finite_leaves_a_log_that_is_json(tmp_path: Path):
     config = {"run": {"tensorboard": False, "wandb": False}}
     log = metrics.RunLog(tmp_path, config, first_step=0)
-    log.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, [])
+    log.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, {})
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
@@ -117,7 +161,7 @@ def test_tensorboard_and_wandb_get_every_step_and_are_closed(tmp_path: Path, mon
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: wandb))
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     log = metrics.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True}}, first_step=3)
-    log.write({"step": 3, "reward": 0.5, "kl": float("nan")}, [])
+    log.write({"step": 3, "reward": 0.5, "kl": float("nan")}, {})
     log.close()
     assert seen == [(3, {"reward": 0.5}), "closed"]
     board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()

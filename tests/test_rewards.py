@@ -250,14 +250,14 @@ def step_of(variant: str | Variant, pairs: list[Pair], monkeypatch: pytest.Monke
     seen: dict = {}
     original = train.optimizer_step
 
-    def watched(policy, optimizer, batches, advantages, anchors, denominators, **how):
+    def watched(policy, optimizer, batches, advantages, anchors, denominators, *how):
         seen.update(advantages=advantages, denominators=denominators)
-        return original(policy, optimizer, batches, advantages, anchors, denominators, **how)
+        return original(policy, optimizer, batches, advantages, anchors, denominators, *how)
 
     monkeypatch.setattr(train, "optimizer_step", watched)
-    seen["metrics"], seen["samples"] = train.train_step(
-        tiny_run(variant, pairs, ScriptedSampler(by_question), **settings), 0
-    )
+    run = tiny_run(variant, pairs, ScriptedSampler(by_question), **settings)
+    seen["metrics"], records = train.train_step(run, 0)
+    seen["samples"] = records["rollouts"]
     monkeypatch.setattr(train, "optimizer_step", original)
     return seen
 

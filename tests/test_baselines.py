@@ -1,0 +1,216 @@
+"""baselines.py against the formulas of the methods' own code, written again from their description, and the identities
+that follow from them."""
+
+import math
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import ScriptedSampler, tiny_run
+
+import train
+from baselines import BASELINES, clear_winner, coin, harmonic_winner, has_answer, selective, semantic_share, soft_label
+from data import Pair
+from grpo import group_advantages
+from rewards import VARIANTS, Group, Response, classes, label_groups, majority_vote, read_groups, shares
+
+ANSWERS = st.lists(st.sampled_from(["1", "2", "3", "4", None]), min_size=2, max_size=24)
+
+
+def group_of(answers: list[str | None], other: list[str | None] | None = None, match: str = "exact") -> Group:
+    said = [Response("no box" if answer is None else f"\\boxed{{{answer}}}", 1, True) for answer in answers]
+    (group,) = read_groups(said, len(said), match)
+    vote = None if other is None else majority_vote(other, match)
+    return replace(group, label_vote=vote, label=vote.label if vote else None)
+
+
+@given(ANSWERS)
+def test_a_share_counts_all_rollouts_of_its_own_vote(answers):
+    expected = [answers.count(answer) / len(answers) if answer else 0.0 for answer in answers]
+    group = group_of(answers)
+    assert shares(group, group.vote) == expected
+
+
+@given(ANSWERS, ANSWERS)
+def test_a_soft_label_is_the_share_in_the_other_vote_and_not_in_the_own_one(answers, other):
+    (reward,) = soft_label([group_of(answers, other)])
+    assert reward == [other.count(answer) / len(other) if answer else 0.0 for answer in answers]
+
+
+def test_shares_are_of_equal_mathematics_where_votes_are():
+    group = group_of(["1/2", "0.5", "2", None], ["0.50", "3", "3", "3"], "math")
+    assert shares(group, group.vote) == [1 / 2, 1 / 2, 1 / 4, 0]
+    assert shares(group, group.label_vote) == [1 / 4, 1 / 4, 0, 0]
+    assert classes(group.label_vote, group.boxed, "math") == ["0.50", "0.50", None, None]
+
+
+@given(ANSWERS)
+def test_empo_gives_an_empty_answer_a_class_of_its_own(answers):
+    clusters = [answer or f"empty {i}" for i, answer in enumerate(answers)]
+    (reward,) = semantic_share([group_of(answers)])
+    assert reward == [clusters.count(cluster) / len(clusters) for cluster in clusters]
+
+
+def scrl(answers: list[str | None], entropies: list[float]) -> list[float]:
+    """As its scrl_utils.py and scrl_math/__init__.py compute it, in binary mode with the thresholds written there."""
+    total, named = len(answers), [answer or "__NONE__" for answer in answers]
+    proportion = {name: named.count(name) / total for name in named}
+    candidates = [name for name, _ in Counter(named).most_common() if name != "__NONE__"]
+    positive = None
+    ahead = [proportion[name] for name in candidates] + [0.0, 0.0]
+    if ahead[0] >= 0.5 and (len(candidates) == 1 or ahead[0] - ahead[1] > 0.15):
+        positive = candidates[0]
+    overall, negative = math.fsum(entropies) / total, set()
+    for name in candidates:
+        inside = [h for h, n in zip(entropies, named, strict=True) if n == name]
+        if name != positive and proportion[name] < 0.15 and math.fsum(inside) / len(inside) >= overall:
+            negative.add(name)
+    pays = {"__NONE__": -1.0} | dict.fromkeys(negative, -1.0) | ({positive: 1.0} if positive else {})
+    return [pays.get(name, 0.0) for name in named]
+
+
+@settings(max_examples=300)
+@given(ANSWERS, st.randoms(use_true_random=False))
+def test_scrl_rewards_a_clear_majority_and_punishes_what_is_rare_and_uncertain(answers, rng):
+    entropies = [rng.random() for _ in answers]
+    group = replace(group_of(answers), means={"entropy": entropies})
+    assert selective([group]) == [scrl(answers, entropies)]
+
+
+def test_scrl_knows_thirds_halves_and_margins():
+    assert clear_winner(group_of(["1", "1", "2", "2"])) is None  # no margin
+    assert clear_winner(group_of(["1", "1", "2", None])) == "1"
+    assert clear_winner(group_of(["1", None, None])) is None  # a third, of all rollouts
+    many = ["1"] * 8 + ["2"] + ["3"] * 2  # the rare one alone is uncertain
+    group = replace(group_of(many), means={"entropy": [0.1] * 8 + [2.0] + [0.1] * 2})
+    assert selective([group]) == [[1.0] * 8 + [-1.0] + [0.0] * 2]
+
+
+def self_harmony(own: list[str | None], other: list[str | None]) -> float:
+    """The best score of its harmonic_mean_score: n n' / (n + n') of an answer's counts in both wordings."""
+    named = {answer for answer in own + other if answer}
+    return max(own.count(a) * other.count(a) / (own.count(a) + other.count(a)) for a in named)
+
+
+@given(ANSWERS, ANSWERS)
+def test_self_harmony_takes_the_answer_that_both_wordings_give(own, other):
+    winner = harmonic_winner(group_of(own, other))
+    if winner is None:
+        assert not any(own + other)
+        return
+    n, m = own.count(winner), other.count(winner)
+    assert n * m / (n + m) == self_harmony(own, other)
+    equals = [
+        a for a in {*own, *other} - {None}
+        if own.count(a) * other.count(a) / (own.count(a) + other.count(a)) == n * m / (n + m)
+    ]  # fmt: skip
+    assert n + m == max(own.count(a) + other.count(a) for a in equals)
+
+
+def test_self_harmony_prefers_agreement_of_wordings_to_either_majority():
+    group = group_of(["1"] * 5 + ["2"] * 3, ["3"] * 5 + ["2"] * 3)
+    assert harmonic_winner(group) == "2"
+    assert harmonic_winner(group_of(["1", "1", "2"], ["3"])) == "1"  # nothing in common: the most frequent
+
+
+def test_the_coin_is_fair_the_same_on_every_rank_and_not_always_the_same_for_a_text():
+    groups = [group_of([str(i), "1", "1", "1"]) for i in range(2000)]
+    thrown = coin(groups)
+    assert thrown == coin(groups)
+    assert abs(sum(sum(each) for each in thrown) / 8000 - 0.5) < 0.03
+    assert len({tuple(each) for each in thrown}) == 16  # "1" is paid by chance, again and again
+
+
+def test_the_format_is_paid_whatever_is_in_the_box():
+    assert has_answer([group_of(["1", "2", None])]) == [[1.0, 1.0, 0.0]]
+
+
+@pytest.mark.parametrize("name", sorted(BASELINES))
+@pytest.mark.parametrize("answers", [["7"] * 4, [None] * 4], ids=["unanimous", "silent"])
+def test_a_group_that_agrees_or_is_silent_teaches_nothing(name, answers):
+    if name == "random":
+        return
+    row = BASELINES[name]
+    means = {"entropy": [0.5] * 4, "self_certainty": [1.0] * 4}
+    voted = {
+        (who, view): [replace(group_of(answers), means=means)] for who in ("policy", "teacher") for view in ("x", "x'")
+    }
+    rewards = row.reward(label_groups(row, voted, [None]))
+    assert group_advantages(torch.tensor(rewards).flatten(), 4).abs().max() == 0
+
+
+# ---------------------------------------------------------------- through a step
+
+PAIRS = [Pair("0", "a", "b", gold="1"), Pair("1", "c", "d", gold="2")]
+
+
+def says(_: object, prompt: str, g: int) -> str:
+    return f"\\boxed{{{random.Random(prompt + str(g)).randrange(1, 4)}}}"
+
+
+def rewards_of(variant: object, pairs: list[Pair], **how: object) -> list[object]:
+    _, records = train.train_step(tiny_run(variant, pairs, ScriptedSampler(says), **how), 0)
+    return [(row["label"], row["rewards"]) for row in records["rollouts"]]
+
+
+def test_semi_supervised_with_all_golds_is_gt_and_with_none_majority():
+    without = [replace(pair, gold=None) for pair in PAIRS]
+    assert rewards_of(BASELINES["semi"], PAIRS) == rewards_of("gt", PAIRS)
+    assert rewards_of(BASELINES["semi"], without) == rewards_of("majority", without)
+    row = BASELINES["semi"]
+    voted = {("policy", "x"): [group_of(["3", "3", "1"]), group_of(["3", "3", "1"])]}
+    assert [group.label for group in label_groups(row, voted, ["1", None])] == ["1", "3"]
+
+
+def test_gold_never_reaches_a_row_that_does_not_ask_for_it():
+    for name, row in (VARIANTS | BASELINES).items():
+        if name in ("gt", "semi"):
+            continue
+        voted = {
+            (who, view): [replace(group_of(["3", "3", "1"]), means={"entropy": [1.0] * 3, "self_certainty": [1.0] * 3})]
+            for who in ("policy", "teacher")
+            for view in ("x", "x'")
+        }
+        assert label_groups(row, voted, ["1"]) == label_groups(row, voted, [None])
+
+
+def test_more_votes_than_rollouts_change_the_label_and_not_what_is_trained_on():
+    def last_ones_know(_: object, prompt: str, g: int) -> str:
+        return "\\boxed{5}" if g >= 4 else f"\\boxed{{{g}}}"
+
+    run = tiny_run("majority", PAIRS, ScriptedSampler(last_ones_know), votes=8)
+    seen, records = train.train_step(run, 0)
+    (sample,) = records["rollouts"]
+    assert sample["answers"] == ["0", "1", "2", "3"] and sample["label"] == "5"
+    assert sample["label_share"] == 1 / 2 and seen["reward"] == 0
+    as_rollouts, without = rewards_of("majority", PAIRS, votes=4), rewards_of("majority", PAIRS)
+    assert as_rollouts == without
+
+
+def test_teacher_votes_are_as_many_as_the_policys():
+    asked: list[int] = []
+
+    class Counting(ScriptedSampler):
+        def holding(self, lm):
+            manager = super().holding(lm)
+            sample = manager.__enter__()
+
+            class Holding:
+                def __enter__(self):
+                    def counted(prompts, seeds, n, **how):
+                        asked.append(n)
+                        return sample(prompts, seeds, n, **how)
+
+                    return counted
+
+                def __exit__(self, *_):
+                    manager.__exit__(None, None, None)
+
+            return Holding()
+
+    train.train_step(tiny_run("II", PAIRS, Counting(says), votes=6), 0)
+    assert asked == [6, 6]
