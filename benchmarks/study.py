@@ -1,6 +1,6 @@
 """The miniature study: what every method does on the embedded task, and what it survives.
 
-    python benchmarks/study.py                        # everything, under an hour on two idle cores
+    python benchmarks/study.py                        # everything, under two hours on two idle cores
     python benchmarks/study.py --only misreading      # one section
     python benchmarks/study.py --seeds 0 --jobs 1     # a first look
     python benchmarks/study.py --jobs 0               # no new runs: the tables of those that are there
@@ -14,14 +14,13 @@ import random
 import re
 import shutil
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stderr, redirect_stdout
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median_low
 from typing import Any
 
 import matplotlib.pyplot as plt
@@ -31,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import train
+from baselines import BASELINES
 from config import parse
 from embedded.start_model import model_folder
 from embedded.word_problems import MISREAD_WORDING, STUDENTS, word_problems
@@ -45,6 +45,7 @@ STEPS = 40
 ALWAYS = f"--steps {STEPS} --eval-every 10 --eval-samples 2"
 RATES = {"2.5e-4": "--lr 2.5e-4", "5e-4": "", "1e-3": "--lr 1e-3"}  # half, once and twice the default
 NOISE = (0.25, 0.5)
+METHODS = [*VARIANTS, *(name for name, row in BASELINES.items() if row not in VARIANTS.values())]
 MISREADING = "--model embedded-misreading"
 ON_MISREAD = f"eval_accuracy/greedy/wording {MISREAD_WORDING}"
 ON_OTHERS = "eval_accuracy/greedy/other wordings"
@@ -52,8 +53,23 @@ REPHRASED = ("I", "III")  # what reads the rephrased questions
 VOTING = ("majority", "I", "II")
 
 
-def at_rates(flags: str) -> dict[str, str]:
-    return {f"{name}, {rate}": f"--variant {name} {lr} {flags}" for name in VARIANTS for rate, lr in RATES.items()}
+TENTH = "{runs}/tenth.jsonl"  # the training questions, one in ten with its answer
+
+
+def flags_of(method: str, model: str) -> str:
+    """Of train.py. Semi-supervised learning sees a tenth of the answers."""
+    data = f"--data {TENTH}" if method == "semi" else ""
+    return f"--variant {method} {data} --model {model}" if data or model != "embedded" else f"--variant {method}"
+
+
+def at_rates(model: str, all_methods_at: Sequence[str]) -> dict[str, str]:
+    """The paper's methods at every rate, the others at some."""
+    return {
+        f"{name}, {rate}": f"{flags_of(name, model)} {lr}"
+        for name in METHODS
+        for rate, lr in RATES.items()
+        if name in VARIANTS or rate in all_methods_at
+    }
 
 
 CROSSING = {
@@ -62,8 +78,22 @@ CROSSING = {
 }
 # Section of docs/STUDY.md -> row of its table -> flags of train.py. {runs} becomes the folder of the runs.
 SECTIONS: dict[str, dict[str, str]] = {
-    "usual": at_rates(""),
-    "misreading": at_rates(MISREADING),
+    "usual": at_rates("embedded", ("5e-4", "1e-3")),
+    "misreading": at_rates("embedded-misreading", ("5e-4",)),
+    "spellings": {f"{name}, 5e-4": flags_of(name, "embedded-spellings") for name in METHODS},
+    "kinder": {
+        "majority": "--variant majority",
+        "ttrl: 32 votes, 4 mini-batches, no KL": "--variant ttrl --votes 32 --mini-batches 4 --kl-coef 0",
+        "scrl: 32 votes": "--variant scrl --votes 32",
+        "self-harmony: 16 rollouts": "--variant self-harmony --rollouts 16",
+        "empo: 16 rollouts": "--variant empo --rollouts 16",
+        "intuitor: a fifth of the rate": "--variant intuitor --lr 1e-4",
+        "rent: a fifth of the rate": "--variant rent --lr 1e-4",
+        "rent: a fifth of the rate, 4 mini-batches, 5 rollouts": (
+            "--variant rent --lr 1e-4 --mini-batches 4 --rollouts 5"
+        ),
+        "random: five times the KL": "--variant random --kl-coef 0.025",
+    },
     "crossing": CROSSING,
     "crossing, misreading": {row: f"{flags} {MISREADING}" for row, flags in CROSSING.items()},
     "teacher": {
@@ -78,9 +108,9 @@ SECTIONS: dict[str, dict[str, str]] = {
         for size in (4, 8, 16)
     },
     "votes": {
-        f"{name}, {match} votes": f"--variant {name} --model embedded-spellings --answer-match {match}"
+        f"{name}, {match} votes": f"--variant {name} --model embedded-spellings{flag}"
         for name in VOTING
-        for match in ("exact", "math")
+        for match, flag in {"exact": "", "math": " --answer-match math"}.items()
     },
     "noise": {
         f"{name}, {share:.0%} of the pairs": f"--variant {name}"
@@ -127,6 +157,8 @@ def run_all(runs: Path, wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
         model_folder(name)
     for share in NOISE:
         write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
+    tenth = [row if i % 10 == 0 else row | {"answer": None} for i, row in enumerate(word_problems("train"))]
+    (runs / "tenth.jsonl").write_text("".join(json.dumps(row) + "\n" for row in tenth))
     missing = {folder: what for folder, what in wanted.items() if not is_finished(folder)}
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         futures = [pool.submit(run, flags, seed, folder) for folder, (flags, seed) in missing.items()]
@@ -185,6 +217,7 @@ COLUMNS = {
     "sampled": SAMPLED,
     "greedy": GREEDY,
     "label accuracy": "label_accuracy",
+    "reward accuracy": "reward_accuracy",
     "reward": "reward",
     "vote share": "vote_share",
     "entropy": "entropy",
@@ -226,35 +259,51 @@ def section_table(name: str, histories: dict[str, list[History]]) -> str:
 
 def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
     """Of each method and learning rate, how many seeds survive, and how many learn."""
-    header = ["", *(f"{verb}, {rate}" for verb in ("survives", "learns") for rate in RATES)]
+    columns = [("usual", "survives", rate) for rate in RATES] + [("spellings", "survives spellings", "5e-4")]
+    columns += [("misreading", "learns", rate) for rate in RATES]
     rows = []
-    for name in VARIANTS:
+    for name in METHODS:
         cells = []
-        for section, holds in (("usual", survives), ("misreading", learns)):
-            for rate in RATES:
-                group = results[section][f"{name}, {rate}"]
-                cells.append(f"{sum(map(holds, group))} of {len(group)}")
+        for section, verb, rate in columns:
+            held = [
+                (learns if verb == "learns" else survives)(run) for run in results[section].get(f"{name}, {rate}", [])
+            ]
+            cells.append(f"{sum(held)} of {len(held)}" if held else "-")
         rows.append([name, *cells])
-    return table(header, rows)
+    return table(["", *(f"{verb}, {rate}" for _, verb, rate in columns)], rows)
+
+
+def first_warning(history: History) -> int | None:
+    """The step at which the alarm of metrics.py goes off."""
+    return next((int(history[n - 1]["step"]) for n in range(1, len(history)) if collapse_signs(history[:n])), None)
 
 
 def alarm_table(results: dict[str, dict[str, list[History]]]) -> str:
-    """How often the alarm of metrics.py goes off in runs that end better, and worse, than they began."""
-    runs = {id(history): history for rows in results.values() for group in rows.values() for history in group}
-    seen: Counter[tuple[bool, bool]] = Counter()
-    for history in runs.values():
-        better = last(SAMPLED, history) > first(SAMPLED, history)  # type: ignore[operator]
-        seen[better, any(collapse_signs(history[:steps]) for steps in range(len(history)))] += 1
-    rows = [
-        [f"ends {'better' if end else 'worse'}", str(seen[end, True]), str(seen[end, False])] for end in (True, False)
-    ]
-    return table(["", "warned", "not warned"], rows)
+    """Of each method in all sections: how often the alarm goes off in runs that end better, and worse, than they began,
+    from what step on, and at what sampled accuracy of the evaluation before."""
+    runs = {id(run): (flags.split()[1], run) for flags, run in each_run(results)}
+    rows = []
+    for method in dict.fromkeys(method for method, _ in runs.values()):
+        of_method = [run for name, run in runs.values() if name == method]
+        worse = [run for run in of_method if last(SAMPLED, run) < first(SAMPLED, run)]  # type: ignore[operator]
+        steps = [step for run in worse if (step := first_warning(run)) is not None]
+        better = [run for run in of_method if run not in worse]
+        false = sum(first_warning(run) is not None for run in better)
+        when = f"{min(steps)}, {median_low(steps)}, {max(steps)}" if steps else "-"
+        rows.append([method, f"{len(steps)} of {len(worse)}", when, f"{false} of {len(better)}"])
+    return table(["", "warned, of those that end worse", "at step (first, median, last)", "false alarms"], rows)
+
+
+def each_run(results: dict[str, dict[str, list[History]]]) -> Iterator[tuple[str, History]]:
+    for section, rows in results.items():
+        for row, group in rows.items():
+            yield from ((SECTIONS[section][row], history) for history in group)
 
 
 def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained", sharey=True)
     for axis, key, title in zip(axes, (ON_MISREAD, ON_OTHERS), ("the misread wording", "the other three"), strict=True):
-        for i, name in enumerate(VARIANTS):
+        for i, name in enumerate(VARIANTS):  # the others are in draw_methods
             style = {"color": curves.COLOURS[i], "linestyle": curves.DASHES[i % len(curves.DASHES)], "label": name}
             curves.draw_metric(axis, key, histories[f"{name}, 5e-4"], **style)
         axis.set(title=title, xlabel="training step", ylim=(-0.02, 1.02))
@@ -262,6 +311,26 @@ def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
     axes[0].set_ylabel("greedy accuracy, held-out")
     lines = axes[0].get_lines()
     figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(file, dpi=160)
+
+
+def draw_methods(results: dict[str, dict[str, list[History]]], file: Path) -> None:
+    """Where each method ends, a dot a seed: the usual task at two rates, and the wording that is misread at first."""
+    panels = [("usual", "5e-4", SAMPLED), ("usual", "1e-3", SAMPLED), ("misreading", "5e-4", ON_MISREAD)]
+    titles = ["usual task, sampled", "twice the learning rate, sampled", "misread wording, greedy"]
+    figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), layout="constrained", sharey=True)
+    for axis, (section, rate, key), title in zip(axes, panels, titles, strict=True):
+        groups = {name: results[section][f"{name}, {rate}"] for name in METHODS}
+        start = fmean(value for run in groups["gt"] if (value := first(key, run)) is not None)
+        axis.axvline(start, color="grey", linestyle=":", label="before")
+        for y, (name, runs) in enumerate(groups.items()):
+            ends = [value for run in runs if (value := last(key, run)) is not None]
+            colour = curves.COLOURS[0] if name in ("I", "II", "III") else curves.COLOURS[1]
+            axis.plot(ends, [y] * len(ends), "o", alpha=0.6, color="black" if name == "gt" else colour)
+        axis.set(title=title, xlim=(-0.02, 1.02), xlabel="held-out accuracy")
+        axis.grid(alpha=0.25)
+    axes[0].set_yticks(range(len(METHODS)), METHODS)
+    axes[0].invert_yaxis()
     figure.savefig(file, dpi=160)
 
 
@@ -296,8 +365,9 @@ def main(
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
-    if {"usual", "misreading"} <= set(results):
+    if {"usual", "misreading", "spellings"} <= set(results):
         fill_in(document, "survival", survival_table(results))
+        draw_methods(results, document.with_name("methods.png"))
     if set(results) == set(SECTIONS):
         fill_in(document, "alarm", alarm_table(results))
 
