@@ -3,6 +3,7 @@
     python evaluate.py --model runs/x --benchmarks math500 gsm8k amc             # the newest policy of a run
     python evaluate.py --model Qwen3-8B-Base --benchmarks mine.jsonl --k 0       # own questions, one greedy answer each
     python evaluate.py --compare runs/before runs/after                          # question by question
+    python evaluate.py --seeds runs/evaluations/*                                # a line a setting, over its seeds
     torchrun --nproc-per-node 8 evaluate.py ...                                  # shared out, a model on each GPU
 
 Questions are asked as in training: its system message, its chat template, and the answer is what the last \\boxed{}
@@ -42,7 +43,7 @@ from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, request_seed
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
-from store.results import compare, estimate, table, versions
+from store.results import compare, estimate, seeds, table, versions
 
 GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")  # columns to break numbers down by
 
@@ -65,6 +66,7 @@ class EvaluationSettings:
     out: str | None = None  # folder to write (None: one under runs/evaluations, named after the model)
     # instead of an evaluation: the folders of two, or their result.json, before and after
     compare: tuple[str, str] | None = None
+    seeds: tuple[str, ...] = ()  # instead of an evaluation: results of runs, of which those of a setting make one line
 
 
 Job = tuple[Benchmark, Sequence[tuple[int, Pair]]]  # questions of a benchmark, with their places
@@ -244,6 +246,8 @@ def main() -> None:
     with told_in_a_sentence("stopped; the same command goes on from the answers kept so far"):
         if settings.compare:
             print(compare(*settings.compare))
+        elif settings.seeds:
+            print(seeds(settings.seeds))
         else:
             evaluate_model(checked_settings(settings))
 

@@ -69,6 +69,11 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     print(f"loading {config.model.name}", flush=True)
     policy, tokenizer = load_policy(str(config.model.name), device, config.memory.offload_optimizer)
     questions = to_questions(config, variant, tokenizer, pairs, report)
+    fewest = len(questions) // steps_per_epoch(len(questions), config.data.questions_per_step)
+    if config.optimisation.mini_batches > fewest:
+        raise UserError(
+            f"--mini-batches {config.optimisation.mini_batches}, but a step asks {fewest} questions: lower it"
+        )
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
     if benchmark:
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")

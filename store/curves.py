@@ -42,18 +42,11 @@ def settings_of_run(folder: Path) -> dict[str, str]:
         raise UserError(f"{file} is missing or damaged ({problem}): repair it, or leave the run out") from problem
 
 
-def by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]:
-    """Runs that have finished a step, by a label: their variant, and the settings that differ between these runs."""
-    groups: dict[tuple[tuple[str, str], ...], list[list[Row]]] = {}
-    for folder in dict.fromkeys(folders):
-        if not (folder / "metrics.jsonl").is_file():
-            raise UserError(f"{folder} is not a run: give a folder that train.py has written, with a metrics.jsonl")
-        if history := read_rows(folder / "metrics.jsonl"):
-            groups.setdefault(tuple(settings_of_run(folder).items()), []).append(history)
-        else:
-            print(f"{folder}: left out, it has not finished a step")
-    if not groups:
-        raise UserError("nothing to draw: no run has finished a step")
+def by_settings(runs: Sequence[Path]) -> dict[str, list[int]]:
+    """Which of these runs have the same settings, but for the seed, by a label: their variant, and what differs."""
+    groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
+    for i, folder in enumerate(runs):
+        groups.setdefault(tuple(settings_of_run(folder).items()), []).append(i)
     every = [dict(settings) for settings in groups]
     names = dict.fromkeys(name for settings in every for name in settings if name != "variant")
     differing = [name for name in names if len({settings.get(name) for settings in every}) > 1]
@@ -62,7 +55,23 @@ def by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]:
         others = (f"{name.replace('_', ' ')} {settings.get(name)}" for name in differing)
         return ", ".join([settings.get("variant", "run"), *others])
 
-    return {label(dict(settings)): histories for settings, histories in groups.items()}
+    return {label(dict(settings)): places for settings, places in groups.items()}
+
+
+def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]:
+    """Metrics of the runs that have finished a step."""
+    histories: dict[Path, list[Row]] = {}
+    for folder in dict.fromkeys(folders):
+        if not (folder / "metrics.jsonl").is_file():
+            raise UserError(f"{folder} is not a run: give a folder that train.py has written, with a metrics.jsonl")
+        if history := read_rows(folder / "metrics.jsonl"):
+            histories[folder] = history
+        else:
+            print(f"{folder}: left out, it has not finished a step")
+    if not histories:
+        raise UserError("nothing to draw: no run has finished a step")
+    each = list(histories.values())
+    return {label: [each[i] for i in places] for label, places in by_settings(list(histories)).items()}
 
 
 def draw_metric(axis: Any, key: str, runs: Sequence[list[Row]], **style: Any) -> None:
@@ -86,7 +95,7 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
     """One panel a metric, one line a method; returns the file."""
     from matplotlib.figure import Figure
 
-    groups = by_settings(folders)
+    groups = histories_by_settings(folders)
     figure = Figure(figsize=(14, 6.2), layout="constrained")
     axes = list(figure.subplots(2, 4, sharex=True).flat)
     for axis, (key, heading) in zip(axes, PANELS.items(), strict=True):

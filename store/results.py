@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from config import UserError
+from store.curves import by_settings
 from store.files import changes
 
 Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
@@ -100,3 +101,35 @@ def compare(before_path: str, after_path: str) -> str:
         if changed := changes(before[kind], after[kind]):
             notes.append(f"other {kind}: {changed}")
     return "\n".join([f"before: {before_path}", f"after:  {after_path}", in_columns(rows), *notes])
+
+
+def seeds(paths: Sequence[str]) -> str:
+    """A line for each setting of the runs whose policies these results measure: the mean of its seeds, and behind the
+    sign their standard deviation."""
+    results = [read_result(path) for path in paths]
+    groups = by_settings([run_of(result, path) for result, path in zip(results, paths, strict=True)])
+    lines = []
+    for benchmark in dict.fromkeys(name for result in results for name in result["benchmarks"]):
+        measured = [result["benchmarks"].get(benchmark, {}).get("numbers") for result in results]
+        names = dict.fromkeys(name for numbers in measured if numbers for name in numbers)
+        rows = [[benchmark, "seeds", *names]]
+        for label, places in groups.items():
+            of_seeds = [measured[i] for i in places if measured[i]]
+            spread = {name: [numbers[name]["value"] for numbers in of_seeds if name in numbers] for name in names}
+            cells = [written(over_seeds(values), name) if values else "-" for name, values in spread.items()]
+            rows.append([label, str(len(of_seeds)), *cells])
+        lines.append(in_columns(rows))
+    return "\n\n".join([*lines, "in percent, ± the standard deviation over seeds; tokens a response"])
+
+
+def over_seeds(values: Sequence[float]) -> Estimate:
+    return {"value": fmean(values), "error": stdev(values) if len(values) > 1 else None}
+
+
+def run_of(result: dict[str, Any], path: str) -> Path:
+    """The run whose policy this result measures."""
+    model = Path(str(result["settings"].get("model")))
+    for folder in model.parents:
+        if (folder / "metrics.jsonl").is_file():
+            return folder
+    raise UserError(f"{path} measures {model}, which is in no run's folder: leave it out")

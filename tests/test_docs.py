@@ -129,7 +129,9 @@ def test_a_document_names_a_flag_that_no_program_has(document):
     assert used - known == set()
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/PAPER.md", "docs/FORK.md", "docs/TTT.md", "docs/SCALE.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/PAPER.md", "docs/FORK.md", "docs/METHODS.md", "docs/TTT.md", "docs/SCALE.md"]
+)
 def test_a_training_command_in_a_document_has_a_flag_that_train_refuses(document):
     text = (ROOT / document).read_text().replace("\\\n", " ")
     commands = re.findall(r"train\.py ((?:[^`\n|#])*--[^`\n|#]*)", text)

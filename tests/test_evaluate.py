@@ -28,7 +28,7 @@ from lm.packing import Rollout
 from rewards import are_equal, equivalent
 from sources.benchmarks import SOURCES, option_letter, python_literal
 from store.files import Row
-from store.results import compare, estimate, table
+from store.results import compare, estimate, seeds, table
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 needs_sets = pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")
@@ -385,6 +385,27 @@ def test_folder_of_an_evaluation_is_no_result(tmp_path: Path) -> None:
         folder.mkdir()
         Path(path).rename(folder / "result.json")
     assert "own: 2 questions gained" in compare(str(tmp_path / "before"), str(tmp_path / "after"))
+
+
+def test_several_seeds_of_a_setting_are_several_lines(tmp_path: Path) -> None:
+    """Two seeds with 40 and 60 percent: mean 50, standard deviation 14.1; a run with other settings is another line."""
+    pairs = [Pair(str(i), f"question {i}", gold="1") for i in range(5)]
+    paths = []
+    for name, right, variant in (("a", 2, "II"), ("b", 3, "II"), ("c", 5, "gt")):
+        run = tmp_path / name
+        (run / "checkpoints" / "step-000010" / "policy").mkdir(parents=True)
+        (run / "metrics.jsonl").write_text("")
+        (run / "config.json").write_text(json.dumps({"method": {"variant": variant}, "run": {"seed": name}}))
+        result = result_of(Benchmark("own", pairs), [answered("1", i < right, greedy=True) for i in range(5)])
+        made = {"settings": {"model": str(run / "checkpoints" / "step-000010" / "policy")}, "versions": {}}
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps(made | {"benchmarks": {"own": result}}))
+    lines = [line.split() for line in seeds([str(path) for path in paths]).splitlines()]
+    assert lines[0][:3] == ["own", "seeds", "greedy"]
+    assert lines[1][:5] == ["II", "2", "50.0", "±", "14.1"] and lines[2][:3] == ["gt", "1", "100.0"]
+    before, _ = two_results(tmp_path)
+    with pytest.raises(UserError, match="measures before, which is in no run's folder"):
+        seeds([before])
 
 
 def test_compared_results_have_other_questions_or_settings(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from config import UserError
 from store import curves
-from store.curves import by_settings, draw
+from store.curves import draw, histories_by_settings
 
 
 def write_run(folder: Path, *records: dict[str, float], **settings: object) -> Path:
@@ -31,17 +31,17 @@ def test_seeds_of_one_method_become_one_line_whatever_their_folders_are_called(t
         write_run(tmp_path / "II-seed2", step, lr=1e-4),
         write_run(tmp_path / "gt", step, variant="gt"),
     ]
-    assert {label: len(runs) for label, runs in by_settings(folders).items()} == {
+    assert {label: len(runs) for label, runs in histories_by_settings(folders).items()} == {
         "II, lr 0.001": 2,
         "II, lr 0.0001": 1,
         "gt, lr 0.001": 1,
     }
-    assert list(by_settings([folders[0], folders[3]])) == ["II", "gt"], "what does not differ needs no words"
+    assert list(histories_by_settings([folders[0], folders[3]])) == ["II", "gt"], "what does not differ needs no words"
 
 
 def test_a_run_that_is_named_twice_is_drawn_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"step": 0})
-    assert [len(runs) for runs in by_settings([run, run]).values()] == [1]
+    assert [len(runs) for runs in histories_by_settings([run, run]).values()] == [1]
 
 
 def test_the_mean_and_the_band_are_those_of_the_seeds_to_the_end_of_the_longest() -> None:
@@ -90,7 +90,7 @@ def test_what_is_drawn_is_named_and_a_reward_of_another_scale_leaves_the_others_
 
 def test_an_empty_run_does_not_keep_the_others_from_being_drawn(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     empty, full = write_run(tmp_path / "empty"), write_run(tmp_path / "full", {"step": 0}, variant="gt")
-    assert list(by_settings([empty, full])) == ["gt"]
+    assert list(histories_by_settings([empty, full])) == ["gt"]
     assert "empty: left out" in capsys.readouterr().out
     with pytest.raises(UserError, match="nothing to draw"):
         draw([empty], tmp_path / "curves.png")
@@ -109,7 +109,7 @@ def test_a_damaged_config_is_a_sentence(tmp_path: Path) -> None:
     for content in ("{", "[]", '{"method": 1}'):
         (run / "config.json").write_text(content)
         with pytest.raises(UserError, match="config.json is missing or damaged"):
-            by_settings([run])
+            histories_by_settings([run])
 
 
 @pytest.mark.parametrize("out", ["curves.xyz", "run/metrics.jsonl/curves.png"])

@@ -48,6 +48,12 @@ TRAIN = {
     "options that are no JSON": ("--template-options thinking", "is no JSON object"),
     "training on itself": ("--decontaminate embedded", "leaves no training question"),
     "steps and epochs": ("--steps 7 --epochs 2", "--steps and --epochs say the same thing twice"),
+    "fewer votes than rollouts": ("--votes 4", "--votes 4 are fewer than --rollouts 8, which all vote"),
+    "more mini-batches than questions": ("--mini-batches 17", "--mini-batches 17 need as many --questions-per-step"),
+    "mini-batches without a question": (
+        "--model embedded --data questions.jsonl --mini-batches 5",
+        "--mini-batches 5, but a step asks 4 questions",
+    ),
     "resuming nothing in particular": ("--resume auto", "--resume auto: say of which run"),
     "resuming what is not there": ("--resume runs/nowhere", "holds no settings of a run"),
     "resuming a folder of something else": ("--resume empty", "holds no settings of a run"),
@@ -62,6 +68,7 @@ TRAIN = {
             ("lr", "1e9", "1000000000.0"), ("lr", "-1", "-1.0"), ("lr", "nan", ""), ("rollouts", "1", ""),
             ("questions-per-step", "0", ""), ("temperature", "0", "0.0"), ("temperature", "nan", ""),
             ("kl-coef", "-0.1", ""), ("kl-cap", "-1", "-1.0"), ("clip", "-0.2", ""), ("clip", "nan", ""),
+            ("clip-high", "-1", "-1.0"), ("votes", "1", ""), ("mini-batches", "0", ""),
             ("tis-cap", "-1", "-1.0"), ("beta2", "1", "1.0"), ("weight-decay", "-1", "-1.0"), ("warmup", "2", "2.0"),
             ("max-grad-norm", "-1", "-1.0"), ("max-grad-norm", "nan", ""), ("ema-start", "1.5", ""),
             ("ema-end", "-1", "-1.0"), ("save-every", "-1", ""), ("keep", "-1", ""), ("eval-every", "-3", ""),
@@ -78,6 +85,7 @@ EVALUATE = {
     "two benchmarks of one name": ("--model embedded --benchmarks questions.jsonl questions.jsonl", "rename one"),
     "no question": ("--model embedded --limit 0 --benchmarks questions.jsonl", "--limit 0 must be at least 1"),
     "comparing what is no result": ("--compare empty notes.txt", "is no result.json of an evaluation"),
+    "seeds of what is no result": ("--seeds empty notes.txt", "is no result.json of an evaluation"),
 }
 OTHERS: dict[str, tuple[Callable[..., object], str, str]] = {
     "data: nothing there": (data.show, "nowhere", "nowhere is no file"),
