@@ -194,7 +194,7 @@ def load_benchmark(
     columns = files.columns._asdict()
     pairs = [pair for path in paths for pair in load_pairs(path, **columns, keep_bad_rewrites=True)]
     if missing := sum(pair.gold is None for pair in pairs):
-        cure = "take them out, or name the column of answers with --answer-column"
+        cure = "take them out, or name the column of answers (--answer-column, in training --eval-answer-column)"
         raise UserError(f"{name}: {missing:,} of {len(pairs):,} questions have no gold answer: {cure}")
     if not source:
         return Benchmark(Path(name).stem.replace(":", "-"), pairs)

@@ -24,6 +24,12 @@ teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group)
 policy, always in this order: by view, by question, then those of a group.
 """
 
+from config import Config, UserError, parse, told_in_a_sentence
+
+if __name__ == "__main__":
+    with told_in_a_sentence():
+        parse()  # --help and wrong flags are answered at once: the imports that follow take seconds
+
 import json
 import os
 import signal
@@ -38,7 +44,6 @@ import torch
 from tqdm import tqdm
 
 import metrics
-from config import Config, UserError, parse, told_in_a_sentence
 from data import questions_of_step
 from evaluate import EvaluationSettings, accuracies
 from grpo import denominators, group_advantages, learning_rate, mini_batches, optimizer_step
@@ -210,7 +215,7 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
     ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
     log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
     steps = range(first_step, run.total_steps)
-    bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", disable=log is None)
+    bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", smoothing=0, disable=log is None)
     for step in bar:
         watch.at_work_on = f"step {step}"
         evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
