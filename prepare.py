@@ -33,10 +33,10 @@ from lm.engine import choose_engine, open_sampler
 from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
-from metrics import LOGS
 from rewards import VARIANTS, VIEWS, Variant, on_views
 from store import checkpoint
 from store.files import fingerprint
+from store.log import LOGS
 
 
 @dataclass
