@@ -163,7 +163,7 @@ def without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
 def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: Report) -> list[Pair]:
     """The pairs whose question is in none of the benchmarks; it is an error if no pair is left."""
     asked = [pair.question for benchmark in benchmarks for pair in benchmark.pairs]
-    found = {overlap.trained for overlap in overlaps([pair.question for pair in pairs], asked)}
+    found = {i for i, _ in overlaps([pair.question for pair in pairs], asked)}
     names = " ".join(benchmark.name for benchmark in benchmarks)
     cure = f"--decontaminate {names} leaves no training question: it is the training set itself"
     return report.usable([pair for i, pair in enumerate(pairs) if i not in found], pairs, "in a benchmark", cure)

@@ -14,7 +14,7 @@ import pytest
 import data
 import evaluate
 import train
-from tools import ask, contamination, look, plan, plot, rephrase
+from tools import ask, look, plan, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -93,7 +93,6 @@ OTHERS: dict[str, tuple[Callable[..., object], str, str]] = {
     "look: no run": (look.look, "empty", "is no run's folder"),
     "ask: no model": (ask.ask, "nonsense question", "neither a folder nor a hub name"),
     "plan: no questions": (plan.main, "--model Qwen3-8B-Base", "--data is missing"),
-    "contamination: nothing there": (contamination.show_overlaps, "--train nowhere --eval questions.jsonl", "nowhere"),
     "rephrase: nothing there": (rephrase.main, "--data nowhere --model M --out o.jsonl", "nowhere is no file"),
 }
 
