@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from hashlib import blake2b
@@ -221,7 +221,6 @@ def prompt_pairs(
     views: Sequence[str] = ("x",),
     needs_gold: bool = False,
     chat_template: str | None = None,
-    template_options: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> list[PromptedPair]:
     """The pairs that a run on these views can use, with their prompts.
@@ -239,8 +238,7 @@ def prompt_pairs(
         pairs = report.usable(labelled, pairs, "no gold", cure)
     prompted = []
     for pair in pairs:
-        how = template_options or {}
-        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template, **how) for view in views}
+        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views}
         prompted.append(PromptedPair(pair, ids))
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]

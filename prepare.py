@@ -1,7 +1,6 @@
 """From settings to a run that is ready for its first step: folder, questions, models, optimizer, sampler."""
 
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -150,7 +149,6 @@ def to_questions(
         tokenizer=tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         chat_template=template,
-        template_options=json.loads(config.model.template_options),
     )
     if report is None:
         return to_prompts()

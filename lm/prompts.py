@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import SYSTEM_PROMPT, UserError
 
@@ -25,9 +25,7 @@ def read_chat_template(path: str) -> str:
         raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
-) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
     """What the model reads: the instruction, the question, and the beginning of its own turn."""
     name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
@@ -40,7 +38,7 @@ def prompt_text(
     ):
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False, **options
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as problem:  # a template is a program: it can fail in any way, also by endless recursion
             complaint = (str(problem) or type(problem).__name__).partition("\n")[0]
@@ -50,11 +48,8 @@ def prompt_text(
     raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
-) -> list[int]:
-    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
-    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template, **options))
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> list[int]:
+    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template))
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable[[str], str]) -> list[int]:

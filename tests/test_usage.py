@@ -45,7 +45,6 @@ TRAIN = {
     "answers that do not fit": ("--max-response-tokens 9000", "the model knows 512 positions"),
     "a chat template that is not there": ("--chat-template nowhere.jinja", "nowhere.jinja is not a file"),
     "a chat template that is none": ("--chat-template notes.txt", "cannot be used"),
-    "options that are no JSON": ("--template-options thinking", "is no JSON object"),
     "training on itself": ("--decontaminate embedded", "leaves no training question"),
     "steps and epochs": ("--steps 7 --epochs 2", "--steps and --epochs say the same thing twice"),
     "fewer votes than rollouts": ("--votes 4", "--votes 4 are fewer than --rollouts 8, which all vote"),
