@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,20 +66,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if not any(token in question for token in special):
         return encode(render(question))
-    before, said, after = around(question, render, special)
-    return [*encode(before), *encode(said, split_special_tokens=True), *encode(after)]
-
-
-def around(question: str, render: Callable[[str], str], special: set[str]) -> tuple[str, str, str]:
-    """A prompt, cut at the template's special tokens that stand next to the question, so that no other token changes.
-
-    Raises:
-        UserError: the template does more to a question than to put text around it.
-    """
-    text, (before, *others) = render(question), render(PLACEHOLDER).split(PLACEHOLDER)
-    if len(others) != 1 or not (text.startswith(before) and text.endswith(others[0])):
-        raise UserError(f"the question {question[:80]!r} spells a special token of the tokenizer: take it out")
-    start = max((before.rindex(token) + len(token) for token in special if token in before), default=0)
-    end = min((others[0].index(token) for token in special if token in others[0]), default=len(others[0]))
-    end += len(text) - len(others[0])
-    return text[:start], text[start:end], text[end:]
+    # Its tokens by themselves, also where an ordinary question's would merge with those of the template.
+    before, *others = (encode(text) for text in render(PLACEHOLDER).split(PLACEHOLDER))
+    said = encode(question, split_special_tokens=True)
+    return [*before, *chain.from_iterable([*said, *after] for after in others)]

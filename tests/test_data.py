@@ -8,8 +8,6 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,7 +21,6 @@ from transformers import PreTrainedTokenizerFast
 import data
 from config import SYSTEM_PROMPT, UserError
 from data import Pair, Report, load_benchmark, load_pairs, prompt_pairs
-from lm import prompts
 from lm.prompts import prompt_ids, prompt_text, read_chat_template
 from sources.benchmarks import python_literal
 from sources.files import READERS, Columns
@@ -574,19 +571,10 @@ def test_a_question_cannot_end_its_turn_and_speak_for_the_assistant(merging_toke
     assert prompt_ids(merging_tokenizer, "q") == plain, "the next question is tokenised otherwise"
 
 
-def test_reading_a_question_as_text_changes_no_ordinary_prompt(merging_tokenizer):
-    render = partial(prompt_text, merging_tokenizer)
-    for question in QUESTIONS:
-        before, said, after = prompts.around(question, render, {"<|end|>", "<|im_start|>", "<|im_end|>"})
-        assert before + said + after == render(question)
-        ids = [merging_tokenizer(text, add_special_tokens=False).input_ids for text in (before, said, after)]
-        assert [*chain(*ids)] == merging_tokenizer(render(question), add_special_tokens=False).input_ids
-
-
-def test_a_template_that_reads_the_question_is_refused_for_one_with_a_special_token():
-    tokenizer = byte_tokenizer("{% if '<bos>' in messages[1]['content'] %}!{% endif %}" + CHATML)
-    with pytest.raises(UserError, match="the question 'a<bos>b' spells a special token"):
-        prompt_ids(tokenizer, "a<bos>b")
+def test_a_template_that_repeats_a_question_keeps_both_as_text():
+    twice = byte_tokenizer(CHATML + "{{ messages[1]['content'] }}")
+    ids = prompt_ids(twice, "a<bos>b")
+    assert twice.decode(ids) == prompt_text(twice, "a<bos>b") and ids.count(0) == 1
 
 
 # ---------------------------------------------------------------- a set of prompts
