@@ -157,7 +157,7 @@ def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
     method = config.method
     rows = VARIANTS | BASELINES
-    if method.variant not in rows:
+    if str(method.variant) not in rows:  # a config.json can hold anything
         raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(rows)}")
     variant = rows[method.variant]
     if method.views is not None and not variant.is_baseline:
