@@ -34,13 +34,13 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import UserError, flag, told_in_a_sentence
-from data import Benchmark, Pair, load_benchmark
 from lm.decoding import Sample
 from lm.engine import frozen_sampler
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, request_seed
+from sources.pairs import Benchmark, Pair, load_benchmark
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
 from store.results import compare, estimate, seeds, table, versions

@@ -9,17 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
 from config import EMBEDDED_MODELS, Config, UserError
-from data import (
-    Benchmark,
-    Pair,
-    PromptedPair,
-    Report,
-    load_benchmark,
-    load_pairs,
-    prompt_pairs,
-    steps_per_epoch,
-    without_overlap,
-)
+from data import PromptedPair, prompt_pairs, steps_per_epoch
 from grpo import build_optimizer
 from lm import ranks
 from lm.decoding import Sampler
@@ -28,6 +18,7 @@ from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_toke
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
+from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 from store import checkpoint
 from store.files import fingerprint
 

@@ -19,11 +19,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import data
+import sources.pairs
 from config import SYSTEM_PROMPT, UserError
-from data import Pair, Report, load_benchmark, load_pairs, prompt_pairs
+from data import prompt_pairs
 from lm.prompts import prompt_ids, prompt_text, read_chat_template
 from sources.benchmarks import python_literal
 from sources.files import READERS, Columns
+from sources.pairs import CONSEQUENCES, Pair, Report, load_benchmark, load_pairs
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 ASY = "[asy] draw(circle((0,0),1)); [/asy]"
@@ -163,7 +165,7 @@ def test_a_chosen_column_is_read_although_another_has_a_name_of_the_authors(tmp_
 
 def test_the_embedded_task_is_a_source(monkeypatch):
     rows = [{"question": "q", "rephrased": "r", "answer": "7", "family": "a+b"}]
-    monkeypatch.setattr(data, "word_problems", lambda split: rows if split == "train" else [])
+    monkeypatch.setattr(sources.pairs, "word_problems", lambda split: rows if split == "train" else [])
     assert load_pairs("embedded") == [Pair("0", "q", "r", "7", {"family": "a+b"})]
 
 
@@ -209,7 +211,7 @@ def test_every_fault_has_its_line_in_the_report(tmp_path):
     rows = [{"question": q, "rephrased": r} for q, r in zip(questions, rewrites, strict=True)]
     report = Report()
     load_pairs(write_jsonl(tmp_path / "q.jsonl", rows), report=report)
-    assert set(+report.dropped) <= set(data.CONSEQUENCES)
+    assert set(+report.dropped) <= set(CONSEQUENCES)
     assert all(fault in str(report) for fault in +report.dropped) and len(+report.dropped) == 4
 
 

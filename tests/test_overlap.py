@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from config import UserError
-from data import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 from sources.overlap import NEARLY, RUN, digits, overlaps, runs_of_words, squeezed
+from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = "A train leaves the station at 7 and drives for 3 hours at 60 miles an hour before it stops. How far is that?"

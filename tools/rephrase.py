@@ -23,13 +23,13 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import told_in_a_sentence
-from data import Pair, Report, load_pairs
 from lm.engine import FrozenModel, frozen_sampler
 from lm.model import newest_policy
 from lm.prompts import chat_ids
 from rewards import Response
 from rollout import decode, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
+from sources.pairs import Pair, Report, load_pairs
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import claim, make_parts, missing_parts, read_whole, split, stand_alone
 
