@@ -93,8 +93,8 @@ class Data:
 class Model:
     # hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or a run; None: embedded, a toy of its own task
     name: Annotated[str | None, arg(name="model")] = None
-    chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
-    template_options: str = "{}"  # JSON that the chat template gets, such as {"enable_thinking": false}
+    # Jinja file instead of the tokenizer's; a copy of that may begin with {% set enable_thinking = false %}
+    chat_template: str | None = None
 
 
 @dataclass(frozen=True)
@@ -264,10 +264,6 @@ def validated(config: Config, default: Config) -> Config:
         config = replace(config, model=replace(config.model, name="embedded"))
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
-    try:
-        dict(json.loads(config.model.template_options))
-    except (ValueError, TypeError):
-        raise UserError(f"--template-options {config.model.template_options} is no JSON object") from None
     for name, package in {"tensorboard": "tensorboard", "wandb": "wandb"}.items():
         if values[name] and find_spec(package) is None:
             raise UserError(f"{flag(name)}: pip install {package}, it is not installed")

@@ -34,7 +34,6 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import UserError, flag, told_in_a_sentence
-from data import Benchmark, Pair, load_benchmark
 from lm import ranks
 from lm.decoding import Sample
 from lm.engine import frozen_sampler
@@ -44,6 +43,7 @@ from metrics import Clock
 from prepare import Run
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, request_seed
+from sources.pairs import Benchmark, Pair, load_benchmark
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
 from store.results import compare, estimate, seeds, table, versions

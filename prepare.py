@@ -1,11 +1,5 @@
-"""From settings to a run that is ready for its first step: folder, questions, models, optimizer, sampler."""
+"""From settings to a run that is ready for its first step: questions, models, optimizer, sampler."""
 
-import fcntl
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,18 +8,8 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, UserError, settings_in
-from data import (
-    Benchmark,
-    Pair,
-    PromptedPair,
-    Report,
-    load_benchmark,
-    load_pairs,
-    prompt_pairs,
-    steps_per_epoch,
-    without_overlap,
-)
+from config import EMBEDDED_MODELS, Config, UserError
+from data import PromptedPair, prompt_pairs, steps_per_epoch
 from grpo import build_optimizer
 from lm import ranks
 from lm.decoding import Sampler
@@ -34,9 +18,9 @@ from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_toke
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
+from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 from store import checkpoint
 from store.files import fingerprint
-from store.log import LOGS
 
 
 @dataclass
@@ -150,7 +134,6 @@ def to_questions(
         tokenizer=tokenizer,
         max_prompt_tokens=config.data.max_prompt_tokens,
         chat_template=template,
-        template_options=json.loads(config.model.template_options),
     )
     if report is None:
         return to_prompts()
@@ -165,7 +148,7 @@ def chosen_variant(config: Config) -> Variant:
     """The row of the table, with what the command line changes in it."""
     method = config.method
     rows = VARIANTS | BASELINES
-    if method.variant not in rows:
+    if str(method.variant) not in rows:  # a config.json can hold anything
         raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(rows)}")
     variant = rows[method.variant]
     if method.views is not None and not variant.is_baseline:
@@ -178,84 +161,6 @@ def chosen_variant(config: Config) -> Variant:
     if method.kl_coef is not None:
         variant = replace(variant, kl_coef=method.kl_coef)
     return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
-
-
-@contextmanager
-def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
-    """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
-    this one lives, however it ends; a run that ends before it has written anything leaves nothing behind."""
-    with ExitStack() as held:
-
-        def claim() -> tuple[Path, Path | None]:
-            folder, resumed = folder_of(config)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-                held.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
-            held.callback(remove_if_empty, folder)
-            if resumed and resumed.parents[1] != folder.resolve():
-                branch_off(resumed.parents[1], folder)
-            return folder, resumed
-
-        yield ranks.on_first(claim)
-
-
-def folder_of(config: Config) -> tuple[Path, Path | None]:
-    """Where this run writes, and the checkpoint to go on from: in its own run, unless --out names another folder."""
-    resume, out = config.run.resume, config.run.out
-    resumed = checkpoint.find_checkpoint(resume, out) if resume else None
-    if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
-        raise UserError(f"--resume {resume}: made with other settings: {differing}")
-    if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
-        return new_folder(config), resumed
-    if resumed.parent.name != "checkpoints":
-        raise UserError(f"--resume {resume} is in no run's checkpoints/: say where to write, with --out")
-    newer = checkpoint.newest_first(resumed.parent)[0]
-    if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
-        raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
-    return resumed.parents[1], resumed
-
-
-def new_folder(config: Config) -> Path:
-    """A folder that no other run has written to, or one to resume in from the very beginning."""
-    if config.run.out:
-        folder = Path(config.run.out)
-        if (folder / "metrics.jsonl").exists():
-            if config.run.resume != "auto":
-                raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
-            if settings_in(folder / "config.json").run.resume not in (None, "auto"):
-                raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
-        return folder
-    model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
-    parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
-    for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
-        folder = Path("runs", "-".join(parts) + suffix)
-        try:
-            folder.mkdir(parents=True)  # of two runs that start at once, one makes it
-            return folder
-        except FileExistsError:
-            continue
-    raise UserError("runs/ is full of runs of this name: name another folder with --out")
-
-
-def remove_if_empty(folder: Path) -> None:
-    if [path.name for path in folder.iterdir()] == [".lock"]:
-        (folder / ".lock").unlink()
-        folder.rmdir()
-        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
-
-
-def branch_off(run: Path, folder: Path) -> None:
-    """The log of the steps before."""
-    for name in LOGS:
-        if (run / name).is_file():
-            shutil.copyfile(run / name, folder / name)
 
 
 def total_steps(config: Config, questions: int) -> int:

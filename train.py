@@ -50,11 +50,12 @@ from grpo import denominators, group_advantages, learning_rate, mini_batches, op
 from lm import ranks
 from lm.packing import Rollout, micro_batches
 from lm.scoring import mean_per_rollout, score
-from prepare import Run, claimed, prepare, to_save
+from prepare import Run, prepare, to_save
 from rewards import Group, label_groups, read_groups, with_means
 from rollout import ask, decode
 from store import checkpoint, curves
 from store.files import write_whole
+from store.folder import claimed
 from store.log import Records, RunLog, closing_table
 from store.results import versions
 from teacher import ema_weight, update

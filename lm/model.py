@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
@@ -29,7 +29,7 @@ from config import EMBEDDED_MODELS, UserError
 from embedded import start_model
 from lm import ranks
 from lm.packing import Rollout, pack
-from lm.scoring import PackedLM
+from lm.scoring import PackedLM, autocast
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 
@@ -142,18 +142,26 @@ def packing_gap(lm: PreTrainedModel) -> float:
     rollout = Rollout(prompt_ids=tokens[:3], response_ids=tokens[3:], logp=[0.0] * 5, finished=False)
     batch = pack([rollout, rollout], [0, 1], lm.device)
     packed_logp = PackedLM(lm)(batch, temperature=1.0).logp[1]
-    lm.set_attn_implementation("eager")
-    logits = lm(torch.tensor([tokens], device=lm.device), use_cache=False).logits[0, 2:-1].float()
-    lm.set_attn_implementation("packed")
-    own_logp = logits.log_softmax(-1).gather(-1, batch.targets[1][:, None]).squeeze(-1)
-    return float((packed_logp - own_logp).abs().max())
+    return float((packed_logp.cpu() - own_logp(lm, rollout, torch.float32, "eager")).abs().max())
+
+
+@torch.no_grad()
+def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attention: str = "sdpa") -> Tensor:
+    """Log-probs [T] of a response under the model itself, by transformers."""
+    lm = whole(lm, dtype)
+    tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
+    with plain_attention(lm, attention), autocast(lm.device, dtype):
+        logits = lm(tokens, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
+    response = tokens[0, len(rollout.prompt_ids) :, None]
+    logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
+    return logp
 
 
 @contextmanager
-def plain_attention(lm: PreTrainedModel) -> Iterator[None]:
+def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
     """Evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
     training, attention = lm.training, lm.config._attn_implementation
-    lm.eval().set_attn_implementation("sdpa")
+    lm.eval().set_attn_implementation(kind)
     try:
         yield
     finally:

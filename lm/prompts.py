@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from config import SYSTEM_PROMPT, UserError
 
@@ -25,9 +26,7 @@ def read_chat_template(path: str) -> str:
         raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
 
 
-def prompt_text(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
-) -> str:
+def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
     """What the model reads: the instruction, the question, and the beginning of its own turn."""
     name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
@@ -40,7 +39,7 @@ def prompt_text(
     ):
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False, **options
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
             )
         except Exception as problem:  # a template is a program: it can fail in any way, also by endless recursion
             complaint = (str(problem) or type(problem).__name__).partition("\n")[0]
@@ -50,11 +49,8 @@ def prompt_text(
     raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
 
 
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
-) -> list[int]:
-    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
-    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template, **options))
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> list[int]:
+    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template))
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable[[str], str]) -> list[int]:
@@ -70,20 +66,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
     if not any(token in question for token in special):
         return encode(render(question))
-    before, said, after = around(question, render, special)
-    return [*encode(before), *encode(said, split_special_tokens=True), *encode(after)]
-
-
-def around(question: str, render: Callable[[str], str], special: set[str]) -> tuple[str, str, str]:
-    """A prompt, cut at the template's special tokens that stand next to the question, so that no other token changes.
-
-    Raises:
-        UserError: the template does more to a question than to put text around it.
-    """
-    text, (before, *others) = render(question), render(PLACEHOLDER).split(PLACEHOLDER)
-    if len(others) != 1 or not (text.startswith(before) and text.endswith(others[0])):
-        raise UserError(f"the question {question[:80]!r} spells a special token of the tokenizer: take it out")
-    start = max((before.rindex(token) + len(token) for token in special if token in before), default=0)
-    end = min((others[0].index(token) for token in special if token in others[0]), default=len(others[0]))
-    end += len(text) - len(others[0])
-    return text[:start], text[start:end], text[end:]
+    # Its tokens by themselves, also where an ordinary question's would merge with those of the template.
+    before, *others = (encode(text) for text in render(PLACEHOLDER).split(PLACEHOLDER))
+    said = encode(question, split_special_tokens=True)
+    return [*before, *chain.from_iterable([*said, *after] for after in others)]

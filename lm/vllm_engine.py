@@ -33,9 +33,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from config import UserError
 from lm import ranks
 from lm.decoding import Sample
-from lm.model import plain_attention, skeleton, whole
+from lm.model import own_logp, skeleton
 from lm.packing import Rollout
-from lm.scoring import autocast
 
 CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
 CPU_SEQUENCES = 256  # sampled at once on a CPU
@@ -273,15 +272,3 @@ def undisturbed_host(on_gpu: bool) -> Iterator[None]:
         torch.set_num_threads(threads)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
-
-
-@torch.no_grad()
-def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype) -> Tensor:
-    """Log-probs [T] of a response under the model itself, by transformers."""
-    lm = whole(lm, dtype)
-    tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
-    with plain_attention(lm), autocast(lm.device, dtype):
-        logits = lm(tokens).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
-    response = tokens[0, len(rollout.prompt_ids) :, None]
-    logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
-    return logp

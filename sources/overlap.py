@@ -8,17 +8,9 @@ sees a question through another layout or a sentence added ("give the value of m
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 RUN = 8  # words
 NEARLY = 0.5  # share of a benchmark question's runs
-
-
-class Overlap(NamedTuple):
-    trained: int  # which training question
-    asked: int  # which question of the benchmark
-    share: float  # of its runs of words that are in the training question; 1 if it is there word for word
-    exact: bool
 
 
 def squeezed(text: str) -> str:
@@ -34,8 +26,8 @@ def digits(text: str) -> Counter[str]:
     return Counter(re.findall(r"\d+", text))
 
 
-def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[Overlap]:
-    """Every pair of a training question and a benchmark question that are the same, exactly or nearly."""
+def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """(i, j) wherever training question i and benchmark question j are the same, exactly or nearly."""
     equal_to, holding = defaultdict(list), defaultdict(list)
     runs_in = [runs_of_words(question) for question in asked]
     for j, question in enumerate(asked):
@@ -44,9 +36,8 @@ def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[Overlap]
             holding[run].append(j)
     for i, question in enumerate(training):
         exact = equal_to.get(squeezed(question), [])
-        yield from (Overlap(i, j, 1.0, exact=True) for j in exact)
+        yield from ((i, j) for j in exact)
         shared = Counter(j for run in runs_of_words(question) for j in holding.get(run, ()))
         for j, count in shared.items():
-            share = count / len(runs_in[j])
-            if share >= NEARLY and j not in exact and digits(asked[j]) <= digits(question):
-                yield Overlap(i, j, share, exact=False)
+            if j not in exact and count >= NEARLY * len(runs_in[j]) and digits(asked[j]) <= digits(question):
+                yield i, j

@@ -8,8 +8,6 @@ import statistics
 import subprocess
 import sys
 from collections import Counter
-from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -21,12 +19,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import PreTrainedTokenizerFast
 
 import data
+import sources.pairs
 from config import SYSTEM_PROMPT, UserError
-from data import Pair, Report, load_benchmark, load_pairs, prompt_pairs
-from lm import prompts
+from data import prompt_pairs
 from lm.prompts import prompt_ids, prompt_text, read_chat_template
 from sources.benchmarks import python_literal
 from sources.files import READERS, Columns
+from sources.pairs import CONSEQUENCES, Pair, Report, load_benchmark, load_pairs
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 ASY = "[asy] draw(circle((0,0),1)); [/asy]"
@@ -166,7 +165,7 @@ def test_a_chosen_column_is_read_although_another_has_a_name_of_the_authors(tmp_
 
 def test_the_embedded_task_is_a_source(monkeypatch):
     rows = [{"question": "q", "rephrased": "r", "answer": "7", "family": "a+b"}]
-    monkeypatch.setattr(data, "word_problems", lambda split: rows if split == "train" else [])
+    monkeypatch.setattr(sources.pairs, "word_problems", lambda split: rows if split == "train" else [])
     assert load_pairs("embedded") == [Pair("0", "q", "r", "7", {"family": "a+b"})]
 
 
@@ -212,7 +211,7 @@ def test_every_fault_has_its_line_in_the_report(tmp_path):
     rows = [{"question": q, "rephrased": r} for q, r in zip(questions, rewrites, strict=True)]
     report = Report()
     load_pairs(write_jsonl(tmp_path / "q.jsonl", rows), report=report)
-    assert set(+report.dropped) <= set(data.CONSEQUENCES)
+    assert set(+report.dropped) <= set(CONSEQUENCES)
     assert all(fault in str(report) for fault in +report.dropped) and len(+report.dropped) == 4
 
 
@@ -574,19 +573,10 @@ def test_a_question_cannot_end_its_turn_and_speak_for_the_assistant(merging_toke
     assert prompt_ids(merging_tokenizer, "q") == plain, "the next question is tokenised otherwise"
 
 
-def test_reading_a_question_as_text_changes_no_ordinary_prompt(merging_tokenizer):
-    render = partial(prompt_text, merging_tokenizer)
-    for question in QUESTIONS:
-        before, said, after = prompts.around(question, render, {"<|end|>", "<|im_start|>", "<|im_end|>"})
-        assert before + said + after == render(question)
-        ids = [merging_tokenizer(text, add_special_tokens=False).input_ids for text in (before, said, after)]
-        assert [*chain(*ids)] == merging_tokenizer(render(question), add_special_tokens=False).input_ids
-
-
-def test_a_template_that_reads_the_question_is_refused_for_one_with_a_special_token():
-    tokenizer = byte_tokenizer("{% if '<bos>' in messages[1]['content'] %}!{% endif %}" + CHATML)
-    with pytest.raises(UserError, match="the question 'a<bos>b' spells a special token"):
-        prompt_ids(tokenizer, "a<bos>b")
+def test_a_template_that_repeats_a_question_keeps_both_as_text():
+    twice = byte_tokenizer(CHATML + "{{ messages[1]['content'] }}")
+    ids = prompt_ids(twice, "a<bos>b")
+    assert twice.decode(ids) == prompt_text(twice, "a<bos>b") and ids.count(0) == 1
 
 
 # ---------------------------------------------------------------- a set of prompts

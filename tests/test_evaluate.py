@@ -21,12 +21,12 @@ import torch
 
 import evaluate
 from config import UserError
-from data import Benchmark, Pair, load_benchmark
 from embedded.start_model import new_model, train_tokenizer
 from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
 from lm.packing import Rollout
 from rewards import are_equal, equivalent
 from sources.benchmarks import SOURCES, option_letter, python_literal
+from sources.pairs import Benchmark, Pair, load_benchmark
 from store.files import Row
 from store.results import compare, estimate, seeds, table
 

@@ -2,7 +2,9 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,9 +25,17 @@ PROMPT, RESPONSE, ROWS = 20, 236, 8
 NOT_HERE = ("teacher, reference", "CUDA graphs", "weights outside of layers")  # in the step that is measured
 
 
+def changed(config: Config, settings: dict[str, Any]) -> Config:
+    """With each setting in the group that has it."""
+    for name, value in settings.items():
+        (group,) = (group for group, fields in vars(config).items() if hasattr(fields, name))
+        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
+    return config
+
+
 def setting(**others: object) -> Config:
     own = {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE}
-    return plan.changed(Config(), own | {"tokens_per_micro_batch": ROWS * (PROMPT + RESPONSE)} | others)
+    return changed(Config(), own | {"tokens_per_micro_batch": ROWS * (PROMPT + RESPONSE)} | others)
 
 
 def mid_lm(family: str) -> PreTrainedModel:
@@ -148,27 +158,14 @@ def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: Pr
     assert need["while sampling"] == shards + need["AdamW"] + plan.CUDA_GRAPHS + need["engine"]
 
 
-@pytest.mark.parametrize("recompute", ["off", "on"])
-@pytest.mark.parametrize("gpus", plan.GPUS)
-def test_the_flags_that_the_plan_names_make_the_run_fit(
-    paper_model: PreTrainedModel, gpus: int, recompute: str
-) -> None:
-    config = plan.changed(Config(), {"activation_checkpointing": recompute})
-    settings = plan.settings_that_fit(paper_model, config, VARIANTS["II"], gpus)
-    assert settings is not None
-    assert plan.fits(plan.bytes_needed(paper_model, plan.changed(config, settings), VARIANTS["II"], gpus))
-    if recompute == "on":  # the paper's run fits into four GPUs but for vLLM's graphs
-        offloaded = {"offload_teacher": True, "offload_optimizer": True}
-        assert settings == {1: offloaded, 2: offloaded, 4: {"engine_memory": 0.49}, 8: {}}[gpus]
-
-
-def test_the_table_names_the_flags_for_every_number_of_gpus(paper_model: PreTrainedModel) -> None:
-    said = plan.as_text(paper_model, Config(), VARIANTS["II"]).splitlines()
-    assert said[-4].split() == ["fits", "no", "no", "no", "yes"]
-    assert said[-3:-1] == [f"on {gpus}: --offload-teacher --offload-optimizer" for gpus in ("1 GPU", "2 GPUs")]
-    assert said[-1] == "on 4 GPUs: --engine-memory 0.49"
-    endless = plan.changed(Config(), {"max_response_tokens": 2**20})
-    assert plan.as_text(paper_model, endless, VARIANTS["II"]).endswith("take more GPUs or a smaller model")
+def test_the_table_says_where_the_run_fits_and_what_to_try_elsewhere(paper_model: PreTrainedModel) -> None:
+    said = plan.as_text(paper_model, Config(), VARIANTS["II"])
+    (fits,) = (line.split() for line in said.splitlines() if line.startswith("fits"))
+    assert fits == ["fits", "no", "no", "no", "yes"], "four GPUs but for vLLM's graphs"
+    assert said.endswith(plan.CURE)
+    assert plan.fits(plan.bytes_needed(paper_model, changed(Config(), {"engine_memory": 0.49}), VARIANTS["II"], 4))
+    offloaded = changed(Config(), {"offload_teacher": True, "offload_optimizer": True})
+    assert plan.CURE not in plan.as_text(paper_model, offloaded, VARIANTS["II"])
 
 
 def test_a_wrong_flag_is_refused_like_by_train() -> None:

@@ -167,14 +167,7 @@ def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "frozen_sampler", lambda *_: nullcontext((None, None, None)))
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
     monkeypatch.setattr(rephrase, "replies", model.replies)
-    for to_ids in ("prompt_ids", "instruction_ids"):
-        monkeypatch.setattr(rephrase, to_ids, lambda tokenizer, text, chat_template: list(text.encode()))
-
-
-def to_the_end(settings: RephrasingSettings) -> None:
-    """The command would go on in a fresh process, see `main`."""
-    while not rephrase.rephrase(settings):
-        pass
+    monkeypatch.setattr(rephrase, "instruction_ids", lambda tokenizer, text, chat_template: list(text.encode()))
 
 
 def wrap(rewrite: str) -> str:
@@ -198,7 +191,7 @@ def rows_of(path: Path) -> list[dict]:
 def test_every_question_comes_out_once_in_order_and_is_read_back_as_a_pair(tmp_path, monkeypatch, capsys):
     use(monkeypatch, Scripted(answer_in_other_words))
     out = tmp_path / "pairs.jsonl"
-    to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", out, batch_size=2))
+    rephrase.rephrase(RephrasingSettings(str(questions(tmp_path)), "m", out, batch_size=2))
     assert [row["id"] for row in rows_of(out)] == ["q0", "q1", "q2", "q3", "q4"]
     pairs = load_pairs(str(out))
     assert [pair.rephrased for pair in pairs] == [f"Add 1{i} to 20; how much does that make?" for i in range(5)]
@@ -216,7 +209,7 @@ def test_a_bad_candidate_is_asked_again_and_the_first_good_one_wins(tmp_path, mo
     model = Scripted(say)
     use(monkeypatch, model)
     out = tmp_path / "pairs.jsonl"
-    to_the_end(RephrasingSettings(str(questions(tmp_path, 4)), "m", out))
+    rephrase.rephrase(RephrasingSettings(str(questions(tmp_path, 4)), "m", out))
     assert [row["faults"] for row in rows_of(out)] == [
         {},
         {"no result": 1, "numbers lost": 1, "unchanged": 2},
@@ -234,7 +227,7 @@ def test_a_question_without_a_good_rewrite_is_recorded_with_its_reasons_not_lost
         Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", finished=False)),
     )
     out = tmp_path / "pairs.jsonl"
-    to_the_end(RephrasingSettings(str(questions(tmp_path, 2)), "m", out, attempts=2))
+    rephrase.rephrase(RephrasingSettings(str(questions(tmp_path, 2)), "m", out, attempts=2))
     assert [(row["rephrased"], row["faults"]) for row in rows_of(out)] == [
         (None, {"no result": 2, "placeholder": 1})
     ] * 2
@@ -247,7 +240,7 @@ def test_a_question_too_long_to_be_repeated_is_not_asked(tmp_path, monkeypatch):
     (tmp_path / "q.jsonl").write_text(
         '{"question": "What is 1 + 20?"}\n{"question": "What is 1 + 20?%s"}\n' % (" " * 100)
     )
-    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
+    rephrase.rephrase(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
     assert [row["faults"] for row in rows_of(tmp_path / "pairs.jsonl")][1] == {"question too long": 1}
     assert {name for _, name, *_ in model.asked} == {"0"}
 
@@ -257,7 +250,7 @@ def test_a_rephrasing_that_is_there_is_kept(tmp_path, monkeypatch):
     use(monkeypatch, model)
     rows = [{"question": "What is 10 + 20?", "rephrased": "Sum of 10 and 20?"}, {"question": "What is 11 + 20?"}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
+    rephrase.rephrase(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl"))
     assert rows_of(tmp_path / "pairs.jsonl")[0]["rephrased"] == "Sum of 10 and 20?"
     assert [name for _, name, *_ in model.asked] == ["1"]
 
@@ -266,7 +259,7 @@ def test_odd_characters_survive_the_way_through_the_file(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(lambda question, key, g: wrap("Süß\u2028 \x0b “数” 12: how many $\\frac{1}{2}$?")))
     (tmp_path / "q.jsonl").write_text('{"question": "What is\u2028 数 12?"}\n')
     settings = RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl")
-    to_the_end(settings)
+    rephrase.rephrase(settings)
     (pair,) = load_pairs(str(settings.out))
     assert (pair.question, pair.rephrased) == (
         "What is\u2028 数 12?",
@@ -274,49 +267,11 @@ def test_odd_characters_survive_the_way_through_the_file(tmp_path, monkeypatch):
     )
 
 
-# ---------------------------------------------------------------- verification
-
-
-def test_only_pairs_whose_majorities_agree_are_kept(tmp_path, monkeypatch):
-    votes = {
-        "q0": {"question": ["7", "1/2", "0.5"], "rephrased": ["\\frac{1}{2}", "8", "8.5"]},  # equal as mathematics
-        "q1": {
-            "question": ["5", "5", "7"],
-            "rephrased": ["7", "7", "5"],
-        },  # the minorities agree, the majorities do not
-        "q2": {"question": [None, None, None], "rephrased": [None, None, None]},  # nobody answers
-        "q3": {"question": ["3", None, None], "rephrased": ["4", "3", "3"]},
-    }
-
-    def say(question: str, key: tuple, g: int) -> str:
-        if key[1] == "rewrite":
-            return "nothing" if key[2] == "q4" else answer_in_other_words(question, key, g)
-        vote = votes[key[2]][{"x": "question", "x'": "rephrased"}[key[3]]][g]
-        return "no idea" if vote is None else f"So \\boxed{{{vote}}}"
-
-    use(monkeypatch, Scripted(say))
-    out = tmp_path / "pairs.jsonl"
-    to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", out, verify="v", verify_samples=3, batch_size=2))
-    kept = {row["id"]: bool(row["rephrased"]) for row in rows_of(out)}
-    assert kept == {"q0": True, "q1": False, "q2": False, "q3": True, "q4": False}
-    assert [row["faults"] for row in rows_of(out)][:4] == [{}, {"other answer": 1}, {"not answered": 1}, {}]
-
-
-def test_a_pair_too_long_to_verify_is_not_kept_unverified(tmp_path, monkeypatch):
-    model = Scripted(lambda question, key, g: "\\boxed{7}")
-    use(monkeypatch, model)
-    pairs = [{"question": "3 + 4?", "rephrased": "4 + 3?"}, {"question": "2 + 5?", "rephrased": "5 + 2?" * 20}]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    to_the_end(RephrasingSettings(str(tmp_path / "q.jsonl"), "m", tmp_path / "pairs.jsonl", verify="v"))
-    assert [row["rephrased"] for row in rows_of(tmp_path / "pairs.jsonl")] == ["4 + 3?", None]
-    assert rows_of(tmp_path / "pairs.jsonl")[1]["faults"] == {"not answered": 1}
-
-
 # ---------------------------------------------------------------- kill and resume
 
 STUB = """
 import os, random, sys, time
-from contextlib import contextmanager
+from contextlib import nullcontext
 sys.path[:0] = [{root!r}]
 from rewards import Response
 from tools import rephrase
@@ -325,8 +280,6 @@ def replies(model, prompts, n, **how):
     time.sleep({seconds})
     with open({log!r}, "a") as log:
         log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in prompts)
-    if any(key[1] == "verify" for key in prompts):
-        return [Response(r"\\boxed{{7}}", 1, True)] * len(prompts) * n
     asked = [(bytes(prompt).decode(), f"{{key}} {{g}}") for key, prompt in prompts.items() for g in range(n)]
     return [reply(question, random.Random(seed)) for question, seed in asked]
 
@@ -335,16 +288,9 @@ def reply(question, rng):
     text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
     return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
-opened = []
-
-@contextmanager
-def open_only_once(name, *_):
-    assert not opened, f"{{name}} is opened in the process that had {{opened}}"
-    opened.append(name)
-    yield None, None, None
-
-rephrase.frozen_sampler, rephrase.longest_prompt, rephrase.replies = open_only_once, lambda *_: 100, replies
-rephrase.instruction_ids = rephrase.prompt_ids = lambda tokenizer, question, chat_template: list(question.encode())
+rephrase.frozen_sampler = lambda *_: nullcontext((None, None, None))
+rephrase.longest_prompt, rephrase.replies = lambda *_: 100, replies
+rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
 rephrase.main()
 """
 
@@ -379,7 +325,7 @@ def finish(process: subprocess.Popen) -> str:
 
 
 def parts_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("killed.jsonl.parts/rewritten/*.jsonl")}
+    return {path.name for path in folder.glob("killed.jsonl.parts/*.jsonl")}
 
 
 def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path):
@@ -396,11 +342,7 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
         error = process.communicate(timeout=60)[1]
         assert "Traceback" not in error and ("stopped; the same command goes on" in error) == (sign == signal.SIGINT)
         assert process.returncode != 0 and parts_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
-    done = {
-        row["id"]
-        for name in parts_in(tmp_path)
-        for row in rows_of(tmp_path / "killed.jsonl.parts" / "rewritten" / name)
-    }
+    done = {row["id"] for name in parts_in(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
     (tmp_path / "asked.txt").unlink()
     finish(start(tmp_path, "killed.jsonl"))
     asked = {line.split()[0] for line in (tmp_path / "asked.txt").read_text().splitlines()}
@@ -418,25 +360,14 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert any("of 10 questions have a rephrasing" in summary for summary in summaries)
 
 
-def test_the_verifying_model_is_opened_in_the_process_that_had_the_rewriter(tmp_path):
-    """vLLM takes one engine that sleeps in each process; so the command starts once more, also under torchrun."""
-    verifying = ("--verify", "v", "--verify-samples", "2")
-    finish(start(tmp_path, "one.jsonl", *verifying))
-    rows = rows_of(tmp_path / "one.jsonl")
-    assert len(rows) == 10 and len(list(tmp_path.glob("one.jsonl.parts/verified/*.jsonl"))) == 5
-    pair = [start(tmp_path, "two.jsonl", *verifying, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    assert any("of 10 questions have a rephrasing" in finish(process) for process in pair)
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-
-
 @pytest.mark.parametrize("damage", [b"", b'{"id": "q2", "quest', b"null\n\xff\n", b"{}\n"])
 def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
     use(monkeypatch, Scripted(answer_in_other_words))
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
-    to_the_end(settings)
+    rephrase.rephrase(settings)
     whole = settings.out.read_bytes()
-    (tmp_path / "pairs.jsonl.parts" / "rewritten" / "000002.jsonl").write_bytes(damage)
-    to_the_end(settings)
+    (tmp_path / "pairs.jsonl.parts" / "000002.jsonl").write_bytes(damage)
+    rephrase.rephrase(settings)
     assert settings.out.read_bytes() == whole
 
 
@@ -466,22 +397,22 @@ def test_a_file_that_was_being_written_at_the_kill_is_not_taken_for_a_batch(tmp_
 
     monkeypatch.setattr(os, "replace", dies)
     with pytest.raises(MemoryError):
-        to_the_end(settings)
+        rephrase.rephrase(settings)
     monkeypatch.setattr(os, "replace", real)
-    to_the_end(settings)
+    rephrase.rephrase(settings)
     assert [row["id"] for row in rows_of(settings.out)] == ["q0", "q1", "q2", "q3", "q4"]
 
 
 def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl")
-    to_the_end(settings)
+    rephrase.rephrase(settings)
     finished = settings.out.read_bytes()
     with pytest.raises(UserError, match=r"temperature \(was 0\.7, is 0\.9\)"):
-        to_the_end(replace(settings, temperature=0.9))
+        rephrase.rephrase(replace(settings, temperature=0.9))
     questions(tmp_path, 4)
     with pytest.raises(UserError, match=r"parts was begun with other settings: questions"):
-        to_the_end(settings)
+        rephrase.rephrase(settings)
     assert settings.out.read_bytes() == finished
 
 
@@ -489,7 +420,7 @@ def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
     use(monkeypatch, Scripted(answer_in_other_words))
     (tmp_path / "pairs.jsonl").write_text("precious")
     with pytest.raises(UserError, match="settings.json, kept for .*pairs.jsonl, cannot be used .*: name another --out"):
-        to_the_end(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
+        rephrase.rephrase(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
 
 
@@ -515,11 +446,10 @@ def test_a_real_model_that_babbles_gives_no_pair_and_every_reply_is_counted(tmp_
             str(questions(tmp_path, 3)),
             small_model,
             tmp_path / name,
-            verify=small_model,
             max_response_tokens=40,
             batch_size=2,
         )
-        to_the_end(settings)
+        rephrase.rephrase(settings)
         outputs.append(settings.out.read_bytes())
     assert outputs[0] == outputs[1]
     assert [(row["rephrased"], row["faults"]) for row in rows_of(settings.out)] == [(None, {"no result": 7})] * 3
@@ -528,9 +458,9 @@ def test_a_real_model_that_babbles_gives_no_pair_and_every_reply_is_counted(tmp_
 def test_a_model_that_cannot_be_used_is_named(tmp_path, small_model):
     settings = RephrasingSettings(str(questions(tmp_path)), "./none", tmp_path / "pairs.jsonl")
     with pytest.raises(UserError, match="--model ./none: neither a folder nor a hub name"):
-        to_the_end(settings)
+        rephrase.rephrase(settings)
     with pytest.raises(UserError, match="absent.jinja cannot be read"):
-        to_the_end(replace(settings, model=small_model, chat_template="absent.jinja", out=tmp_path / "other"))
+        rephrase.rephrase(replace(settings, model=small_model, chat_template="absent.jinja", out=tmp_path / "other"))
 
 
 def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):

@@ -14,7 +14,7 @@ import pytest
 import data
 import evaluate
 import train
-from tools import ask, contamination, look, plan, plot, rephrase
+from tools import ask, look, plan, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -45,7 +45,6 @@ TRAIN = {
     "answers that do not fit": ("--max-response-tokens 9000", "the model knows 512 positions"),
     "a chat template that is not there": ("--chat-template nowhere.jinja", "nowhere.jinja is not a file"),
     "a chat template that is none": ("--chat-template notes.txt", "cannot be used"),
-    "options that are no JSON": ("--template-options thinking", "is no JSON object"),
     "training on itself": ("--decontaminate embedded", "leaves no training question"),
     "steps and epochs": ("--steps 7 --epochs 2", "--steps and --epochs say the same thing twice"),
     "fewer votes than rollouts": ("--votes 4", "--votes 4 are fewer than --rollouts 8, which all vote"),
@@ -93,7 +92,6 @@ OTHERS: dict[str, tuple[Callable[..., object], str, str]] = {
     "look: no run": (look.look, "empty", "is no run's folder"),
     "ask: no model": (ask.ask, "nonsense question", "neither a folder nor a hub name"),
     "plan: no questions": (plan.main, "--model Qwen3-8B-Base", "--data is missing"),
-    "contamination: nothing there": (contamination.show_overlaps, "--train nowhere --eval questions.jsonl", "nowhere"),
     "rephrase: nothing there": (rephrase.main, "--data nowhere --model M --out o.jsonl", "nowhere is no file"),
 }
 

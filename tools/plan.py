@@ -14,14 +14,10 @@ P parameters in N shards (FSDP2, see lm.model.shard), vLLM samples. Bytes on eac
 Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's fragmentation; USABLE leaves room.
 """
 
-import math
-from dataclasses import replace
-from typing import Any
-
 import torch
 from transformers import PreTrainedModel
 
-from config import Config, flag, parse, told_in_a_sentence
+from config import Config, parse, told_in_a_sentence
 from lm.model import decoder_layers, load_pretrained
 from lm.scoring import ON_GPU as LOGITS_ON_GPU
 from prepare import chosen_variant
@@ -30,6 +26,10 @@ from rewards import Variant
 GPU_BYTES, USABLE = 80e9, 0.92  # of it, for what is planned here
 GPUS = (1, 2, 4, 8)
 CUDA_GRAPHS = 1e9  # assumed: vLLM logs what its capture took
+CURE = (
+    "where it does not fit, try in this order: a lower --engine-memory, --activation-checkpointing on, "
+    "fewer --tokens-per-micro-batch, --offload-teacher, --offload-optimizer, more GPUs (docs/SCALE.md)"
+)
 
 
 def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
@@ -88,42 +88,13 @@ def fits(need: dict[str, float]) -> bool:
     return max(need["at the first check"], need["while sampling"], need["while training"]) <= USABLE * GPU_BYTES
 
 
-def changed(config: Config, settings: dict[str, Any]) -> Config:
-    """With each setting in the group that has it."""
-    for name, value in settings.items():
-        (group,) = (group for group, fields in vars(config).items() if hasattr(fields, name))
-        config = replace(config, **{group: replace(getattr(config, group), **{name: value})})
-    return config
-
-
-def settings_that_fit(lm: PreTrainedModel, config: Config, variant: Variant, gpus: int) -> dict[str, Any] | None:
-    """The mildest changes with which the run fits, None if there are none: first a smaller engine, if its weights and
-    4 GB of cache fit in, then smaller micro-batches, then what costs time at every step."""
-    again: dict[str, Any] = {"activation_checkpointing": "on"}
-    fewer, teacher = {"tokens_per_micro_batch": config.max_sequence_tokens}, {"offload_teacher": True}
-    both = teacher | {"offload_optimizer": True}
-    smallest = (2 * sum(p.numel() for p in lm.parameters()) + 4e9) / GPU_BYTES
-    for settings in ({}, again, again | fewer, again | teacher, again | both, again | fewer | both):
-        need = bytes_needed(lm, changed(config, settings), variant, gpus)
-        others = max(need["at the first check"], need["while sampling"]) - need["engine"]
-        share = min(config.sampling.engine_memory, math.floor(100 * (USABLE - others / GPU_BYTES)) / 100)
-        settings = {"engine_memory": share} | settings
-        if share >= smallest and fits(bytes_needed(lm, changed(config, settings), variant, gpus)):
-            return {name: value for name, value in settings.items() if changed(config, {name: value}) != config}
-    return None
-
-
 def as_text(lm: PreTrainedModel, config: Config, variant: Variant) -> str:
-    """The table, and for each number of GPUs on which the run does not fit the flags that make it."""
+    """The table, and what to try where the run does not fit."""
     needs = [bytes_needed(lm, config, variant, n) for n in GPUS]
     lines = [f"{'GB on each GPU of 80 GB':<28}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in GPUS)]
     lines += [f"{kind:<28}" + "".join(f"{need[kind] / 1e9:>9.1f}" for need in needs) for kind in needs[0]]
     lines.append(f"{'fits':<28}" + "".join(f"{'yes' if fits(need) else 'no':>9}" for need in needs))
-    for n in (n for n, need in zip(GPUS, needs, strict=True) if not fits(need)):
-        settings = settings_that_fit(lm, config, variant, n) or {}
-        flags = [flag(name) + f" {value}" * (value is not True) for name, value in settings.items()]
-        lines.append(f"on {n} GPU{'s' * (n > 1)}: {' '.join(flags) or 'take more GPUs or a smaller model'}")
-    return "\n".join(lines)
+    return "\n".join(lines if all(map(fits, needs)) else [*lines, CURE])
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Rephrasing: a model puts each question into other words; what it says is read, checked and, if bad, asked again.
 
     python -m tools.rephrase --data questions.jsonl --model Qwen3-32B --out pairs.jsonl
-    python -m tools.rephrase ... --verify Qwen3-8B     # keep only pairs whose two wordings this model answers alike
     torchrun --nproc-per-node 8 -m tools.rephrase ...  # shares the questions out, a model on each GPU
 
 The rewriter is the paper's: Qwen3-32B, not thinking, temperature 0.7, top_p 0.8. A question that has a rephrasing keeps
@@ -12,9 +11,7 @@ Batches and seeds depend on nothing but questions and settings: the output is th
 stopped and whatever the number of processes. When OUT has been put together, OUT.parts may be deleted.
 """
 
-import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,15 +23,15 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import told_in_a_sentence
-from data import Pair, Report, load_pairs
 from lm.engine import FrozenModel, frozen_sampler
 from lm.model import newest_policy
-from lm.prompts import chat_ids, prompt_ids
-from rewards import Response, are_equal, read_groups
+from lm.prompts import chat_ids
+from rewards import Response
 from rollout import decode, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
+from sources.pairs import Pair, Report, load_pairs
 from store.files import Row, fingerprint, to_lines, write_whole
-from store.parts import Part, claim, make_parts, missing_parts, read_part, read_whole, split, stand_alone
+from store.parts import claim, make_parts, missing_parts, read_whole, split, stand_alone
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -64,12 +61,9 @@ class RephrasingSettings:
     data: str  # questions: a file or folder, or a published set, as in train.py
     model: str  # the rewriter: hub name, local folder, or a run, which means its newest policy
     out: Path  # JSONL to write: id, question, rephrased (or null), answer, faults
-    verify: str | None = None  # keep only pairs on which the majority answers of this model agree
-    verify_samples: int = 8  # answers to each wording that vote
-    verify_tokens: int = 3072  # longer answers are cut
     attempts: int = 3  # at a question; the first asks for one rewrite, each further one for twice as many
-    temperature: float = 0.7  # of the rewriter; answers to verify are sampled as in training, at 1
-    top_p: float = 0.8  # of the rewriter
+    temperature: float = 0.7
+    top_p: float = 0.8
     # a longer reply is cut, and turned down; a question of more than half as many is not asked
     max_response_tokens: int = 2048
     batch_size: int = 64  # questions that are sampled together and saved together
@@ -92,7 +86,7 @@ def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_temp
 
 
 def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
-    """In tokens, to either model: the rewriter's reply holds the question and its rewrite."""
+    """In tokens: the rewriter's reply holds the question and its rewrite."""
     return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
 
@@ -160,51 +154,20 @@ def first_good(row: Row, candidates: Sequence[Response]) -> str | None:
     return None
 
 
-def verify_part(settings: RephrasingSettings, rewritten: Part, model: FrozenModel) -> list[Row]:
-    """Its rows, without the rephrasings to which the model's majority gives another answer, or none."""
-    _, tokenizer, template = model
-    rows, k, longest = read_part(rewritten), settings.verify_samples, longest_prompt(settings, tokenizer, template)
-    paired, views = [row for row in rows if row["rephrased"]], {"x": "question", "x'": "rephrased"}
-    wordings = [(row["id"], view, row[column]) for row in paired for view, column in views.items()]
-    prompts = {(settings.seed, "verify", *which): prompt_ids(tokenizer, text, template) for *which, text in wordings}
-    asked = {key: prompt for key, prompt in prompts.items() if len(prompt) <= longest}
-    said = replies(model, asked, n=k, temperature=1.0, max_tokens=settings.verify_tokens)
-    vote = {key: group.vote.label for key, group in zip(asked, read_groups(said, k, "math"), strict=True)}
-    of_x, of_y = ([vote.get((settings.seed, "verify", row["id"], view)) for row in paired] for view in views)
-    for row, *both, same in zip(paired, of_x, of_y, are_equal(of_x, of_y, "math"), strict=True):
-        if not same:
-            row["rephrased"] = None
-            row["faults"]["not answered" if None in both else "other answer"] = 1
-    return rows
-
-
-def rephrase(settings: RephrasingSettings) -> bool:
-    """Give each question a second wording, by a model, checked. Returns False where that is done here and the verifying
-    model is still to come, in a process of its own: one engine that can sleep is all that vLLM allows in each."""
-    verifier = settings.verify and newest_policy(settings.verify)
-    settings, report = replace(settings, model=newest_policy(settings.model), verify=verifier), Report()
+def rephrase(settings: RephrasingSettings) -> None:
+    """Give each question a second wording, by a model, checked."""
+    settings, report = replace(settings, model=newest_policy(settings.model)), Report()
     pairs = load_pairs(settings.data, question=settings.question_column, answer=settings.answer_column, report=report)
     process, folder, size = stand_alone(), Path(f"{settings.out}.parts"), settings.batch_size
     claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
-    how = settings.sampler, settings.chat_template, partial(longest_prompt, settings)
-    rewritten = split(folder / "rewritten", pairs, size)
-    parts = list(rewritten)
-    if missing := missing_parts(parts, process):
+    parts = split(folder, pairs, size)
+    if missing := missing_parts(list(parts), process):
+        how = settings.sampler, settings.chat_template, partial(longest_prompt, settings)
         with frozen_sampler(settings.model, *how, settings.max_response_tokens, size) as model:
-            make_parts("rephrasing", missing, lambda part: rewrite_batch(settings, rewritten[part], model), "rephrased")
-        if settings.verify:
-            return False
-    if settings.verify:
-        verified = {Part(folder / "verified" / part.path.name, part.rows): part for part in parts}
-        parts = list(verified)
-        if missing := missing_parts(parts, process):
-            rows_at_once = size * 2 * settings.verify_samples
-            with frozen_sampler(settings.verify, *how, settings.verify_tokens, rows_at_once) as model:
-                make_parts("verifying", missing, lambda part: verify_part(settings, verified[part], model), "rephrased")
+            make_parts("rephrasing", missing, lambda part: rewrite_batch(settings, parts[part], model), "rephrased")
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
         write_whole(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
-    return True
 
 
 def summary(out: Path, rows: Sequence[Row]) -> str:
@@ -217,12 +180,9 @@ def summary(out: Path, rows: Sequence[Row]) -> str:
 
 
 def main() -> None:
-    command, environment = [sys.executable, *sys.orig_argv[1:]], dict(os.environ)
     settings = tyro.cli(RephrasingSettings, description=__doc__)
     with told_in_a_sentence(f"stopped; the same command goes on from {settings.out}.parts"):
-        if not rephrase(settings):  # the same command, in place of this process, finds the rewriting done
-            sys.stdout.flush()
-            os.execve(sys.executable, command, environment)
+        rephrase(settings)
 
 
 if __name__ == "__main__":

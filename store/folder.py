@@ -1,0 +1,90 @@
+"""The folder of a run: a new one or that of a run to go on with, and no other run's meanwhile."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from config import Config, UserError, settings_in
+from lm import ranks
+from store import checkpoint
+
+
+@contextmanager
+def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
+    """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
+    this one lives, however it ends; a run that ends before it has written anything leaves nothing behind."""
+    with ExitStack() as held:
+
+        def claim() -> tuple[Path, Path | None]:
+            folder, resumed = folder_of(config)
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+                held.callback(os.close, lock)
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
+            except OSError as error:
+                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+            held.callback(remove_if_empty, folder)
+            if resumed and resumed.parents[1] != folder.resolve():
+                branch_off(resumed.parents[1], folder)
+            return folder, resumed
+
+        yield ranks.on_first(claim)
+
+
+def folder_of(config: Config) -> tuple[Path, Path | None]:
+    """Where this run writes, and the checkpoint to go on from: in its own run, unless --out names another folder."""
+    resume, out = config.run.resume, config.run.out
+    resumed = checkpoint.find_checkpoint(resume, out) if resume else None
+    if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
+        raise UserError(f"--resume {resume}: made with other settings: {differing}")
+    if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
+        return new_folder(config), resumed
+    if resumed.parent.name != "checkpoints":
+        raise UserError(f"--resume {resume} is in no run's checkpoints/: say where to write, with --out")
+    newer = checkpoint.newest_first(resumed.parent)[0]
+    if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
+        raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
+    return resumed.parents[1], resumed
+
+
+def new_folder(config: Config) -> Path:
+    """A folder that no other run has written to, or one to resume in from the very beginning."""
+    if config.run.out:
+        folder = Path(config.run.out)
+        if (folder / "metrics.jsonl").exists():
+            if config.run.resume != "auto":
+                raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
+            if settings_in(folder / "config.json").run.resume not in (None, "auto"):
+                raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
+        return folder
+    model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
+    parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
+    for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
+        folder = Path("runs", "-".join(parts) + suffix)
+        try:
+            folder.mkdir(parents=True)  # of two runs that start at once, one makes it
+            return folder
+        except FileExistsError:
+            continue
+    raise UserError("runs/ is full of runs of this name: name another folder with --out")
+
+
+def remove_if_empty(folder: Path) -> None:
+    if [path.name for path in folder.iterdir()] == [".lock"]:
+        (folder / ".lock").unlink()
+        folder.rmdir()
+        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
+            folder.parent.rmdir()
+
+
+def branch_off(run: Path, folder: Path) -> None:
+    """The log of the steps before."""
+    for log in run.glob("*.jsonl"):
+        shutil.copyfile(log, folder / log.name)
