@@ -26,12 +26,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
-from decimal import Decimal
-from hashlib import blake2b
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
@@ -45,6 +42,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
+from one_step import ELSEWHERE, IMITATED, TRAINED, exact, imitation_set, in_training, plain, read_questions, reworded
 from study import COLUMNS as OF_STUDY
 from study import fill_in, table
 
@@ -53,24 +51,16 @@ from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from metrics import collapse_signs
 from rewards import VARIANTS
-from sources.benchmarks import body_and_question
-from sources.files import read_cells
-from sources.overlap import overlaps
 from store import curves
 from store.files import Row, changes, fingerprint, read_rows, to_lines, write_whole
 from store.results import estimate, written
 
-IMITATED, TRAINED = ("addsub", "singleeq"), "singleop"
-BENCHMARKS = ("held-out", "multiarith", "svamp")
-NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+"
-OTHER_WORDS = {"altogether": "in total", "in all": "altogether"}  # of rewordings
-DECIMALS = 2  # more of them are the source's rounding: 19.833333333333332 miles
+BENCHMARKS = ("held-out", *ELSEWHERE)
 READ = 20  # answers to read, of every model
 WRITE_EVERY = 20  # seconds
 PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
-Question = tuple[str, Decimal]  # its text, its gold answer
 
 
 @dataclass(frozen=True)
@@ -103,125 +93,21 @@ class Settings:
     document: Path = ROOT / "docs" / "REAL.md"
 
 
-# ---------------------------------------------------------------- questions
-
-
-def normalised(text: str) -> str:
-    """Words and numbers alone: spacing, punctuation and capitals do not make another question."""
-    return " ".join(re.findall(r"[^\W\d_]+|\d+", text.casefold()))
-
-
-def numbers(text: str) -> list[Decimal]:
-    return [Decimal(found.replace(",", "")) for found in re.findall(NUMBER, text)]
-
-
-def find_file(data_dir: Path, name: str) -> Path:
-    if found := sorted(data_dir.rglob(name)):
-        return found[0]
-    raise UserError(f"--data-dir {data_dir} has no {name} in it")
-
-
-def read_questions(data_dir: Path, name: str) -> list[Question]:
-    """Of one set, each normalised question once."""
-    if name == "svamp":
-        cells = [cells for _, cells in read_cells(find_file(data_dir, "SVAMP.json"))]
-        pairs = [(body_and_question(row["Question"], row), row["Answer"]) for row in cells]
-    else:
-        pairs = [(row["input"], row["target"]) for _, row in read_cells(find_file(data_dir, f"{name}.jsonl"))]
-    return list({normalised(text): (" ".join(text.split()), Decimal(str(gold))) for text, gold in pairs}.values())
-
-
-def plain(number: Decimal) -> str:
-    """27.0 -> 27, 0.50 -> 0.5."""
-    return f"{number.normalize():f}"
-
-
-def places(number: Decimal) -> int:
-    """Digits behind the point."""
-    return len(plain(number).partition(".")[2])
-
-
-def operations(question: str, gold: Decimal) -> list[str]:
-    """Every `a + b`, `a - b`, `a * b`, `a / b` of two of the question's numbers that gives the gold answer."""
-    said = numbers(question)
-    found = []
-    for i, a in enumerate(said):
-        for j, b in enumerate(said):
-            first = {"+": a + b, "*": a * b} if i < j else {}  # these two do not mind the order
-            results = first | ({"-": a - b} if i != j else {}) | ({"/": a / b} if i != j and b else {})
-            found += [f"{plain(a)} {sign} {plain(b)}" for sign, value in results.items() if value == gold]
-    return list(dict.fromkeys(found))
-
-
-def worked_solution(question: str, gold: Decimal) -> str | None:
-    """`49 - 22 = 27. The answer is \\boxed{27}.`; None where no single operation explains the answer, or several do."""
-    found = operations(question, gold)
-    if len(found) != 1 or max(map(places, [gold, *numbers(question)])) > DECIMALS:
-        return None
-    return f"{found[0]} = {plain(gold)}. The answer is \\boxed{{{plain(gold)}}}."
-
-
-def without_overlap(questions: list[Question], asked: Sequence[str]) -> list[Question]:
-    """Those that are not among `asked`: not normalised, and not nearly (see sources/overlap.py)."""
-    known = set(map(normalised, asked))
-    nearly = {found.trained for found in overlaps([text for text, _ in questions], asked)}
-    return [each for i, each in enumerate(questions) if i not in nearly and normalised(each[0]) not in known]
-
-
-def imitation_set(data_dir: Path) -> tuple[list[tuple[str, str]], dict[str, int]]:
-    """Questions with a worked solution, none of which is trained or evaluated on; and how many became of how many."""
-    asked = [text for name in (TRAINED, *BENCHMARKS[1:]) for text, _ in read_questions(data_dir, name)]
-    kept: dict[str, tuple[str, str]] = {}
-    counts = Counter[str]()
-    for name in IMITATED:
-        questions = read_questions(data_dir, name)
-        solved = [(text, gold) for text, gold in questions if worked_solution(text, gold)]
-        apart = without_overlap(solved, asked)
-        counts |= {f"{name}: questions": len(questions), f"{name}: solved by the rule": len(solved)}
-        counts[f"{name}: asked elsewhere, dropped"] = len(solved) - len(apart)
-        kept |= {normalised(text): (text, str(worked_solution(text, gold))) for text, gold in apart}
-    return list(kept.values()), dict(counts) | {"imitated": len(kept)}
-
-
-def in_training(question: str) -> bool:
-    """Which half of SingleOp: the same on every machine and for every spelling of the question."""
-    return blake2b(normalised(question).encode(), digest_size=1).digest()[0] % 2 == 0
-
-
-CONDITION = re.compile(r"(?:if|suppose)\s+(.+?),\s*((?:how|what)\b.+)", re.I)  # and what is asked under it
-
-
-def reworded(question: str) -> str:
-    """The same problem in another order: what is asked comes first, then the facts, with a few other words."""
-    *facts, asked = re.split(r"(?<=[.!?])\s+", question.strip())
-    if found := CONDITION.fullmatch(asked):
-        facts, asked = [*facts, f"{found[1]}."], found[2]
-    if not facts:
-        return f"Please work this out: {asked}"
-    told = " ".join(capital(re.sub(r"^if\s+", "", fact, flags=re.I)) for fact in facts)
-    text = f"{capital(asked)} This is what we know: {told}"
-    return re.sub(r"\b(altogether|in all)\b", lambda found: OTHER_WORDS[found[0]], text)
-
-
-def capital(sentence: str) -> str:
-    return sentence[:1].upper() + sentence[1:]
+# ---------------------------------------------------------------- start model
 
 
 def write_questions(settings: Settings, folder: Path) -> None:
     """train.jsonl, with rewordings, and a file of each benchmark."""
     folder.mkdir(parents=True, exist_ok=True)
-    exact = [each for each in read_questions(settings.data_dir, TRAINED) if places(each[1]) <= DECIMALS]
-    sets = {"train": [each for each in exact if in_training(each[0])]}
-    sets["held-out"] = [each for each in exact if not in_training(each[0])]
-    sets |= {name: read_questions(settings.data_dir, name)[: settings.limit] for name in BENCHMARKS[1:]}
+    both_halves = exact(read_questions(settings.data_dir, TRAINED))
+    sets = {"train": [each for each in both_halves if in_training(each[0])]}
+    sets["held-out"] = [each for each in both_halves if not in_training(each[0])]
+    sets |= {name: read_questions(settings.data_dir, name)[: settings.limit] for name in ELSEWHERE}
     for name, questions in sets.items():
         rows = [{"question": text, "answer": plain(gold)} for text, gold in questions]
         if name == "train":
             rows = [row | {"rephrased": reworded(row["question"])} for row in rows]
         write_whole(folder / f"{name}.jsonl", to_lines(rows))
-
-
-# ---------------------------------------------------------------- start model
 
 
 def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -392,7 +278,6 @@ def run_all(settings: Settings) -> list[str]:
     """Everything that is not there yet; results.json is written again and again meanwhile. Returns what failed."""
     start, processes, failed = make_start(settings), Processes(settings), list[str]()
     runs = [Run(method, seed) for seed in settings.seeds for method in settings.methods]
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with ThreadPoolExecutor(settings.jobs) as pool:
         left = {pool.submit(evaluate_once, "start", start, settings, processes)}
         left |= {pool.submit(train_and_evaluate, run, settings, processes) for run in runs}
@@ -605,5 +490,6 @@ def main(settings: Settings) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     with told_in_a_sentence("stopped; the same command goes on"):
         main(tyro.cli(Settings, description=__doc__))
