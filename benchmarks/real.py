@@ -34,6 +34,7 @@ from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
@@ -49,6 +50,7 @@ from study import fill_in, table
 from config import UserError, told_in_a_sentence
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
+from lm.scoring import autocast
 from metrics import collapse_signs
 from rewards import VARIANTS
 from store import curves
@@ -124,15 +126,18 @@ def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return lm, AutoTokenizer.from_pretrained(**where)
 
 
-def batch_of(examples: Sequence[tuple[list[int], list[int]]], device: torch.device) -> dict[str, Tensor]:
-    """Prompts and solutions as token ids -> input_ids and labels [B, L]: only solutions have labels. Padding on the
-    right needs no mask under causal attention."""
-    ids = [torch.tensor(prompt + solution) for prompt, solution in examples]
-    labels = [torch.tensor([-100] * len(prompt) + solution) for prompt, solution in examples]
-    return {
-        "input_ids": nn.utils.rnn.pad_sequence(ids, batch_first=True).to(device),
-        "labels": nn.utils.rnn.pad_sequence(labels, batch_first=True, padding_value=-100).to(device),
-    }
+def imitation_loss(lm: PreTrainedModel, examples: Sequence[tuple[list[int], list[int]]]) -> Tensor:
+    """Mean cross-entropy of the solutions' tokens, each example a prompt and a solution in token ids; in bfloat16, and
+    with logits of these tokens alone [T, vocabulary]. Padding on the right needs no mask under causal attention."""
+    rows = [torch.tensor(prompt + solution) for prompt, solution in examples]
+    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)
+    learnt = torch.zeros(tokens.shape, dtype=torch.bool, device=lm.device)
+    for i, (prompt, solution) in enumerate(examples):
+        learnt[i, len(prompt) : len(prompt) + len(solution)] = True
+    with autocast(lm.device, torch.bfloat16):
+        hidden = lm.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]
+        logits = lm.get_output_embeddings()(hidden[learnt[:, 1:]])
+    return F.cross_entropy(logits.float(), tokens[:, 1:][learnt[:, 1:]])
 
 
 def imitate(
@@ -146,7 +151,7 @@ def imitate(
             order += rng.sample(range(len(examples)), len(examples))
         chosen, order = order[: settings.imitation_batch], order[settings.imitation_batch :]
         optimizer.param_groups[0]["lr"] = settings.imitation_lr * (1 - step / settings.imitation_steps)
-        loss = lm(**batch_of([examples[i] for i in chosen], device), use_cache=False).loss
+        loss = imitation_loss(lm, [examples[i] for i in chosen])
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
