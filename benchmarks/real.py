@@ -63,6 +63,7 @@ WRITE_EVERY = 20  # seconds
 PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
+PASSED_ON += ("tokens_per_micro_batch",)  # settings that train.py gets under the same names
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ class Settings:
     k: int = 4  # sampled answers a question in the evaluations before and after
     limit: int = 300  # questions of MultiArith, and of SVAMP
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # of training
-    eval_sampler: Literal["auto", "vllm", "hf"] = "auto"  # of the evaluations before and after
+    # of the evaluations before and after; where --jobs share a GPU: hf, as vLLM would take half of its memory
+    eval_sampler: Literal["auto", "vllm", "hf"] = "auto"
     engine_memory: float = 0.5  # share of a GPU's memory for the vLLM of one run: divide it among --jobs
+    tokens_per_micro_batch: int = 2048  # activations are kept, not computed again: costs memory, changes no result
     imitation_steps: int = 60
     imitation_batch: int = 16
     imitation_lr: float = 1e-4
@@ -140,12 +143,10 @@ def imitation_loss(lm: PreTrainedModel, examples: Sequence[tuple[list[int], list
     return F.cross_entropy(logits.float(), tokens[:, 1:][learnt[:, 1:]])
 
 
-def imitate(
-    lm: PreTrainedModel, examples: list[tuple[list[int], list[int]]], settings: Settings, device: torch.device
-) -> list[float]:
+def imitate(lm: PreTrainedModel, examples: list[tuple[list[int], list[int]]], settings: Settings) -> list[float]:
     """Plain imitation with AdamW, the learning rate falling to 0; returns the loss of each step."""
     rng, order, losses = random.Random("imitation"), list[int](), list[float]()
-    optimizer = torch.optim.AdamW(lm.to(device).train().parameters(), lr=settings.imitation_lr, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(lm.train().parameters(), lr=settings.imitation_lr, weight_decay=0.0)
     for step in range(settings.imitation_steps):
         while len(order) < settings.imitation_batch:  # each example once an epoch
             order += rng.sample(range(len(examples)), len(examples))
@@ -176,8 +177,9 @@ def make_start(settings: Settings) -> Path:
         (prompt_ids(tokenizer, text), tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
         for text, solution in examples
     ]
-    begin, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    losses = imitate(lm, encoded, settings, device)
+    begin = time.perf_counter()
+    lm.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    losses = imitate(lm, encoded, settings)
     note = {"recipe": recipe, "questions": counts, "losses": losses, "seconds": time.perf_counter() - begin}
     aside = settings.out / "start.unfinished"
     lm.save_pretrained(aside)
@@ -209,6 +211,7 @@ class Run(NamedTuple):
         flags = {"variant": self.method, "seed": self.seed, "model": each.out / "start", "out": self.folder(each)}
         flags |= {"data": questions / "train.jsonl", "eval-data": questions / "held-out.jsonl", "resume": "auto"}
         flags |= {"eval-every": each.eval_every, "save-every": each.save_every, "keep": 1}
+        flags |= {"activation-checkpointing": "off"}
         flags |= {name.replace("_", "-"): getattr(each, name) for name in PASSED_ON}
         words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         return [sys.executable, str(ROOT / "train.py"), *words, *each.train_flags.split()]
@@ -216,7 +219,7 @@ class Run(NamedTuple):
 
 def evaluation(settings: Settings, model: Path, name: str) -> list[str]:
     files = [str(settings.out / "questions" / f"{benchmark}.jsonl") for benchmark in BENCHMARKS]
-    flags = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
+    flags: Row = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
     flags |= {"k": settings.k, "temperature": 1.0, "max-response-tokens": settings.max_response_tokens}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return [sys.executable, str(ROOT / "evaluate.py"), *words, "--benchmarks", *files]
@@ -421,8 +424,8 @@ def training_table(result: Row) -> str:
 
 def time_table(result: Row) -> str:
     """Median seconds of a step by phase, after the first step."""
-    phases = {key: None for run in result["runs"].values() for row in run["metrics"] for key in row}
-    phases = [key for key in phases if key.startswith("seconds_")]
+    keys = dict.fromkeys(key for run in result["runs"].values() for row in run["metrics"] for key in row)
+    phases = [key for key in keys if key.startswith("seconds_")]
     rows = []
     for row, runs in by_label(result).items():
         steps = [each for run in runs.values() for each in run["metrics"][1:]]
