@@ -15,9 +15,9 @@ import pytest
 import tyro
 from tiny import byte_tokenizer, tiny_lm
 
-from data import load_benchmark
 from rewards import are_equal
 from sources.overlap import digits
+from sources.pairs import load_benchmark
 from store.files import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
