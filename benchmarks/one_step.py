@@ -1,5 +1,6 @@
 """One-step word problems of MAWPS and SVAMP, for real.py: read, solved by rule, reworded by rule, split in halves."""
 
+import random
 import re
 import sys
 from collections import Counter
@@ -89,10 +90,24 @@ def worked_solution(question: str, gold: Decimal) -> str | None:
     return f"{found[0]} = {plain(gold)}. The answer is \\boxed{{{plain(gold)}}}."
 
 
+def bare_sum(rng: random.Random) -> tuple[str, str]:
+    """`67 - 52 =` and ` 15.`, with numbers as large as those of such questions."""
+    sign, size = rng.choice("+-*/"), rng.choice((10, 100, 100, 1000))
+    a, b = rng.randrange(1, size), rng.randrange(1, size)
+    if sign in "*/":
+        a, b = rng.randint(2, 12), rng.randint(2, rng.choice((12, 50)))
+    if sign == "-":
+        a, b = max(a, b), min(a, b)
+    if sign == "/":
+        a *= b
+    result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[sign]
+    return f"{a} {sign} {b} =", f" {result}."
+
+
 def without_overlap(questions: list[Question], asked: Sequence[str]) -> list[Question]:
     """Those that are not among `asked`: not normalised, and not nearly (see sources/overlap.py)."""
     known = set(map(normalised, asked))
-    nearly = {found.trained for found in overlaps([text for text, _ in questions], asked)}
+    nearly = {trained for trained, _ in overlaps([text for text, _ in questions], asked)}
     return [each for i, each in enumerate(questions) if i not in nearly and normalised(each[0]) not in known]
 
 

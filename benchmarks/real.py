@@ -43,7 +43,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from one_step import ELSEWHERE, IMITATED, TRAINED, exact, imitation_set, in_training, plain, read_questions, reworded
+from one_step import (
+    ELSEWHERE,
+    IMITATED,
+    TRAINED,
+    bare_sum,
+    exact,
+    imitation_set,
+    in_training,
+    plain,
+    read_questions,
+    reworded,
+)
 from study import COLUMNS as OF_STUDY
 from study import fill_in, table
 
@@ -59,11 +70,14 @@ from store.results import estimate, written
 
 BENCHMARKS = ("held-out", *ELSEWHERE)
 READ = 20  # answers to read, of every model
+SUMS = 8  # in a row of the drill: as long as a question with its solution
 WRITE_EVERY = 20  # seconds
 PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
 PASSED_ON += ("tokens_per_micro_batch",)  # settings that train.py gets under the same names
+
+Example = tuple[list[int], list[bool]]  # tokens, and which of them are to be learnt
 
 
 @dataclass(frozen=True)
@@ -129,30 +143,48 @@ def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     return lm, AutoTokenizer.from_pretrained(**where)
 
 
-def imitation_loss(lm: PreTrainedModel, examples: Sequence[tuple[list[int], list[int]]]) -> Tensor:
-    """Mean cross-entropy of the solutions' tokens, each example a prompt and a solution in token ids; in bfloat16, and
-    with logits of these tokens alone [T, vocabulary]. Padding on the right needs no mask under causal attention."""
-    rows = [torch.tensor(prompt + solution) for prompt, solution in examples]
-    tokens = nn.utils.rnn.pad_sequence(rows, batch_first=True).to(lm.device)
-    learnt = torch.zeros(tokens.shape, dtype=torch.bool, device=lm.device)
-    for i, (prompt, solution) in enumerate(examples):
-        learnt[i, len(prompt) : len(prompt) + len(solution)] = True
+def drill(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Example:
+    """Bare sums, without a prompt: what such a model gets wrong most often is not the operation but its result."""
+    example: Example = ([], [])
+    for _ in range(SUMS):
+        for text, learnt in zip(bare_sum(rng), (False, True), strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            example = (example[0] + ids, example[1] + [learnt] * len(ids))
+        ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        example = (example[0] + ids, example[1] + [False] * len(ids))
+    return example
+
+
+def imitation_loss(lm: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """Mean cross-entropy of the tokens to learn; in bfloat16, and with logits of these tokens alone [T, vocabulary].
+    Padding on the right needs no mask under causal attention."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True).to(lm.device)
+    learnt = nn.utils.rnn.pad_sequence([torch.tensor(flags) for _, flags in examples], batch_first=True).to(lm.device)
     with autocast(lm.device, torch.bfloat16):
         hidden = lm.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]
         logits = lm.get_output_embeddings()(hidden[learnt[:, 1:]])
     return F.cross_entropy(logits.float(), tokens[:, 1:][learnt[:, 1:]])
 
 
-def imitate(lm: PreTrainedModel, examples: list[tuple[list[int], list[int]]], settings: Settings) -> list[float]:
-    """Plain imitation with AdamW, the learning rate falling to 0; returns the loss of each step."""
+def imitate(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, solved: Sequence[tuple[str, str]], settings: Settings
+) -> list[float]:
+    """Imitation of worked solutions with AdamW, the learning rate falling to 0; returns the loss of each step. To two
+    solutions comes one row of bare sums."""
     rng, order, losses = random.Random("imitation"), list[int](), list[float]()
+    examples = list[Example]()
+    for text, solution in solved:
+        prompt = prompt_ids(tokenizer, text)
+        ids = tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        examples.append((prompt + ids, [False] * len(prompt) + [True] * len(ids)))
     optimizer = torch.optim.AdamW(lm.train().parameters(), lr=settings.imitation_lr, weight_decay=0.0)
     for step in range(settings.imitation_steps):
         while len(order) < settings.imitation_batch:  # each example once an epoch
             order += rng.sample(range(len(examples)), len(examples))
         chosen, order = order[: settings.imitation_batch], order[settings.imitation_batch :]
+        sums = [drill(tokenizer, rng) for _ in range(settings.imitation_batch // 2)]
         optimizer.param_groups[0]["lr"] = settings.imitation_lr * (1 - step / settings.imitation_steps)
-        loss = imitation_loss(lm, [examples[i] for i in chosen])
+        loss = imitation_loss(lm, [examples[i] for i in chosen] + sums)
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
         optimizer.step()
@@ -173,13 +205,9 @@ def make_start(settings: Settings) -> Path:
         return folder
     examples, counts = imitation_set(settings.data_dir)
     lm, tokenizer = load_start(settings.model)
-    encoded = [
-        (prompt_ids(tokenizer, text), tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"])
-        for text, solution in examples
-    ]
     begin = time.perf_counter()
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    losses = imitate(lm, encoded, settings)
+    losses = imitate(lm, tokenizer, examples, settings)
     note = {"recipe": recipe, "questions": counts, "losses": losses, "seconds": time.perf_counter() - begin}
     aside = settings.out / "start.unfinished"
     lm.save_pretrained(aside)
