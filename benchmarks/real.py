@@ -390,9 +390,10 @@ def label(run: Row) -> str:
 
 
 def by_label(result: Row) -> dict[str, dict[str, Row]]:
-    """Runs, by name, of each row of the tables; methods in the order of the table of variants."""
+    """Runs that have finished a step, by name, of each row of the tables; methods in the order of rewards.VARIANTS."""
     groups: dict[str, dict[str, Row]] = {}
-    for name, run in sorted(result["runs"].items(), key=lambda item: list(VARIANTS).index(item[1]["method"])):
+    begun = {name: run for name, run in result["runs"].items() if run["metrics"]}
+    for name, run in sorted(begun.items(), key=lambda item: list(VARIANTS).index(item[1]["method"])):
         groups.setdefault(label(run), {})[name] = run
     return groups
 
