@@ -34,10 +34,13 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import UserError, flag, told_in_a_sentence
+from lm import ranks
 from lm.decoding import Sample
 from lm.engine import frozen_sampler
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
+from metrics import Clock
+from prepare import Run
 from rewards import Match, are_equal, extract_boxed, majority_vote
 from rollout import decode, request_seed
 from sources.pairs import Benchmark, Pair, load_benchmark
@@ -169,6 +172,23 @@ def accuracies(
         logged[name] = fmean(each)
         logged |= {f"{name}/{group}": fmean(part) for group, part in by_group(benchmark, each).items()}
     return logged
+
+
+def accuracy_of(run: Run) -> dict[str, float]:
+    """Sampled and greedy accuracy of a run's policy on its benchmark, if it has one, while it trains."""
+    if run.benchmark is None:
+        return {}
+    sampling, clock = run.config.sampling, Clock()
+    settings = EvaluationSettings(
+        k=run.config.data.eval_samples,
+        temperature=sampling.temperature,
+        max_response_tokens=sampling.max_response_tokens,
+        seed=run.config.run.seed,
+    )
+    with run.sampler.holding(run.policy.lm) as sample:
+        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, run.benchmark, run.eval_prompts, settings)
+    clock.lap("evaluation")
+    return accuracy | clock.seconds
 
 
 def evaluate_model(settings: EvaluationSettings) -> Path | None:

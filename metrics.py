@@ -1,17 +1,15 @@
-"""What one sees while it trains: the numbers of a step, a readable sample of it, and an alarm for collapse.
+"""What one sees while it trains: the numbers of a step, its labels, a readable sample, and an alarm for collapse.
 
 Label-free rewards cannot be trusted to show their own failure: under majority voting the reward goes to 1 while the
 model agrees with itself on one wrong answer. Every number here is a mean over the step; gold answers, where there are
 any, are only ever used for measuring.
 """
 
-import math
 import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from itertools import cycle
-from pathlib import Path
 from statistics import fmean
 from typing import Any, TypeVar
 
@@ -19,10 +17,9 @@ import torch
 
 from data import Pair, PromptedPair
 from rewards import Group, Variant, View, Voter, are_equal
-from store.files import Row, append_rows, read_rows, to_lines, write_whole
+from store.files import Row
 
 Item = TypeVar("Item")
-Records = dict[str, list[Row]]  # rows for files of a run's folder: {"labels": of labels.jsonl, ...}
 
 # ---------------------------------------------------------------- time and memory
 
@@ -225,115 +222,9 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     return seen
 
 
-# ---------------------------------------------------------------- the log of a run
-
-
-LOGS = ("metrics.jsonl", "labels.jsonl", "rollouts.jsonl")
-
-
-class RunLog:
-    """metrics.jsonl, labels.jsonl and rollouts.jsonl of a run's folder, on request TensorBoard and Weights & Biases."""
-
-    def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
-        self.folder, self.metrics_file = folder, folder / "metrics.jsonl"
-        for name in LOGS:
-            keep_steps_before(folder / name, first_step)
-        self.history = read_rows(self.metrics_file)
-        self.label_of = {(row["id"], row["view"]): row["label"] for row in read_rows(folder / "labels.jsonl")}
-        self.alarms: set[str] = set()
-        self.board: Any = None
-        self.wandb: Any = None
-        if config["run"]["tensorboard"]:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step)
-        if config["run"]["wandb"]:
-            import wandb
-
-            name, where = folder.name, str(folder)
-            self.wandb = wandb.init(project="co-rewarding", name=name, dir=where, config=config, resume="allow")
-
-    def headline(self) -> dict[str, str]:
-        """The numbers that matter, for the progress bar."""
-        shown = {"reward": "reward", "label_accuracy": "label acc", "eval_accuracy": "held-out acc"}
-        latest = {name: next((m[key] for m in reversed(self.history) if key in m), None) for key, name in shown.items()}
-        return {name: f"{value:.2f}" for name, value in latest.items() if value is not None}
-
-    def warnings(self, first: bool = False) -> list[str]:
-        """One line for what was not said before: of the `first` step what it shows at once, of all signs of collapse.
-        They are kept in warnings.txt too."""
-        signs = first_step_signs(self.history[-1]) if first else {}
-        if self.history[-1]["skipped_steps"]:
-            signs["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
-        signs |= {sign: f"collapse? {sign} ({seen})" for sign, seen in collapse_signs(self.history).items()}
-        new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
-        self.alarms |= set(new)
-        if new:
-            file, step = self.metrics_file.with_name("warnings.txt"), int(self.history[-1]["step"])
-            before = file.read_text(encoding="utf-8") if file.exists() else ""
-            write_whole(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
-        return list(new.values())
-
-    def write(self, metrics: dict[str, float], records: Records) -> None:
-        """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""
-        metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
-        metrics |= self.flipped(records.get("labels", []))
-        self.history.append(metrics)
-        append_rows(self.metrics_file, [metrics])
-        for name, rows in records.items():
-            append_rows(self.folder / f"{name}.jsonl", rows)
-        step, measured = int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"}
-        if self.board:
-            for key, value in measured.items():
-                self.board.add_scalar(key, value, step)
-        if self.wandb:
-            self.wandb.log(measured, step=step)
-
-    def flipped(self, labels: list[Row]) -> dict[str, float]:
-        """labels_flipped: of questions seen before, the share whose label is another one now, by view."""
-        now = {(row["id"], row["view"]): row["label"] for row in labels}
-        flips = [self.label_of[key] != label for key, label in now.items() if key in self.label_of]
-        self.label_of |= now
-        return {"labels_flipped": fmean(flips)} if flips else {}
-
-    def close(self) -> None:
-        if self.board:
-            self.board.close()
-        if self.wandb:
-            self.wandb.finish()
-
-
-def keep_steps_before(file: Path, step: int) -> None:
-    """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
-    rows = read_rows(file) if file.exists() else []
-    write_whole(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
-
-
-def closing_table(folder: Path) -> str:
-    """What a run achieved, where the time went, and where it lies."""
-    history, seconds = read_rows(folder / "metrics.jsonl"), Counter[str]()
-    for metrics in history:
-        seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
-
-    def change(key: str, window: int = 1) -> str | None:
-        values = [metrics[key] for metrics in history if key in metrics]
-        return f"{fmean(values[:window]):.2f} -> {fmean(values[-window:]):.2f}" if values else None
-
-    steps = [metrics for metrics in history if "reward" in metrics]
-    taught_nothing = bool(steps) and all(metrics.get("zero_std_groups") == 1 for metrics in steps)
-    warnings = folder / "warnings.txt"
-    rows = {
-        "nothing was learnt": "in no group of no step did two rewards differ" if taught_nothing else None,
-        "held-out accuracy, sampled": change("eval_accuracy"),
-        "held-out accuracy, greedy": change("eval_accuracy/greedy"),
-        "label accuracy": change("label_accuracy", window=5),
-        "reward": change("reward", window=5),
-        "warned of": warnings.read_text().rstrip().replace("\n", "\n" + " " * 30) if warnings.exists() else None,
-        "tokens sampled a second": change("tokens_per_second", window=5),
-        "peak memory, GB": f"{max((metrics.get('peak_memory_gb', 0) for metrics in steps), default=0):.2f}",
-        "seconds": f"{seconds.total():.0f} ({', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())})",
-        "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
-        "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
-        "compare": f"python -m tools.plot {folder} runs/ANOTHER --out comparison.png",
-    }
-    return "\n".join(f"  {name:<27} {value}" for name, value in rows.items() if value is not None)
+def signs(history: Sequence[dict[str, float]], first: bool) -> dict[str, str]:
+    """What is to be warned of after a step: of the `first` one what it shows at once, of all signs of collapse."""
+    seen = first_step_signs(history[-1]) if first else {}
+    if history[-1]["skipped_steps"]:
+        seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
+    return seen | {sign: f"collapse? {sign} ({what})" for sign, what in collapse_signs(history).items()}

@@ -35,7 +35,7 @@ import os
 import signal
 import sys
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -45,7 +45,7 @@ from tqdm import tqdm
 
 import metrics
 from data import questions_of_step
-from evaluate import EvaluationSettings, accuracies
+from evaluate import accuracy_of
 from grpo import denominators, group_advantages, learning_rate, mini_batches, optimizer_step
 from lm import ranks
 from lm.packing import Rollout, micro_batches
@@ -56,11 +56,12 @@ from rollout import ask, decode
 from store import checkpoint, curves
 from store.files import write_whole
 from store.folder import claimed
+from store.log import Records, RunLog, closing_table
 from store.results import versions
 from teacher import ema_weight, update
 
 
-def train_step(run: Run, step: int) -> tuple[dict[str, float], metrics.Records]:
+def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     """One step of the algorithm; returns its metrics, and records of its labels and rollouts to read."""
     config, method, row, clock = run.config, run.config.method, run.variant, metrics.Clock()
     G, V = config.sampling.rollouts, config.votes  # V answers to a question vote, the first G of them are trained on
@@ -149,48 +150,14 @@ def with_gradient(part: list[range], advantages: list[float] | None) -> list[int
     return rows if advantages is None else [row for row in rows if advantages[row]] or rows[:1]
 
 
-def evaluate(run: Run) -> dict[str, float]:
-    """Sampled and greedy accuracy of the policy on the benchmark, if there is one, as evaluate.py measures it."""
-    if run.benchmark is None:
-        return {}
-    sampling, clock = run.config.sampling, metrics.Clock()
-    settings = EvaluationSettings(
-        k=run.config.data.eval_samples,
-        temperature=sampling.temperature,
-        max_response_tokens=sampling.max_response_tokens,
-        seed=run.config.run.seed,
-    )
-    with run.sampler.holding(run.policy.lm) as sample:
-        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, run.benchmark, run.eval_prompts, settings)
-    clock.lap("evaluation")
-    return accuracy | clock.seconds
-
-
 SKIPPED_AT_MOST = 9  # steps in a row without a finite gradient
-AGAIN = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; a second Ctrl-C stops at once"
-
-
-@dataclass
-class Watch:
-    """For signals that ask the run to stop: at the first it finishes its step and saves, the second stops it at once.
-    Under torchrun, which repeats to its processes what they may have got themselves, a second one says nothing new."""
-
-    signal: int = 0
-    at_work_on: str = ""  # what would be lost; empty: nothing
-
-    def request(self, number: int, _: object) -> None:
-        asked_before, self.signal = self.signal, number
-        if not self.at_work_on or (asked_before and AGAIN):
-            raise KeyboardInterrupt
-        if ranks.is_first() and not asked_before:
-            print(f"\nfinishing {self.at_work_on}, then saving{AGAIN}", file=sys.stderr)
 
 
 def train(config: Config) -> Path:
     """Prepare and loop; returns the run's folder. Stops early, resumably, on SIGINT and SIGTERM."""
     ranks.start()
     with claimed(config) as (folder, resumed):
-        watch = Watch()
+        watch = ranks.Watch()
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, watch.request)
         run, first_step = prepare(config, folder, resumed)
@@ -209,23 +176,23 @@ def train(config: Config) -> Path:
     return folder
 
 
-def loop(run: Run, first_step: int, watch: Watch) -> None:
+def loop(run: Run, first_step: int, watch: ranks.Watch) -> None:
     """All steps from the first on, with evaluations and checkpoints when they are due."""
     config, skipped = run.config, 0
     record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
     ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
-    log = metrics.RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
+    log = RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
     steps = range(first_step, run.total_steps)
     bar = tqdm(steps, initial=first_step, total=run.total_steps, desc="training", smoothing=0, disable=log is None)
     for step in bar:
         watch.at_work_on = f"step {step}"
-        evaluated = evaluate(run) if step == 0 or is_due(step, config.data.eval_every) else {}
+        evaluated = accuracy_of(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         seen, records = train_step(run, step)
         seen["peak_memory_gb"] = ranks.largest(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         if log:
             log.write({"step": step} | evaluated | seen, records)
             bar.set_postfix(log.headline())
-            for warning in log.warnings(first=step == first_step):
+            for warning in log.warnings(metrics.signs(log.history, first=step == first_step)):
                 bar.write(f"step {step}: {warning}", file=sys.stderr)
         skipped = skipped + 1 if seen["skipped_steps"] else 0
         if skipped > SKIPPED_AT_MOST:
@@ -240,7 +207,7 @@ def loop(run: Run, first_step: int, watch: Watch) -> None:
                 print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
             raise SystemExit(128 + stop_signal)
     watch.at_work_on = ""
-    evaluated = evaluate(run)
+    evaluated = accuracy_of(run)
     if log and evaluated:
         log.write({"step": run.total_steps} | evaluated, {})
     if log:
@@ -264,7 +231,7 @@ def main() -> None:
     with told_in_a_sentence():
         folder = train(parse())
     if ranks.is_first():
-        print(metrics.closing_table(folder))
+        print(closing_table(folder))
     ranks.stop()
 
 

@@ -77,6 +77,7 @@ class Settings:
     steps: int = 60  # of `learning`
     repeats: int = 3
     peak_tflops: float | None = None  # of the device in bfloat16 (None: known for some)
+    engine_memory: float = 0.5  # share of the GPU for vLLM: less where other programs use it too
     seconds: int = 300  # after which a part is ended
     out: Path = Path("gpu.json")
 
@@ -89,7 +90,7 @@ def main(settings: Settings) -> None:
     for part in settings.parts:
         begin = time.perf_counter()
         flags = ["--models", *settings.models, "--parts", part]
-        for name in ("response_tokens", "tokens", "tokens_per_micro_batch", "steps", "repeats"):
+        for name in ("response_tokens", "tokens", "tokens_per_micro_batch", "steps", "repeats", "engine_memory"):
             flags += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
         command = [sys.executable, __file__, *flags, "--out", "-"]
         try:
@@ -145,6 +146,7 @@ def run_flags(place: Path, settings: Settings, steps: int) -> list[str]:
     (place / "questions.jsonl").write_text("".join(lines))
     flags = {"model": place / "model", "data": place / "questions.jsonl", "out": place / "run", "steps": steps}
     flags |= {"questions-per-step": 16, "max-response-tokens": settings.response_tokens}
+    flags |= {"engine-memory": settings.engine_memory}
     return [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
 
 
@@ -200,6 +202,7 @@ def learning(settings: Settings) -> Figures:
     """Sampled held-out accuracy before and after, and the gap between sampler and trainer."""
     with TemporaryDirectory() as folder:
         flags = ["--steps", str(settings.steps), "--eval-every", "0", "--out", f"{folder}/run"]
+        flags += ["--engine-memory", str(settings.engine_memory)]
         command = [sys.executable, str(ROOT / "train.py"), *flags]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         history = read_rows(Path(folder, "run", "metrics.jsonl"))

@@ -10,6 +10,7 @@ A rank is one process, usually one GPU; rank 0, the first, alone prints and writ
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -82,6 +83,25 @@ def on_first(task: Callable[[], T]) -> T:
         raise outcome[1]
     result: T = outcome[0]
     return result
+
+
+AGAIN = "" if "TORCHELASTIC_RUN_ID" in os.environ else "; a second Ctrl-C stops at once"
+
+
+@dataclass
+class Watch:
+    """For signals that ask the run to stop: at the first it finishes its step and saves, the second stops it at once.
+    Under torchrun, which repeats to its processes what they may have got themselves, a second one says nothing new."""
+
+    signal: int = 0
+    at_work_on: str = ""  # what would be lost; empty: nothing
+
+    def request(self, number: int, _: object) -> None:
+        asked_before, self.signal = self.signal, number
+        if not self.at_work_on or (asked_before and AGAIN):
+            raise KeyboardInterrupt
+        if is_first() and not asked_before:
+            print(f"\nfinishing {self.at_work_on}, then saving{AGAIN}", file=sys.stderr)
 
 
 def bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:

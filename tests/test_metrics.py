@@ -9,8 +9,9 @@ import pytest
 
 import metrics
 from data import Pair, PromptedPair
-from metrics import collapse_signs, gold_metrics, keep_steps_before, label_metrics, label_records, step_metrics
+from metrics import collapse_signs, gold_metrics, label_metrics, label_records, step_metrics
 from rewards import VARIANTS, Group, Response, label_groups, read_groups
+from store import log
 from store.files import append_rows
 
 
@@ -94,17 +95,17 @@ def test_rewards_are_measured_by_gold_where_it_is_known_and_only_if_they_are_0_o
 
 
 def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_path: Path):
-    def log(first_step: int) -> metrics.RunLog:
-        return metrics.RunLog(tmp_path, {"run": {"tensorboard": False, "wandb": False}}, first_step)
+    def open_log(first_step: int) -> log.RunLog:
+        return log.RunLog(tmp_path, {"run": {"tensorboard": False, "wandb": False}}, first_step)
 
     def labels(step: int, **of_question: str) -> dict:
         return {"labels": [{"step": step, "id": id, "view": "x", "label": label} for id, label in of_question.items()]}
 
-    run = log(0)
+    run = open_log(0)
     run.write({"step": 0}, labels(0, a="1", b="2"))
     run.write({"step": 1}, labels(1, a="1", b="3", c="4"))
     run.write({"step": 2}, labels(2, a="9"))
-    resumed = log(2)  # the last step is going to be repeated
+    resumed = open_log(2)  # the last step is going to be repeated
     resumed.write({"step": 2}, labels(2, a="1", b="2"))
     flipped = [step.get("labels_flipped") for step in resumed.history]
     assert flipped == [None, 1 / 2, 1 / 2]
@@ -137,14 +138,14 @@ def test_the_alarm_waits_for_a_baseline():
 def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 0}\n{"step": 1}\n{"step": 2}\n{"st')
-    keep_steps_before(file, 2)
+    log.keep_steps_before(file, 2)
     assert file.read_text() == '{"step": 0}\n{"step": 1}\n'
 
 
 def test_a_step_whose_gradient_is_not_finite_leaves_a_log_that_is_json(tmp_path: Path):
     config = {"run": {"tensorboard": False, "wandb": False}}
-    log = metrics.RunLog(tmp_path, config, first_step=0)
-    log.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, {})
+    run = log.RunLog(tmp_path, config, first_step=0)
+    run.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, {})
 
     def refuse(constant: str):
         raise AssertionError(f"{constant} is no JSON")
@@ -160,9 +161,9 @@ def test_tensorboard_and_wandb_get_every_step_and_are_closed(tmp_path: Path, mon
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: wandb))
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    log = metrics.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True}}, first_step=3)
-    log.write({"step": 3, "reward": 0.5, "kl": float("nan")}, {})
-    log.close()
+    run = log.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True}}, first_step=3)
+    run.write({"step": 3, "reward": 0.5, "kl": float("nan")}, {})
+    run.close()
     assert seen == [(3, {"reward": 0.5}), "closed"]
     board = events.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert board.Tags()["scalars"] == ["reward"]
@@ -176,7 +177,7 @@ def test_the_closing_table_reads_the_run_and_nothing_else(tmp_path: Path):
         {"step": 2, "eval_accuracy": 0.875, "eval_accuracy/greedy": 1.0, "seconds_evaluation": 1.0},
     ]
     append_rows(tmp_path / "metrics.jsonl", history)
-    table = metrics.closing_table(tmp_path)
+    table = log.closing_table(tmp_path)
     assert "0.50 -> 0.88" in table and "0.75 -> 1.00" in table
     assert "5 (rollout 4, evaluation 1)" in table
     assert not any(absent in table for absent in ("label accuracy", "warned of", "nothing was learnt"))
@@ -186,6 +187,6 @@ def test_a_run_that_taught_nothing_ends_like_one_that_did(tmp_path: Path):
     history = [{"step": step, "reward": 0.0, "zero_std_groups": 1.0, "peak_memory_gb": 2.5} for step in range(2)]
     append_rows(tmp_path / "metrics.jsonl", history)
     (tmp_path / "warnings.txt").write_text("step 0: one thing\nstep 1: another\n")
-    table = metrics.closing_table(tmp_path)
+    table = log.closing_table(tmp_path)
     assert "nothing was learnt" in table and "2.50" in table
     assert "step 0: one thing" in table and "step 1: another" in table

@@ -1,0 +1,531 @@
+"""A real language model on real questions: does label-free RL teach SmolLM2-135M one-step word problems?
+
+    python benchmarks/real.py --data-dir DATA --model SmolLM2-135M-Instruct.Q4_1.gguf --sampler vllm      # two cores
+    python benchmarks/real.py --data-dir DATA --model MODEL --methods gt majority I II III entropy --seeds 0 1 --jobs 6
+    python benchmarks/real.py --jobs 0 --results FOLDER            # no new runs: the tables of a results.json
+
+DATA holds addsub.jsonl, singleeq.jsonl, singleop.jsonl, multiarith.jsonl (columns input and target) and SVAMP.json, in
+folders of any name. MODEL is a hub name, a folder, or a .gguf file (which needs the packages gguf and accelerate).
+
+    start model   imitation of one-line solutions, made by rule, of AddSub's and SingleEq's questions
+    training      one half of SingleOp, split by a hash of the question; I and III read a rewording, also made by rule
+    evaluation    the other half, MultiArith and SVAMP, sampled at temperature 1 and greedy, before and after
+
+Everything is kept in --out: the start model, each run, each evaluation. What is there is not made again, and what a
+kill has cut off goes on from its last checkpoint (imitation, minutes, begins again). --results gets one file,
+results.json, which is written again and again meanwhile. In the end it fills the tables of docs/REAL.md and draws its
+figure; the text around them stays.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from one_step import (
+    ELSEWHERE,
+    IMITATED,
+    TRAINED,
+    bare_sum,
+    exact,
+    imitation_set,
+    in_training,
+    plain,
+    read_questions,
+    reworded,
+)
+from study import COLUMNS as OF_STUDY
+from study import fill_in, table
+
+from config import UserError, told_in_a_sentence
+from lm.model import newest_policy
+from lm.prompts import prompt_ids
+from lm.scoring import autocast
+from metrics import collapse_signs
+from rewards import VARIANTS
+from store import curves
+from store.files import Row, changes, fingerprint, read_rows, to_lines, write_whole
+from store.results import estimate, written
+
+BENCHMARKS = ("held-out", *ELSEWHERE)
+READ = 20  # answers to read, of every model
+SUMS = 8  # in a row of the drill: as long as a question with its solution
+WRITE_EVERY = 20  # seconds
+PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
+COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
+PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
+PASSED_ON += ("tokens_per_micro_batch",)  # settings that train.py gets under the same names
+
+Example = tuple[list[int], list[bool]]  # tokens, and which of them are to be learnt
+
+
+@dataclass(frozen=True)
+class Settings:
+    data_dir: Path = Path("data")  # folder of the five files, searched through
+    # where imitation starts: a hub name, a folder, or a .gguf file
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    methods: tuple[str, ...] = ("gt", "majority", "II")  # variants of train.py
+    seeds: tuple[int, ...] = (0,)
+    jobs: int = 1  # runs and evaluations side by side, each a process; 0: none, only the tables
+    steps: int = 50
+    questions_per_step: int = 8
+    rollouts: int = 8
+    lr: float = 1e-5
+    max_response_tokens: int = 64
+    eval_every: int = 10  # steps between evaluations on the held-out half; 0: only before and after
+    save_every: int = 10  # steps between checkpoints, from which a killed run goes on
+    k: int = 4  # sampled answers a question in the evaluations before and after
+    limit: int = 300  # questions of MultiArith, and of SVAMP
+    sampler: Literal["auto", "vllm", "hf"] = "auto"  # of training
+    # of the evaluations before and after; where --jobs share a GPU: hf, as vLLM would take half of its memory
+    eval_sampler: Literal["auto", "vllm", "hf"] = "auto"
+    engine_memory: float = 0.5  # share of a GPU's memory for the vLLM of one run: divide it among --jobs
+    tokens_per_micro_batch: int = 2048  # activations are kept, not computed again: costs memory, changes no result
+    imitation_steps: int = 60
+    imitation_batch: int = 16
+    imitation_lr: float = 1e-4
+    train_flags: str = ""  # more flags for train.py
+    attempts: int = 2  # at a command that fails, before its run is given up
+    out: Path = ROOT / "runs" / "real"
+    results: Path | None = None  # folder of results.json (None: --out)
+    document: Path = ROOT / "docs" / "REAL.md"
+
+
+# ---------------------------------------------------------------- start model
+
+
+def write_questions(settings: Settings, folder: Path) -> None:
+    """train.jsonl, with rewordings, and a file of each benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    both_halves = exact(read_questions(settings.data_dir, TRAINED))
+    sets = {"train": [each for each in both_halves if in_training(each[0])]}
+    sets["held-out"] = [each for each in both_halves if not in_training(each[0])]
+    sets |= {name: read_questions(settings.data_dir, name)[: settings.limit] for name in ELSEWHERE}
+    for name, questions in sets.items():
+        rows = [{"question": text, "answer": plain(gold)} for text, gold in questions]
+        if name == "train":
+            rows = [row | {"rephrased": reworded(row["question"])} for row in rows]
+        write_whole(folder / f"{name}.jsonl", to_lines(rows))
+
+
+def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """In float32; a .gguf file becomes an ordinary model, as if it had never been quantised."""
+    if not name.endswith(".gguf"):
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
+    where = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
+    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
+    config = quantised.config
+    del config.quantization_config  # save_pretrained refuses a model that records one
+    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    lm.load_state_dict(quantised.state_dict())
+    return lm, AutoTokenizer.from_pretrained(**where)
+
+
+def drill(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Example:
+    """Bare sums, without a prompt: what such a model gets wrong most often is not the operation but its result."""
+    example: Example = ([], [])
+    for _ in range(SUMS):
+        for text, learnt in zip(bare_sum(rng), (False, True), strict=True):
+            ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+            example = (example[0] + ids, example[1] + [learnt] * len(ids))
+        ids = tokenizer("\n", add_special_tokens=False)["input_ids"]
+        example = (example[0] + ids, example[1] + [False] * len(ids))
+    return example
+
+
+def imitation_loss(lm: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
+    """Mean cross-entropy of the tokens to learn; in bfloat16, and with logits of these tokens alone [T, vocabulary].
+    Padding on the right needs no mask under causal attention."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(ids) for ids, _ in examples], batch_first=True).to(lm.device)
+    learnt = nn.utils.rnn.pad_sequence([torch.tensor(flags) for _, flags in examples], batch_first=True).to(lm.device)
+    with autocast(lm.device, torch.bfloat16):
+        hidden = lm.base_model(tokens, use_cache=False).last_hidden_state[:, :-1]
+        logits = lm.get_output_embeddings()(hidden[learnt[:, 1:]])
+    return F.cross_entropy(logits.float(), tokens[:, 1:][learnt[:, 1:]])
+
+
+def imitate(
+    lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, solved: Sequence[tuple[str, str]], settings: Settings
+) -> list[float]:
+    """Imitation of worked solutions with AdamW, the learning rate falling to 0; returns the loss of each step. To two
+    solutions comes one row of bare sums."""
+    rng, order, losses = random.Random("imitation"), list[int](), list[float]()
+    examples = list[Example]()
+    for text, solution in solved:
+        prompt = prompt_ids(tokenizer, text)
+        ids = tokenizer(solution + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+        examples.append((prompt + ids, [False] * len(prompt) + [True] * len(ids)))
+    optimizer = torch.optim.AdamW(lm.train().parameters(), lr=settings.imitation_lr, weight_decay=0.0)
+    for step in range(settings.imitation_steps):
+        while len(order) < settings.imitation_batch:  # each example once an epoch
+            order += rng.sample(range(len(examples)), len(examples))
+        chosen, order = order[: settings.imitation_batch], order[settings.imitation_batch :]
+        sums = [drill(tokenizer, rng) for _ in range(settings.imitation_batch // 2)]
+        optimizer.param_groups[0]["lr"] = settings.imitation_lr * (1 - step / settings.imitation_steps)
+        loss = imitation_loss(lm, [examples[i] for i in chosen] + sums)
+        loss.backward()
+        nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        print(f"imitation, step {step + 1} of {settings.imitation_steps}: loss {losses[-1]:.3f}", flush=True)
+    return losses
+
+
+def make_start(settings: Settings) -> Path:
+    """The imitating model in --out/start; made once, whole or not at all."""
+    folder, recipe = settings.out / "start", {"model": Path(settings.model).name}
+    recipe |= {name: value for name, value in asdict(settings).items() if name.startswith("imitation")}
+    if (folder / "imitation.json").is_file():
+        made = json.loads((folder / "imitation.json").read_text())["recipe"]
+        if differing := changes(made, recipe):
+            raise UserError(f"{folder} holds another start model, {differing}: name another --out")
+        return folder
+    examples, counts = imitation_set(settings.data_dir)
+    lm, tokenizer = load_start(settings.model)
+    begin = time.perf_counter()
+    lm.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
+    losses = imitate(lm, tokenizer, examples, settings)
+    note = {"recipe": recipe, "questions": counts, "losses": losses, "seconds": time.perf_counter() - begin}
+    aside = settings.out / "start.unfinished"
+    lm.save_pretrained(aside)
+    tokenizer.save_pretrained(aside)
+    write_whole(aside / "imitation.json", json.dumps(note) + "\n")
+    aside.rename(folder)
+    return folder
+
+
+# ---------------------------------------------------------------- runs
+
+
+class Run(NamedTuple):
+    method: str
+    seed: int
+
+    def name(self, settings: Settings) -> str:
+        """Of its folder: whatever makes it another run."""
+        each = settings
+        parts = [self.method, f"lr{each.lr:g}", f"{each.steps}x{each.questions_per_step}x{each.rollouts}"]
+        return "-".join([*parts, *re.findall(r"[\w.]+", each.train_flags), f"seed{self.seed}"])
+
+    def folder(self, settings: Settings) -> Path:
+        return settings.out / "runs" / self.name(settings)
+
+    def command(self, settings: Settings) -> list[str]:
+        """The same one begins the run and goes on with it."""
+        each, questions = settings, settings.out / "questions"
+        flags = {"variant": self.method, "seed": self.seed, "model": each.out / "start", "out": self.folder(each)}
+        flags |= {"data": questions / "train.jsonl", "eval-data": questions / "held-out.jsonl", "resume": "auto"}
+        flags |= {"eval-every": each.eval_every, "save-every": each.save_every, "keep": 1}
+        flags |= {"activation-checkpointing": "off"}
+        flags |= {name.replace("_", "-"): getattr(each, name) for name in PASSED_ON}
+        words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        return [sys.executable, str(ROOT / "train.py"), *words, *each.train_flags.split()]
+
+
+def evaluation(settings: Settings, model: Path, name: str) -> list[str]:
+    files = [str(settings.out / "questions" / f"{benchmark}.jsonl") for benchmark in BENCHMARKS]
+    flags: Row = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
+    flags |= {"k": settings.k, "temperature": 1.0, "max-response-tokens": settings.max_response_tokens}
+    words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+    return [sys.executable, str(ROOT / "evaluate.py"), *words, "--benchmarks", *files]
+
+
+class Processes:
+    """The commands that run at the moment; after `stop` no other one begins."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings, self.stopped, self.running = settings, False, set[subprocess.Popen[bytes]]()
+        threads = max(1, (os.cpu_count() or 1) // max(settings.jobs, 1))
+        self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+
+    def run(self, command: list[str], log: Path) -> None:
+        """What it says goes to the end of a file. One that fails is tried again: on a GPU that several processes share,
+        vLLM does not start while another one is just taking or returning memory."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        for _ in range(self.settings.attempts):
+            if self.stopped:
+                return
+            with log.open("ab") as stream:
+                process = subprocess.Popen(command, stdout=stream, stderr=stream, env=self.environment)
+                self.running.add(process)
+                code = process.wait()
+                self.running.discard(process)
+            if code == 0 or self.stopped:
+                return
+        raise UserError(f"exit code {code}, see the end of {log}")
+
+    def stop(self, tell: bool) -> None:
+        """Training finishes its step and saves."""
+        self.stopped = True
+        for process in list(self.running) if tell else []:
+            process.terminate()
+
+
+def train_and_evaluate(run: Run, settings: Settings, processes: Processes) -> str:
+    """Whatever of it is missing. Of a finished run the policy stays, not the optimizer's moments."""
+    folder, name = run.folder(settings), run.name(settings)
+    policy = folder / "policy"
+    if not policy.is_dir():
+        if not is_finished(folder, settings.steps):
+            processes.run(run.command(settings), settings.out / "logs" / f"{name}.txt")
+        if not is_finished(folder, settings.steps):
+            return f"{name}: stopped"
+        Path(newest_policy(str(folder))).rename(policy)
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return evaluate_once(name, policy, settings, processes)
+
+
+def evaluate_once(name: str, model: Path, settings: Settings, processes: Processes) -> str:
+    if not (settings.out / "evaluations" / name / "result.json").is_file():
+        processes.run(evaluation(settings, model, name), settings.out / "logs" / f"{name}.txt")
+    return f"{name}: done"
+
+
+def is_finished(folder: Path, steps: int) -> bool:
+    """Its last evaluation is written."""
+    file = folder / "metrics.jsonl"
+    return file.is_file() and any(row["step"] == steps and "eval_accuracy" in row for row in read_rows(file))
+
+
+def run_all(settings: Settings) -> list[str]:
+    """Everything that is not there yet; results.json is written again and again meanwhile. Returns what failed."""
+    start, processes, failed = make_start(settings), Processes(settings), list[str]()
+    runs = [Run(method, seed) for seed in settings.seeds for method in settings.methods]
+    with ThreadPoolExecutor(settings.jobs) as pool:
+        left = {pool.submit(evaluate_once, "start", start, settings, processes)}
+        left |= {pool.submit(train_and_evaluate, run, settings, processes) for run in runs}
+        try:
+            while left:
+                done, left = wait(left, timeout=WRITE_EVERY, return_when="FIRST_COMPLETED")
+                write_results(settings)
+                failed += [str(problem) for future in done if (problem := future.exception())]
+                print("".join(f"{future.exception() or future.result()}\n" for future in done), end="", flush=True)
+        except BaseException as reason:
+            processes.stop(tell=not isinstance(reason, KeyboardInterrupt))  # a terminal's Ctrl-C they have heard
+            raise
+    return failed
+
+
+# ---------------------------------------------------------------- results
+
+
+def short(value: Any) -> Any:
+    """Numbers to four digits."""
+    if isinstance(value, list):
+        return [short(each) for each in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def write_results(settings: Settings) -> None:
+    """What the document needs, of everything in --out, as one small file."""
+    out = settings.out
+    evaluations = {file.parent.name: file for file in sorted(out.glob("evaluations/*/result.json"))}
+    result = {
+        "imitation": json.loads((out / "start" / "imitation.json").read_text()),
+        "questions": {file.stem: len(read_rows(file)) for file in sorted(out.glob("questions/*.jsonl"))},
+        "evaluations": {name: evaluation_of(file) for name, file in evaluations.items()},
+        "read": {name: to_read(file.with_name("held-out.jsonl")) for name, file in evaluations.items()},
+        "runs": {file.parent.name: run_of(file) for file in sorted(out.glob("runs/*/metrics.jsonl"))},
+    }
+    folder = settings.results or out
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(folder / "results.json", json.dumps(result, ensure_ascii=False) + "\n")
+
+
+def evaluation_of(file: Path) -> Row:
+    """Its numbers, and of the accuracies also the value of every question, for differences question by question."""
+    result = json.loads(file.read_text())
+    kept = {}
+    for benchmark, found in result["benchmarks"].items():
+        values = {name: short(found["values"][name]) for name in (found["groups of"], "greedy")}
+        kept[benchmark] = {"numbers": found["numbers"], "values": values, "fingerprint": found["fingerprint"]}
+    return {"versions": result["versions"], "k": result["settings"]["k"], "benchmarks": kept}
+
+
+def to_read(file: Path) -> list[Row]:
+    """The first sampled answer (without any, the greedy one) to READ questions, the same ones of every model."""
+    answers: dict[str, Row] = {}
+    for row in read_rows(file):
+        if row["question"] not in answers or answers[row["question"]]["greedy"]:
+            answers[row["question"]] = row
+    chosen = sorted(answers, key=lambda question: fingerprint(question))[:READ]
+    return [{key: answers[question][key] for key in ("question", "gold", "text", "correct")} for question in chosen]
+
+
+def run_of(file: Path) -> Row:
+    """Its settings and all its metrics."""
+    config = json.loads(file.with_name("config.json").read_text())
+    of = {"method": config["method"]["variant"], "seed": config["run"]["seed"], "lr": config["optimisation"]["lr"]}
+    of |= {"steps": config["optimisation"]["steps"], "questions_per_step": config["data"]["questions_per_step"]}
+    of |= {"rollouts": config["sampling"]["rollouts"], "versions": config["versions"]}
+    return of | {"metrics": [{key: short(value) for key, value in row.items()} for row in read_rows(file)]}
+
+
+def label(run: Row) -> str:
+    """Of the row that seeds share: `II, lr 1e-05, 50 steps of 8 x 8`."""
+    return f"{run['method']}, lr {run['lr']:g}, {run['steps']} steps of {run['questions_per_step']} x {run['rollouts']}"
+
+
+def by_label(result: Row) -> dict[str, dict[str, Row]]:
+    """Runs, by name, of each row of the tables; methods in the order of the table of variants."""
+    groups: dict[str, dict[str, Row]] = {}
+    for name, run in sorted(result["runs"].items(), key=lambda item: list(VARIANTS).index(item[1]["method"])):
+        groups.setdefault(label(run), {})[name] = run
+    return groups
+
+
+# ---------------------------------------------------------------- tables and figure
+
+
+def imitation_table(result: Row) -> str:
+    counts = result["imitation"]["questions"]
+    steps = ("questions", "solved by the rule", "asked elsewhere, dropped")
+    rows = [[name, *(str(counts.get(f"{name}: {step}", 0)) for step in steps)] for name in IMITATED]
+    return table(["", *steps], rows)
+
+
+def accuracy_cell(evaluations: Sequence[Row], benchmark: str, greedy: bool, before: Row | None) -> str:
+    """`43.2 ± 1.8`, percent: the mean over questions of the mean over seeds; with `before` its rise, in points."""
+    found = [each["benchmarks"][benchmark] for each in evaluations]
+    seeds = [each["values"]["greedy" if greedy else next(iter(each["values"]))] for each in found]
+    values = [fmean(of_question) for of_question in zip(*seeds, strict=True)]
+    if before:
+        was = before["benchmarks"][benchmark]["values"]
+        values = [a - b for a, b in zip(values, was["greedy" if greedy else next(iter(was))], strict=True)]
+    return written(estimate(values), "accuracy", "+" if before else "")
+
+
+def accuracy_table(result: Row, change: bool) -> str:
+    """Before and after, or the change between them."""
+    start = result["evaluations"].get("start")
+    header = ["", "seeds", *(f"{name}, {how}" for name in BENCHMARKS for how in ("sampled", "greedy"))]
+    groups = {} if change or not start else {"before": [start]}
+    for row, runs in by_label(result).items():
+        groups[row] = [result["evaluations"][name] for name in runs if name in result["evaluations"]]
+    rows = []
+    for row, group in groups.items():
+        if group and (start or not change):
+            compared = start if change else None
+            cells = [accuracy_cell(group, name, how, compared) for name in BENCHMARKS for how in (False, True)]
+            rows.append([row, "" if row == "before" else str(len(group)), *cells])
+    return table(header, rows)
+
+
+def training_table(result: Row) -> str:
+    """Means of the first and the last five steps, of all seeds."""
+    rows = []
+    for row, runs in by_label(result).items():
+        histories = [run["metrics"] for run in runs.values()]
+        steps = min(max(each["step"] for each in history) for history in histories)
+        cells = []
+        for key in COLUMNS.values():
+            of_seeds = [[each[key] for each in history if key in each] for history in histories]
+            ends = [(fmean(each[:5]), fmean(each[-5:])) for each in of_seeds if each]
+            cells.append(" to ".join(f"{fmean(side):.2f}" for side in zip(*ends, strict=True)) if ends else "-")
+        warned = sum(any(collapse_signs(each[:i]) for i in range(len(each))) for each in histories)
+        rows.append([row, str(len(runs)), str(steps), *cells, str(warned)])
+    return table(["", "seeds", "steps done", *COLUMNS, "warned"], rows)
+
+
+def time_table(result: Row) -> str:
+    """Median seconds of a step by phase, after the first step."""
+    keys = dict.fromkeys(key for run in result["runs"].values() for row in run["metrics"] for key in row)
+    phases = [key for key in keys if key.startswith("seconds_")]
+    rows = []
+    for row, runs in by_label(result).items():
+        steps = [each for run in runs.values() for each in run["metrics"][1:]]
+        cells = []
+        for key in (*phases, "tokens_per_second", "peak_memory_gb"):
+            values = [each[key] for each in steps if key in each]
+            cells.append(f"{median(values):.1f}" if values else "-")
+        device = next(iter(runs.values()))["versions"]["device"]
+        rows.append([row, device, *cells])
+    names = [phase.removeprefix("seconds_") for phase in phases]
+    return table(["", "device", *names, "sampled tokens/s", "peak memory (GB)"], rows)
+
+
+def rollouts_table(result: Row, methods: Sequence[str] = ("majority", "II")) -> str:
+    """The same questions before and after: of each method its first run that was evaluated."""
+    shown = {"before": result["read"].get("start", [])}
+    for row, runs in by_label(result).items():
+        name = next((name for name in runs if name in result["read"]), None)
+        if name and runs[name]["method"] in methods:
+            shown[f"after {row}"] = result["read"][name]
+    rows = []
+    for i, asked in enumerate(shown["before"]):
+        cells = [f"{'right' if read[i]['correct'] else 'wrong'}: {read[i]['text']}" for read in shown.values()]
+        rows.append([in_a_cell(each) for each in (asked["question"], asked["gold"], *cells)])
+    return table(["question", "gold", *shown], rows)
+
+
+def in_a_cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+
+
+def draw(result: Row, file: Path) -> None:
+    figure = Figure(figsize=(12, 4), layout="constrained")
+    axes = figure.subplots(1, len(PANELS))
+    for axis, (key, heading) in zip(axes, PANELS.items(), strict=True):
+        for i, (row, runs) in enumerate(by_label(result).items()):
+            style = {"color": curves.COLOURS[i % len(curves.COLOURS)], "linestyle": curves.DASHES[i % 4]}
+            curves.draw_metric(axis, key, [run["metrics"] for run in runs.values()], label=row, **style)
+        axis.set_title(heading, fontsize=10)
+        axis.set_xlabel("training step")
+        axis.grid(alpha=0.25)
+        if key == "reward" and axis.dataLim.ymax > 1:  # self-certainty is over 10, where votes pay 1
+            axis.set_yscale("symlog", linthresh=1)
+    lines = {str(line.get_label()): line for axis in axes for line in axis.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(file, dpi=160)
+
+
+def report(result: Row, document: Path) -> None:
+    tables = {"imitation": imitation_table(result), "accuracy": accuracy_table(result, change=False)}
+    tables |= {"change": accuracy_table(result, change=True), "training": training_table(result)}
+    tables |= {"time": time_table(result), "rollouts": rollouts_table(result)}
+    for name, content in tables.items():
+        fill_in(document, name, content)
+    if result["runs"]:
+        draw(result, document.with_name("real.png"))
+
+
+def main(settings: Settings) -> None:
+    failed = []
+    if settings.jobs:
+        write_questions(settings, settings.out / "questions")
+        failed = run_all(settings)
+    file = (settings.results or settings.out) / "results.json"
+    if not file.is_file():
+        raise UserError(f"{file} is not there: run something first, with --jobs 1")
+    report(json.loads(file.read_text()), settings.document)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    with told_in_a_sentence("stopped; the same command goes on"):
+        main(tyro.cli(Settings, description=__doc__))

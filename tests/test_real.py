@@ -1,0 +1,174 @@
+"""benchmarks/real.py, its rules and a whole small run; and the published formats, from a few rows of them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from decimal import Decimal
+from pathlib import Path
+
+import pytest
+import tyro
+from tiny import byte_tokenizer, tiny_lm
+
+from rewards import are_equal
+from sources.overlap import digits
+from sources.pairs import load_benchmark
+from store.files import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = ROOT / "tests" / "fixtures"
+SMALL_SETS = ROOT.parent / "shared" / "data" / "small"
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import one_step  # noqa: E402
+import real  # noqa: E402
+
+# ---------------------------------------------------------------- published rows
+
+
+@pytest.mark.parametrize(
+    "name, golds",
+    [
+        ("gsm8k", ["18", "3", "70000", "6250"]),
+        ("svamp", ["51", "1", "2", "17"]),
+        ("math500", ["6", "\\frac{1}{8}", "\\text{east}", "76^\\circ"]),
+    ],
+)
+def test_the_gold_of_a_published_row_is_read_wrongly(name, golds):
+    benchmark = load_benchmark(name, str(FIXTURES))
+    assert [pair.gold for pair in benchmark.pairs] == golds
+    said = {"\\frac{1}{8}": "1/8", "\\text{east}": "east", "76^\\circ": "76", "6250": "6,250"}
+    read = [benchmark.read(said.get(gold, gold)) for gold in golds]
+    assert are_equal(golds, read, benchmark.match) == [True] * len(golds)
+
+
+def test_a_story_of_svamp_loses_its_full_stop_or_gets_a_second_one():
+    questions = [pair.question for pair in load_benchmark("svamp", str(FIXTURES)).pairs]
+    assert "discount of 25 dollars on each pack. How much do you have to pay" in questions[0]
+    assert "9 salty cookies. How many salty cookies did Paco have left?" in questions[3]
+
+
+# ---------------------------------------------------------------- rules
+
+
+@pytest.mark.parametrize(
+    "question, gold, solution",
+    [
+        ("Joan found 70 shells. She has 27 left. How many did she give away?", "43", "70 - 27 = 43"),
+        ("There were 28 bales. There are now 54. How many did he store?", "26", "54 - 28 = 26"),
+        ("We ordered 21 pizzas. Each has 8 slices. How many slices?", "168", "21 * 8 = 168"),
+        ("She brought 48 stones and wanted 8 in each. How many bracelets?", "6", "48 / 8 = 6"),
+        ("Sally had 9 cards, Dan has 3 cats, she bought 24 more. How many cards?", "33", "9 + 24 = 33"),
+        ("A corporation has 2,041 and 63,093 employees. How many?", "65134.0", "2041 + 63093 = 65134"),
+        ("One worm was 0.8 inch, the other .1 inch. How much longer?", "0.70", "0.8 - 0.1 = 0.7"),
+        ("Sam has 2 and gets 2. How many?", "4", None),  # 2 + 2, or 2 * 2
+        ("Tom found 15 and Fred 43. How many now, if Tom ate one?", "57", None),
+        ("Wendy ran 19.833333 miles and walked 9.166666 miles. How much farther?", "10.666667", None),
+    ],
+)
+def test_the_rule_finds_another_operation_than_a_reader(question, gold, solution):
+    expected = solution and f"{solution}. The answer is \\boxed{{{solution.rpartition('= ')[2]}}}."
+    assert one_step.worked_solution(question, Decimal(gold)) == expected
+
+
+def test_a_rewording_leaves_out_a_fact_or_the_question():
+    said = {
+        "Sean has 55 blocks. 29 are eaten. How many blocks will he have?": "How many blocks will he have? "
+        "This is what we know: Sean has 55 blocks. 29 are eaten.",
+        "If each ball costs $1.54, how much must Kyoko pay for 3 balls?": "How much must Kyoko pay for 3 balls? "
+        "This is what we know: Each ball costs $1.54.",
+        "He has 2 in all. If he buys 3, how many does he have altogether?": "How many does he have in total? "
+        "This is what we know: He has 2 altogether. He buys 3.",
+        "What is 3 plus 5?": "Please work this out: What is 3 plus 5?",
+    }
+    assert {question: one_step.reworded(question) for question in said} == said
+
+
+@pytest.mark.skipif(not SMALL_SETS.exists(), reason="the published data sets are not here")
+def test_a_published_question_loses_a_number_in_its_rewording_or_is_in_both_halves(tmp_path):
+    real.write_questions(real.Settings(data_dir=SMALL_SETS), tmp_path)
+    halves = {name: read_rows(tmp_path / f"{name}.jsonl") for name in ("train", "held-out")}
+    for row in halves["train"]:
+        assert digits(row["question"]) == digits(row["rephrased"]), row
+        assert row["rephrased"] != row["question"]
+    train, held_out = ({one_step.normalised(row["question"]) for row in rows} for rows in halves.values())
+    assert not train & held_out and min(len(train), len(held_out)) > 200
+    imitated, counts = one_step.imitation_set(SMALL_SETS)
+    assert not {one_step.normalised(text) for text, _ in imitated} & (train | held_out)
+    assert counts["imitated"] == len(imitated) > 400 and counts["singleeq: asked elsewhere, dropped"] > 0
+
+
+# ---------------------------------------------------------------- a whole run
+
+NAMES = ("Ann", "Ben", "Cleo", "Dan", "Eve", "Finn", "Gus", "Hal")
+
+
+def story(rng: random.Random) -> dict[str, object]:
+    a, b = rng.sample(range(3, 40), 2)
+    name, thing = rng.choice(NAMES), rng.choice(("apples", "cards", "stones"))
+    return {"input": f"{name} has {a} {thing}. {name} finds {b} more. How many {thing} now?", "target": float(a + b)}
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Path:
+    """A model that knows nothing, questions in the layout of the published files, and a document."""
+    tokenizer, rng = byte_tokenizer(), random.Random(0)
+    tokenizer.chat_template = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+    tiny_lm("qwen3", tied=True, max_position_embeddings=1024).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    data = tmp_path / "data" / "small"
+    data.mkdir(parents=True)
+    rows = [story(rng) for _ in range(60)]
+    for name, of in {
+        "addsub": rows[:8],
+        "singleeq": rows[6:14],
+        "singleop": rows[12:40],
+        "multiarith": rows[40:],
+    }.items():
+        (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
+    (data / "SVAMP.json").write_text((FIXTURES / "SVAMP.json").read_text())
+    (tmp_path / "REAL.md").write_text((ROOT / "docs" / "REAL.md").read_text())
+    return tmp_path
+
+
+def flags(place: Path) -> list[str]:
+    small = "--methods III --steps 12 --questions-per-step 2 --rollouts 2 --max-response-tokens 6 --k 1 --limit 3 "
+    small += "--eval-every 0 --save-every 1 --jobs 2 --imitation-steps 2 --imitation-batch 2"
+    where = {"model": "model", "data-dir": "data", "out": "out", "results": "results", "document": "REAL.md"}
+    return [*small.split(), *(word for flag, name in where.items() for word in (f"--{flag}", str(place / name)))]
+
+
+def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
+    run = place / "out" / "runs" / "III-lr1e-05-12x2x2-seed0"
+    command = [sys.executable, str(ROOT / "benchmarks" / "real.py"), *flags(place)]
+    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while not list(run.glob("checkpoints/step-00000[2-9]")):
+        assert process.poll() is None and time.monotonic() < deadline, process.stderr.read().decode()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    note = place / "out" / "start" / "imitation.json"
+    imitated = note.stat().st_mtime_ns
+    assert len(read_rows(run / "metrics.jsonl")) < 12
+    settings = tyro.cli(real.Settings, args=flags(place))
+    real.main(settings)
+    assert note.stat().st_mtime_ns == imitated, "once"
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(13))
+    assert (run / "policy").is_dir() and not (run / "checkpoints").exists()
+
+    document = (place / "REAL.md").read_text()
+    assert "| III, lr 1e-05, 12 steps of 2 x 2 | 1 |" in document and (place / "real.png").is_file()
+    result = json.loads((place / "results" / "results.json").read_text())
+    assert result["imitation"]["questions"]["singleeq: asked elsewhere, dropped"] == 2
+    assert len(result["read"]["start"]) and result["evaluations"].keys() == {"start", run.name}
+    # A second time there is nothing to do, and the tables can be made elsewhere, of results.json alone.
+    (place / "REAL.md").write_text((ROOT / "docs" / "REAL.md").read_text())
+    (place / "out").rename(place / "moved")
+    real.main(replace(settings, jobs=0))
+    assert (place / "REAL.md").read_text() == document
