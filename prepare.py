@@ -128,18 +128,12 @@ def to_questions(
     """Pairs whose prompts are short enough: for training, with a `report` that is printed, in all views of the variant;
     for evaluation in the original wording."""
     template = read_chat_template(config.model.chat_template) if config.model.chat_template else None
-    to_prompts = partial(
-        prompt_pairs,
-        pairs,
-        tokenizer=tokenizer,
-        max_prompt_tokens=config.data.max_prompt_tokens,
-        chat_template=template,
-    )
+    how = tokenizer, config.data.max_prompt_tokens
     if report is None:
-        return to_prompts()
+        return prompt_pairs(pairs, *how, chat_template=template)
     views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
     needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
-    questions = to_prompts(views=views, needs_gold=needs_gold, report=report)
+    questions = prompt_pairs(pairs, *how, views=views, needs_gold=needs_gold, chat_template=template, report=report)
     print(report)
     return questions
 

@@ -16,7 +16,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 
@@ -82,8 +81,6 @@ def serve() -> None:
 
 
 _mine = threading.local()  # the child of each thread of the pool
-_replies: Counter[bytes] = Counter()
-_lock = threading.Lock()
 
 
 def living_child() -> subprocess.Popen[bytes]:
@@ -119,8 +116,6 @@ def judge(first: str, second: str) -> bytes:
         reply = child.stdout.read(1)
         if reply or child.wait() not in SOMEBODY_ELSE:
             break
-    with _lock:
-        _replies[reply] += 1
     return reply
 
 
@@ -139,11 +134,6 @@ def ask(first: str, second: str) -> Future[bytes]:
 
 for remembered in (ask, pool):  # a fork has none of the threads, and its verdicts must not mix with its parent's
     os.register_at_fork(after_in_child=remembered.cache_clear)
-
-
-def counts() -> dict[str, int]:
-    """Distinct comparisons so far that exceeded time or memory, and that Math-Verify could not read."""
-    return {"equivalence_timeouts": _replies[b""], "equivalence_unparsed": _replies[b"?"]}
 
 
 if __name__ == "__main__":

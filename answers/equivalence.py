@@ -143,8 +143,7 @@ def compare(gold: str | None, answer: str | None) -> bool | Future[bytes]:
 def equivalent(gold: str | None, answer: str | None) -> bool:
     """Whether two answers mean the same mathematics. Symmetric; a missing or blank answer equals nothing.
 
-    Never hangs, and never raises because of its input: a comparison that exceeds its time or memory is False,
-    and counted.
+    Never hangs, and never raises because of its input: a comparison that exceeds its time or memory is False.
     """
     return equivalent_many([(gold, answer)])[0]
 

@@ -187,10 +187,3 @@ def shared_out(sample: Callable[..., list[T]]) -> Callable[..., list[T]]:
         return everyones(sample(prompts=prompts[share], seeds=seeds[share], **settings))
 
     return sample_share
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes that a device has, in use or not; of a CPU those of the machine."""
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

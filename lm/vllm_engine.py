@@ -235,7 +235,7 @@ def cpu_limits(
 ) -> dict[str, Any]:
     """A CPU has no sleep mode: the key-value cache is as large as `rows` sequences need, and at most `share` of the
     memory."""
-    sequences, memory = min(rows, CPU_SEQUENCES), ranks.memory_of(torch.device("cpu"))
+    sequences, memory = min(rows, CPU_SEQUENCES), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize

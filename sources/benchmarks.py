@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 from answers.equivalence import extract_boxed
 from config import UserError
-from sources.files import Columns
+from sources.files import Columns, from_hub
 
 
 class Files(NamedTuple):
@@ -102,17 +102,10 @@ SOURCES = {
 # fmt: on
 
 
-def find_files(name: str, source: Source, data_dir: Path) -> tuple[list[str], Files]:
+def find_files(source: Source, data_dir: Path) -> tuple[list[str], Files]:
     if found := sorted(map(str, data_dir.rglob(source.local.pattern))):
         return found[:1], source.local
-    from huggingface_hub import snapshot_download
-
-    reason = f"no {source.hub_files.pattern} in it"
-    try:
-        folder = Path(snapshot_download(source.hub, repo_type="dataset", allow_patterns=source.hub_files.pattern))
-        if found := sorted(map(str, folder.rglob(source.hub_files.pattern))):
-            return found, source.hub_files
-    except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
-        reason = type(problem).__name__
-    cure = f"put {source.local.pattern} below {data_dir}"
-    raise UserError(f"{name}: {source.hub} could not be had from the Hugging Face hub ({reason}): {cure}")
+    pattern, cure = source.hub_files.pattern, f"put {source.local.pattern} below {data_dir}"
+    if found := sorted(map(str, from_hub(source.hub, pattern, cure).rglob(pattern))):
+        return found, source.hub_files
+    raise UserError(f"{source.hub} on the Hugging Face hub holds no {pattern}: {cure}")

@@ -70,12 +70,18 @@ def locate(source: str) -> Path:
     cure = f"copy data/{folder} of github.com/tmlr-group/Co-rewarding to data/{source}, or give its path"
     if hub_name is None:
         raise UserError(f"{source} is not on the Hugging Face hub: {cure}")
+    return from_hub(hub_name, "*.parquet", cure)
+
+
+def from_hub(name: str, pattern: str, cure: str) -> Path:
+    """A folder with the files of a data set on the Hugging Face hub."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(hub_name, repo_type="dataset", allow_patterns="*.parquet"))
+        return Path(snapshot_download(name, repo_type="dataset", allow_patterns=pattern))
     except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
-        raise UserError(f"{hub_name} was not downloaded ({type(problem).__name__}): {cure}") from problem
+        reason = type(problem).__name__
+        raise UserError(f"{name} could not be had from the Hugging Face hub ({reason}): {cure}") from problem
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[Path]]:

@@ -162,7 +162,7 @@ def load_benchmark(
     """A benchmark by its name in SOURCES, or any source of data.py; the columns are those of one's own file."""
     source = SOURCES.get(name)
     if source:
-        paths, files = find_files(name, source, Path(data_dir))
+        paths, files = find_files(source, Path(data_dir))
     elif name in {*EMBEDDED, *PUBLISHED} or Path(name).exists():
         paths, files = [name], Files(name, Columns(question_column, answer=answer_column))
     else:

@@ -224,17 +224,6 @@ def fault_of(path: Path) -> str | None:
     return None
 
 
-def read_trainer(path: Path) -> dict[str, Any]:
-    try:
-        saved = json.loads((path / "trainer.json").read_text())
-        kinds = {"step": int, "optimizer_steps": float, "questions": str}
-        if saved["step"] < 0:
-            raise ValueError("a step before the first")
-        return {name: kind(saved[name]) for name, kind in kinds.items()}
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
-        raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
-
-
 def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
     """Of these settings from those of the checkpoint, as a sentence's end; more steps are none."""
     before = asdict(settings_in(path / "trainer.json"))
@@ -249,8 +238,14 @@ def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
 
 def restore(path: Path, training: Training) -> int:
     """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
-    saved = read_trainer(path)
-    if saved["questions"] != training.questions:
+    try:
+        saved = json.loads((path / "trainer.json").read_text())
+        step, optimizer_steps, questions = int(saved["step"]), float(saved["optimizer_steps"]), saved["questions"]
+        if step < 0:
+            raise ValueError("a step before the first")
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
+    if questions != training.questions:
         raise UserError(
             f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
             "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
@@ -258,10 +253,10 @@ def restore(path: Path, training: Training) -> int:
     try:
         for name, model in training.models().items():
             restore_model(path / name, model)
-        restore_optimizer(path / "optimizer", training, saved["optimizer_steps"])
+        restore_optimizer(path / "optimizer", training, optimizer_steps)
     except Exception as error:  # as it was written, but by whom: it can hold anything
         raise UserError(f"--resume {path} does not hold the weights of this run ({error!r})") from error
-    return int(saved["step"])
+    return step
 
 
 def restore_model(folder: Path, model: PackedLM) -> None:

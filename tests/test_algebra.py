@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from answers import algebra
-from answers.algebra import counts
 from answers.equivalence import equivalent, equivalent_many
 
 ROOT = Path(algebra.__file__).parents[1]
@@ -40,10 +39,8 @@ HOSTILE = [
 ]
 
 
-def test_hostile_answers_neither_raise_nor_hang_and_are_counted() -> None:
-    before = counts()["equivalence_timeouts"]
+def test_hostile_answers_neither_raise_nor_hang() -> None:
     assert not any(equivalent_many([("x+2", answer) for answer in HOSTILE]))
-    assert counts()["equivalence_timeouts"] > before
     assert equivalent("x+2", "2+x"), "the children must have been replaced"
 
 
@@ -53,10 +50,9 @@ def test_an_answer_may_not_eat_the_memory_of_the_machine() -> None:
     assert resource.prlimit(algebra.living_child().pid, resource.RLIMIT_AS)[0] == algebra.MEMORY_BYTES
 
 
-def test_an_unreadable_answer_is_a_counted_metric() -> None:
-    before = counts()["equivalence_unparsed"]
+def test_an_unreadable_answer_equals_one() -> None:
     assert not equivalent("x+3", r"\frac{{{ %% \foo")
-    assert counts()["equivalence_unparsed"] == before + 1
+    assert algebra.judge("x+3", r"\frac{{{ %% \foo") == b"?"
 
 
 # ------------------------------------------------------------------------------------------------ children
@@ -107,10 +103,8 @@ def test_a_child_killed_in_the_middle_leaves_no_wrong_verdict_and_ends_no_run(
 
 
 def test_a_pair_that_exceeds_its_time_is_not_asked_again(child: subprocess.Popen[bytes]) -> None:
-    before = algebra.counts()["equivalence_timeouts"]
     assert algebra.judge("5", "9^{9^{9^9}}") == b""
     assert child.returncode in (-signal.SIGPROF, -signal.SIGALRM, 1)
-    assert algebra.counts()["equivalence_timeouts"] == before + 1
     assert algebra._mine.child is child, "nobody had to start another one for it"
 
 

@@ -140,7 +140,7 @@ def test_a_name_is_looked_up_under_data_before_the_hub(tmp_path, monkeypatch):
 def test_being_offline_is_one_sentence_with_the_cure(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: 1 / 0)
-    with pytest.raises(UserError, match=r"Co-rewarding-RephrasedMATH was not downloaded.*to data/math"):
+    with pytest.raises(UserError, match=r"Co-rewarding-RephrasedMATH could not be had.*to data/math"):
         load_pairs("math")
     with pytest.raises(UserError, match=r"amc is not on the .* hub: copy data/AMC-TTT"):
         load_pairs("amc")
