@@ -87,7 +87,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     groups = label_groups(row, voted, golds)
 
     # 4. Rewards [views x Q][G] compare answers with labels; advantages [N] compare rewards within a group.    Eq. 3
-    rollouts = [rollout for view in row.policy_views for rollout in first_of_groups(said["policy", view], V, G)]
+    rollouts = [rollout for view in row.policy_views for i, rollout in enumerate(said["policy", view]) if i % V < G]
     groups = read_logits(run, groups, rollouts) if row.reward_reads_logits else groups
     rewards = ranks.on_first(lambda: row.reward(groups))
     advantages = group_advantages(torch.tensor(rewards).flatten(), G).to(run.device)  # (r - mean) / (std + 1e-6)
@@ -139,10 +139,6 @@ def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[
     return with_means(groups, mean_per_rollout(batches, stats, len(rollouts)))
 
 
-def first_of_groups(rollouts: list[Rollout], votes: int, kept: int) -> list[Rollout]:
-    return [rollout for i, rollout in enumerate(rollouts) if i % votes < kept]
-
-
 def with_gradient(part: list[range], advantages: list[float] | None) -> list[int]:
     """Which rollouts of a mini-batch have a gradient: without a KL term those whose advantage is not 0 (given, or None:
     all). One stays in any case: AdamW must see a gradient of 0, not none."""
@@ -178,7 +174,7 @@ def train(config: Config) -> Path:
 
 def loop(run: Run, first_step: int, watch: ranks.Watch) -> None:
     """All steps from the first on, with evaluations and checkpoints when they are due."""
-    config, skipped = run.config, 0
+    config, settings, skipped = run.config, run.config.run, 0
     record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
     ranks.on_first(lambda: write_whole(run.folder / "config.json", record))
     log = RunLog(run.folder, asdict(config), first_step) if ranks.is_first() else None
@@ -198,8 +194,8 @@ def loop(run: Run, first_step: int, watch: ranks.Watch) -> None:
         if skipped > SKIPPED_AT_MOST:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done, stop_signal = step + 1, int(ranks.largest(watch.signal))
-        if done == run.total_steps or is_due(done, config.run.save_every) or stop_signal:
-            saved = save_checkpoint(run, done)
+        if done == run.total_steps or is_due(done, settings.save_every) or stop_signal:
+            saved = checkpoint.save(run.folder / "checkpoints", done, to_save(run), settings.keep, settings.keep_every)
         if stop_signal:
             bar.close()
             if log:
@@ -216,15 +212,6 @@ def loop(run: Run, first_step: int, watch: ranks.Watch) -> None:
 
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def save_checkpoint(run: Run, steps_taken: int) -> Path:
-    finite = all(bool(ranks.local(weight).isfinite().all()) for weight in run.policy.parameters())
-    if not all(ranks.everyones([finite])):
-        raise UserError(f"the policy's weights are not finite after {steps_taken} steps, and are not saved: lower --lr")
-    settings = run.config.run
-    folder = run.folder / "checkpoints"
-    return checkpoint.save(folder, steps_taken, to_save(run), settings.keep, settings.keep_every)
 
 
 def main() -> None:

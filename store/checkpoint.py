@@ -65,8 +65,11 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
     the last `keep` (0: none) and every `keep_every`-th step. All processes must call this.
 
     Raises:
-        UserError: the disk is full, say; the checkpoints before are untouched.
+        UserError: weights that are not finite, a disk that is full, say; the checkpoints before are untouched.
     """
+    finite = all(bool(ranks.local(weight).isfinite().all()) for weight in training.policy.parameters())
+    if not all(ranks.everyones([finite])):
+        raise UserError(f"the policy's weights are not finite after {step} steps, and are not saved: lower --lr")
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
     try:

@@ -80,14 +80,14 @@ def test_nothing_intact_is_an_error_and_not_a_fresh_start(folder):
 def test_a_full_disk_leaves_the_checkpoints_before_intact(tmp_path, monkeypatch):
     """RLIMIT_FSIZE fails a write as a full disk does, in the middle of a file."""
     small_files, unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    save = train.save_checkpoint
+    save = checkpoint.save
 
-    def save_on_full_disk(run: train.Run, steps_taken: int) -> Path:
-        if steps_taken == 2:
+    def save_on_full_disk(folder: Path, step: int, *what: object) -> Path:
+        if step == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited))
-        return save(run, steps_taken)
+        return save(folder, step, *what)
 
-    monkeypatch.setattr(train, "save_checkpoint", save_on_full_disk)
+    monkeypatch.setattr(checkpoint, "save", save_on_full_disk)
     try:
         with pytest.raises(UserError, match="step-000002 could not be written .*make room"):
             train.train(small(tmp_path / "run", "--steps", "2", "--save-every", "1"))

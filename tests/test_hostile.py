@@ -87,9 +87,13 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_starts_from_nothin
     run = train.train(small(tmp_path / "run", "--steps", "1"))
     branch = ["--resume", str(run / "checkpoints" / "step-000001"), "--steps", "3", "--out", str(tmp_path / "branch")]
     again = [*SMALL, "--steps", "3", "--out", str(tmp_path / "branch"), "--resume", "auto"]
-    for killed_in, sentence in (("prepare", "holds no settings"), ("save_checkpoint", "branch without a checkpoint")):
+    in_prepare, in_save = (
+        (train, "prepare", "holds no settings"),
+        (train.checkpoint, "save", "branch without a checkpoint"),
+    )
+    for module, killed_in, sentence in (in_prepare, in_save):
         with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
-            kill.setattr(train, killed_in, interrupted)
+            kill.setattr(module, killed_in, interrupted)
             train.train(parse(branch))
         log = (tmp_path / "branch" / "metrics.jsonl").read_text()
         with pytest.raises(UserError, match=sentence):
