@@ -255,7 +255,8 @@ def validated(config: Config, default: Config) -> Config:
     if config.votes < config.sampling.rollouts:
         raise UserError(f"--votes {config.votes} are fewer than --rollouts {config.sampling.rollouts}, which all vote")
     if optimisation.mini_batches > data.questions_per_step:
-        raise UserError(f"--mini-batches {optimisation.mini_batches} need as many --questions-per-step at least")
+        few = f"--questions-per-step {data.questions_per_step}"
+        raise UserError(f"--mini-batches {optimisation.mini_batches} of {few}: raise that over it, steps differ by one")
     if data.source is None:
         raise UserError("--data is missing: a file of questions, a folder, or math, dapo, open-rs, amc")
     if config.model.name is None:

@@ -56,7 +56,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     fewest = len(questions) // steps_per_epoch(len(questions), config.data.questions_per_step)
     if config.optimisation.mini_batches > fewest:
         raise UserError(
-            f"--mini-batches {config.optimisation.mini_batches}, but a step asks {fewest} questions: lower it"
+            f"--mini-batches {config.optimisation.mini_batches}, but some steps ask {fewest} questions: lower it"
         )
     eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
     if benchmark:

@@ -48,10 +48,10 @@ TRAIN = {
     "training on itself": ("--decontaminate embedded", "leaves no training question"),
     "steps and epochs": ("--steps 7 --epochs 2", "--steps and --epochs say the same thing twice"),
     "fewer votes than rollouts": ("--votes 4", "--votes 4 are fewer than --rollouts 8, which all vote"),
-    "more mini-batches than questions": ("--mini-batches 17", "--mini-batches 17 need as many --questions-per-step"),
+    "more mini-batches than questions": ("--mini-batches 17", "--questions-per-step 16: raise that over it"),
     "mini-batches without a question": (
         "--model embedded --data questions.jsonl --mini-batches 5",
-        "--mini-batches 5, but a step asks 4 questions",
+        "--mini-batches 5, but some steps ask 4 questions",
     ),
     "resuming nothing in particular": ("--resume auto", "--resume auto: say of which run"),
     "resuming what is not there": ("--resume runs/nowhere", "holds no settings of a run"),
@@ -144,3 +144,47 @@ def test_other_commands(usage, monkeypatch, capsys, here):
     assert expected in sentence_of(
         lambda: runpy.run_module(module, run_name="__main__"), arguments, monkeypatch, capsys, here
     )
+
+
+QUICK = "--steps 1 --eval-every 0 --max-response-tokens 8 --rollouts 2 --questions-per-step 2"
+# What a wrong usage says, and the command that its cure makes of it.
+CURES = {
+    "--variant II --views both": ("try --variant majority", "--variant majority --views both"),
+    "--data questions.jsonl": ("or --model embedded", "--model embedded --data questions.jsonl"),
+    "--model embedded --data other.jsonl": (
+        "choose with --question-column from problem",
+        "--model embedded --data other.jsonl --question-column problem",
+    ),
+    "--model embedded --data questions.jsonl --variant I": (
+        "a variant that needs none, such as II",
+        "--model embedded --data questions.jsonl --variant II",
+    ),
+    "--model embedded --data bare.jsonl --variant gt": (
+        "train a variant that needs none",
+        "--model embedded --data bare.jsonl --variant II",
+    ),
+    "--model embedded --data solved.jsonl --variant gt": (
+        "name the column of answers with --answer-column",
+        "--model embedded --data solved.jsonl --variant gt --answer-column solution",
+    ),
+    "--model embedded --data questions.jsonl --eval-data solved.jsonl": (
+        "in training --eval-answer-column",
+        "--model embedded --data questions.jsonl --eval-data solved.jsonl --eval-answer-column solution",
+    ),
+    "--max-prompt-tokens 3": ("--max-prompt-tokens 3 (tokens of x: min", "--max-prompt-tokens 64"),
+    "--steps 7 --epochs 2": ("give one of them", "--steps 1"),
+    "--votes 1": ("--votes 1 must be at least 2", "--votes 2"),
+    "--mini-batches 3": ("raise that over it", "--mini-batches 3 --questions-per-step 4"),
+    "--resume auto": ("with --out runs/NAME", "--resume auto --out runs/mine"),
+    "--temperature 0": ("must be 0.01 to 100", "--temperature 0.01"),
+}
+
+
+@pytest.mark.parametrize("wrong", CURES)
+def test_the_cure_that_an_error_names_works(wrong, monkeypatch, capsys, here):
+    solved = [row | {"solution": row["answer"]} for row in ROWS]
+    (here / "solved.jsonl").write_text("".join(json.dumps({**row, "answer": None}) + "\n" for row in solved))
+    cure, right = CURES[wrong]
+    assert cure in sentence_of(train.main, f"{QUICK} {wrong}", monkeypatch, capsys, here)
+    folder = train.train(train.parse(f"{QUICK} {right}".split()))
+    assert (folder / "checkpoints" / "latest" / "policy").is_dir()
