@@ -144,3 +144,11 @@ def test_a_finished_run_is_a_failed_job_if_a_library_aborts_at_the_exit(tmp_path
         assert ended.returncode == 0, ended.stderr
         assert "checkpoints/latest/policy" in ended.stdout
     assert len(metrics_of(tmp_path / "two")) == len(metrics_of(tmp_path / "alone")) == 2
+
+
+def test_two_processes_throw_other_coins_or_cut_other_mini_batches(tmp_path):
+    flags = ["--variant", "random", "--votes", "6", "--mini-batches", "2", "--steps", "2"]
+    alone = train.train(small(tmp_path / "alone", *flags))
+    two = run_with(2, tmp_path / "two", *flags)
+    for seen, expected in zip(metrics_of(two), metrics_of(alone), strict=True):
+        assert seen == pytest.approx(expected, rel=1e-4, abs=1e-5)
