@@ -10,8 +10,10 @@ A rank is one process, usually one GPU; rank 0, the first, alone prints and writ
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -40,9 +42,21 @@ def start() -> torch.device:
         store = distributed.HashStore() if alone else None  # type: ignore[attr-defined]
         size, rank = (1, 0) if alone else (-1, -1)
         distributed.init_process_group(backend, timeout=TIMEOUT, store=store, world_size=size, rank=rank)
+        if launched and is_first() and not gives_time_to_save():
+            print(
+                "note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run finishes its step and saves"
+            )
     if not is_first() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device
+
+
+def gives_time_to_save() -> bool:
+    """Whether torchrun, our parent, has been told to wait longer for its processes when it is asked to stop."""
+    with suppress(OSError):  # no /proc on this system
+        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
+        return b"--shutdown" in command or "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ
+    return True
 
 
 def stop() -> None:
