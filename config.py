@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -93,8 +93,8 @@ class Data:
 class Model:
     # hub name (Qwen3-8B-Base or Qwen/Qwen3-8B-Base), local folder, or a run; None: embedded, a toy of its own task
     name: Annotated[str | None, arg(name="model")] = None
-    # Jinja file instead of the tokenizer's; a copy of that may begin with {% set enable_thinking = false %}
-    chat_template: str | None = None
+    chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
+    template_options: str = "{}"  # JSON that the chat template gets, such as {"enable_thinking": false}
 
 
 @dataclass(frozen=True)
@@ -265,10 +265,19 @@ def validated(config: Config, default: Config) -> Config:
         config = replace(config, model=replace(config.model, name="embedded"))
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
+    read_options(config.model.template_options)
     for name, package in {"tensorboard": "tensorboard", "wandb": "wandb"}.items():
         if values[name] and find_spec(package) is None:
             raise UserError(f"{flag(name)}: pip install {package}, it is not installed")
     return config
+
+
+def read_options(template_options: str) -> dict[str, Any]:
+    """What the chat template gets."""
+    try:
+        return dict(json.loads(template_options))
+    except (ValueError, TypeError):
+        raise UserError(f"--template-options {template_options} is no JSON object") from None
 
 
 def flag(name: str) -> str:

@@ -7,11 +7,11 @@ python data.py mine.jsonl --question-column problem --pairs 20
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 from tyro.conf import Positional
@@ -43,6 +43,7 @@ def prompt_pairs(
     views: Sequence[str] = ("x",),
     needs_gold: bool = False,
     chat_template: str | None = None,
+    template_options: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> list[PromptedPair]:
     """The pairs that a run on these views can use, with their prompts.
@@ -60,7 +61,8 @@ def prompt_pairs(
         pairs = report.usable(labelled, pairs, "no gold", cure)
     prompted = []
     for pair in pairs:
-        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template) for view in views}
+        how = template_options or {}
+        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template, **how) for view in views}
         prompted.append(PromptedPair(pair, ids))
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]

@@ -33,7 +33,7 @@ from typing import Any, Literal
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, flag, told_in_a_sentence
+from config import UserError, flag, read_options, told_in_a_sentence
 from lm import ranks
 from lm.decoding import Sample
 from lm.engine import frozen_sampler
@@ -62,6 +62,7 @@ class EvaluationSettings:
     # hf: transformers; auto: vllm if it is installed and there is a GPU, else hf
     sampler: Literal["auto", "vllm", "hf"] = "auto"
     chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
+    template_options: str = "{}"  # JSON that the chat template gets, as in training
     questions_per_batch: int = 64  # answered together, and lost together if the evaluation is killed
     limit: int | None = None  # only the first so many questions of each benchmark
     question_column: str = "question"  # in a file of one's own
@@ -226,25 +227,25 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
 
 def answer(jobs: dict[Part, Job], settings: EvaluationSettings) -> None:
     """Load the model and ask for these parts."""
+    options = read_options(settings.template_options)
+
+    def prompts_of(part: Part, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[list[int]]:
+        return [prompt_ids(tokenizer, pair.question, template, **options) for _, pair in jobs[part][1]]
+
     opened = frozen_sampler(
         str(settings.model),
         settings.sampler,
         settings.chat_template,
-        lambda *how: max(len(prompt) for job in jobs.values() for prompt in prompts_of(job, *how)),
+        lambda *how: max(len(prompt) for part in jobs for prompt in prompts_of(part, *how)),
         settings.max_response_tokens,
         rows=settings.questions_per_batch * max(settings.k, 1),
     )
     with opened as (sample, tokenizer, template):
 
         def ask(part: Part) -> list[Row]:
-            prompts = prompts_of(jobs[part], tokenizer, template)
-            return ask_questions(sample, tokenizer, jobs[part], prompts, settings)
+            return ask_questions(sample, tokenizer, jobs[part], prompts_of(part, tokenizer, template), settings)
 
         make_parts("evaluating", list(jobs), ask, shown="correct")
-
-
-def prompts_of(job: Job, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[list[int]]:
-    return [prompt_ids(tokenizer, pair.question, template) for _, pair in job[1]]
 
 
 def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
@@ -256,6 +257,7 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
     for name, least in {"k": 0, "max_response_tokens": 1, "questions_per_batch": 1, "limit": 1}.items():
         if (given := getattr(settings, name)) is not None and given < least:
             raise UserError(f"{flag(name)} {given} must be at least {least}")
+    read_options(settings.template_options)
     model = newest_policy(settings.model)
     name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
     return replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))

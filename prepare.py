@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, UserError
+from config import EMBEDDED_MODELS, Config, UserError, read_options
 from data import PromptedPair, prompt_pairs, steps_per_epoch
 from grpo import build_optimizer
 from lm import ranks
@@ -128,12 +128,19 @@ def to_questions(
     """Pairs whose prompts are short enough: for training, with a `report` that is printed, in all views of the variant;
     for evaluation in the original wording."""
     template = read_chat_template(config.model.chat_template) if config.model.chat_template else None
-    how = tokenizer, config.data.max_prompt_tokens
+    to_prompts = partial(
+        prompt_pairs,
+        pairs,
+        tokenizer,
+        config.data.max_prompt_tokens,
+        chat_template=template,
+        template_options=read_options(config.model.template_options),
+    )
     if report is None:
-        return prompt_pairs(pairs, *how, chat_template=template)
+        return to_prompts()
     views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
     needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
-    questions = prompt_pairs(pairs, *how, views=views, needs_gold=needs_gold, chat_template=template, report=report)
+    questions = to_prompts(views=views, needs_gold=needs_gold, report=report)
     print(report)
     return questions
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from config import SYSTEM_PROMPT, UserError
 
@@ -26,7 +26,9 @@ def read_chat_template(path: str) -> str:
         raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
 
 
-def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> str:
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
+) -> str:
     """What the model reads: the instruction, the question, and the beginning of its own turn."""
     name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
@@ -39,7 +41,7 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template
     ):
         try:
             text = tokenizer.apply_chat_template(
-                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False
+                messages, chat_template=chat_template, add_generation_prompt=True, tokenize=False, **options
             )
         except Exception as problem:  # a template is a program: it can fail in any way, also by endless recursion
             complaint = (str(problem) or type(problem).__name__).partition("\n")[0]
@@ -49,8 +51,11 @@ def prompt_text(tokenizer: PreTrainedTokenizerBase, question: str, chat_template
     raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
 
 
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None) -> list[int]:
-    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template))
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
+) -> list[int]:
+    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
+    return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template, **options))
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable[[str], str]) -> list[int]:
