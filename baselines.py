@@ -69,12 +69,13 @@ def selective(groups: Sequence[Group]) -> list[list[float]]:
     rewards = []
     for group in groups:
         entropy, named = group.means["entropy"], classes(group.vote, group.boxed, group.match)
-        winner, p, of_group = clear_winner(group), shares(group, group.vote), fmean(entropy)
+        winner, of_group = clear_winner(group), fmean(entropy)
+        rare = {name for name, count in group.vote.counts.items() if count / group.vote.rollouts < RARE}
         of_class = {name: fmean(h for h, n in zip(entropy, named, strict=True) if n == name) for name in named}
         rewards.append(
             [
-                -1.0 if name is None else 1.0 if name == winner else -float(share < RARE and of_class[name] >= of_group)
-                for name, share in zip(named, p, strict=True)
+                -1.0 if name is None else 1.0 if name == winner else -float(name in rare and of_class[name] >= of_group)
+                for name in named
             ]
         )
     return rewards

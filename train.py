@@ -28,7 +28,7 @@ from config import Config, UserError, parse, told_in_a_sentence
 
 if __name__ == "__main__":
     with told_in_a_sentence():
-        parse()  # --help and wrong flags are answered at once: the imports that follow take seconds
+        given = parse()  # --help and wrong flags are answered at once: the imports that follow take seconds
 
 import json
 import os
@@ -214,15 +214,15 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def main() -> None:
+def main(config: Config | None = None) -> None:
     with told_in_a_sentence():
-        folder = train(parse())
+        folder = train(config or parse())
     if ranks.is_first():
         print(closing_table(folder))
     ranks.stop()
 
 
 if __name__ == "__main__":
-    main()
+    main(given)
     sys.stdout.flush()
     os._exit(0)  # finished: whatever a library does at the interpreter's exit must not make it look like a failure

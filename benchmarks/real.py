@@ -58,6 +58,7 @@ from one_step import (
 from study import COLUMNS as OF_STUDY
 from study import fill_in, table
 
+from baselines import BASELINES
 from config import UserError, told_in_a_sentence
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
@@ -390,10 +391,11 @@ def label(run: Row) -> str:
 
 
 def by_label(result: Row) -> dict[str, dict[str, Row]]:
-    """Runs that have finished a step, by name, of each row of the tables; methods in the order of rewards.VARIANTS."""
+    """Runs that have finished a step, by name, of each row of the tables; methods in the order of the two tables."""
     groups: dict[str, dict[str, Row]] = {}
+    methods = [*VARIANTS, *BASELINES]
     begun = {name: run for name, run in result["runs"].items() if run["metrics"]}
-    for name, run in sorted(begun.items(), key=lambda item: list(VARIANTS).index(item[1]["method"])):
+    for name, run in sorted(begun.items(), key=lambda item: methods.index(item[1]["method"])):
         groups.setdefault(label(run), {})[name] = run
     return groups
 

@@ -172,3 +172,9 @@ def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
     (place / "out").rename(place / "moved")
     real.main(replace(settings, jobs=0))
     assert (place / "REAL.md").read_text() == document
+
+
+def test_a_run_of_another_papers_method_has_no_place_in_the_tables():
+    of = {"lr": 1e-5, "steps": 1, "questions_per_step": 2, "rollouts": 2, "metrics": [{"step": 0}]}
+    runs = {name: of | {"method": name} for name in ("empo", "II", "rent")}
+    assert [list(names) for names in real.by_label({"runs": runs}).values()] == [["II"], ["empo"], ["rent"]]
