@@ -51,7 +51,9 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
     print(f"loading {config.model.name}", flush=True)
-    policy, tokenizer = load_policy(str(config.model.name), device, config.memory.offload_optimizer)
+    policy, tokenizer = load_policy(
+        str(config.model.name), device, config.model.compute_dtype, config.memory.offload_optimizer
+    )
     questions = to_questions(config, variant, tokenizer, pairs, report)
     fewest = len(questions) // steps_per_epoch(len(questions), config.data.questions_per_step)
     if config.optimisation.mini_batches > fewest:

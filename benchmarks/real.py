@@ -71,12 +71,13 @@ from store.results import estimate, written
 
 BENCHMARKS = ("held-out", *ELSEWHERE)
 READ = 20  # answers to read, of every model
+IMITATION_WARM_UP = 10  # steps
 SUMS = 8  # in a row of the drill: as long as a question with its solution
 WRITE_EVERY = 20  # seconds
 PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
-PASSED_ON += ("tokens_per_micro_batch",)  # settings that train.py gets under the same names
+PASSED_ON += ("tokens_per_micro_batch", "compute_dtype")  # settings that train.py gets under the same names
 
 Example = tuple[list[int], list[bool]]  # tokens, and which of them are to be learnt
 
@@ -103,9 +104,10 @@ class Settings:
     eval_sampler: Literal["auto", "vllm", "hf"] = "auto"
     engine_memory: float = 0.5  # share of a GPU's memory for the vLLM of one run: divide it among --jobs
     tokens_per_micro_batch: int = 2048  # activations are kept, not computed again: costs memory, changes no result
-    imitation_steps: int = 60
-    imitation_batch: int = 16
-    imitation_lr: float = 1e-4
+    compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training
+    imitation_steps: int = 200
+    imitation_batch: int = 8
+    imitation_lr: float = 2e-4
     train_flags: str = ""  # more flags for train.py
     attempts: int = 2  # at a command that fails, before its run is given up
     out: Path = ROOT / "runs" / "real"
@@ -170,7 +172,7 @@ def imitation_loss(lm: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
 def imitate(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, solved: Sequence[tuple[str, str]], settings: Settings
 ) -> list[float]:
-    """Imitation of worked solutions with AdamW, the learning rate falling to 0; returns the loss of each step. To two
+    """Imitation of worked solutions with AdamW, the learning rate rising and then falling to 0; returns the loss of each step. To two
     solutions comes one row of bare sums."""
     rng, order, losses = random.Random("imitation"), list[int](), list[float]()
     examples = list[Example]()
@@ -184,7 +186,9 @@ def imitate(
             order += rng.sample(range(len(examples)), len(examples))
         chosen, order = order[: settings.imitation_batch], order[settings.imitation_batch :]
         sums = [drill(tokenizer, rng) for _ in range(settings.imitation_batch // 2)]
-        optimizer.param_groups[0]["lr"] = settings.imitation_lr * (1 - step / settings.imitation_steps)
+        optimizer.param_groups[0]["lr"] = settings.imitation_lr * min(
+            (step + 1) / IMITATION_WARM_UP, 1 - step / settings.imitation_steps
+        )
         loss = imitation_loss(lm, [examples[i] for i in chosen] + sums)
         loss.backward()
         nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

@@ -2,7 +2,7 @@
 
     pip install -r requirements-bench.txt
     python benchmarks/step_vs_trl.py                                          # the embedded model
-    python benchmarks/step_vs_trl.py --model FOLDER --questions 2 --rollouts 4 --response-tokens 64
+    python benchmarks/step_vs_trl.py --model FOLDER --data FILE --questions 2 --rollouts 4 --response-tokens 64
 
 Same model, questions, group size, forced response lengths, majority reward, KL reference, clip, optimizer, precision
 and number of threads. Each side lives in a process of its own, so that its peak memory is its own; they take their
@@ -44,6 +44,7 @@ MEMORY_HEAD = ("resident memory, GB", "ours", "TRL", "ours / TRL")
 @dataclass(frozen=True)
 class Settings:
     model: str = "embedded"  # the embedded model, or a folder in Hugging Face format
+    data: Path | None = None  # a .jsonl of questions, enough for all steps (None: the embedded task's)
     questions: int = 16  # of a step
     rollouts: int = 8  # G, answers to each question
     response_tokens: int = 32  # of the longest response
@@ -114,8 +115,10 @@ def model_folder(settings: Settings) -> str:
 def write_questions(settings: Settings, folder: Path) -> None:
     """As many as all steps ask, so that every step has the same number."""
     from embedded.word_problems import word_problems
+    from store.files import read_rows
 
-    rows = islice(word_problems("train"), settings.questions * (settings.warmup + settings.steps))
+    rows = read_rows(settings.data) if settings.data else word_problems("train")
+    rows = islice(rows, settings.questions * (settings.warmup + settings.steps))
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
 
 

@@ -86,14 +86,16 @@ def load_pretrained(
     return lm, tokenizer
 
 
-def load_policy(name: str, device: torch.device, offload: bool = False) -> tuple[PackedLM, PreTrainedTokenizerBase]:
-    """The model to train, with float32 master weights (bfloat16 compute on a GPU), and its tokenizer.
+def load_policy(
+    name: str, device: torch.device, dtype: str = "auto", offload: bool = False
+) -> tuple[PackedLM, PreTrainedTokenizerBase]:
+    """The model to train, with float32 master weights and `dtype` to compute in, and its tokenizer.
 
     In a group of processes the first reads the weights, and each keeps its shards: on `device`, or with `offload` in
     the CPU's memory.
     """
     lm, tokenizer = load_pretrained(name, torch.float32, weights=ranks.is_first())
-    policy = PackedLM(lm if ranks.is_first() else unfilled(lm), compute_dtype(device))
+    policy = PackedLM(lm if ranks.is_first() else unfilled(lm), compute_dtype(dtype, device))
     ranks.on_first(partial(verify_head, policy, name))
     if not ranks.in_group():
         return policy.to(device), tokenizer
@@ -103,8 +105,11 @@ def load_policy(name: str, device: torch.device, offload: bool = False) -> tuple
     return policy, tokenizer
 
 
-def compute_dtype(device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Of --compute-dtype."""
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, auto if name == "auto" else name)
+    return dtype
 
 
 def unfilled(lm: PreTrainedModel) -> PreTrainedModel:

@@ -36,7 +36,9 @@ from lm.decoding import Sample
 from lm.model import own_logp, skeleton
 from lm.packing import Rollout
 
-CPU_BLOCK = 128  # tokens; vLLM's KV cache on a CPU is handed out in blocks of this size
+# Tokens of a block of vLLM's KV cache on a CPU. Rollouts of a question share its prompt's full blocks, which are read
+# once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
+CPU_BLOCK = 32
 CPU_SEQUENCES = 256  # sampled at once on a CPU
 CHECKED_PROMPT, CHECKED_RESPONSE = 160, 32  # tokens of the check after the first load
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
@@ -241,6 +243,7 @@ def cpu_limits(
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return {
+        "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory)),
         "max_num_seqs": sequences,
         "enforce_eager": True,

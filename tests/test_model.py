@@ -9,7 +9,7 @@ from tiny import CPU, EOS, naive_stats, tiny_lm
 
 from config import UserError
 from lm.decoding import TransformersSampler
-from lm.model import check_length, load_policy, resolve, verify_head
+from lm.model import check_length, frozen_copy, load_policy, resolve, verify_head
 from lm.packing import Rollout, pack
 from lm.scoring import PackedLM, score
 
@@ -60,6 +60,15 @@ def test_a_saved_model_is_loaded_without_dropout_in_float32(tmp_path, tokenizer,
     assert {p.dtype for p in policy.parameters()} == {torch.float32}
     is_tied = policy.lm.get_output_embeddings().weight is policy.lm.get_input_embeddings().weight
     assert is_tied == tied
+
+
+@pytest.mark.parametrize(("chosen", "computed"), [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_weights_that_are_trained_are_rounded_with_what_is_computed(tmp_path, tokenizer, chosen, computed):
+    tiny_lm("gpt2", True, n_embd=32, n_layer=2, n_head=4).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    policy, _ = load_policy(str(tmp_path), CPU, chosen)
+    assert policy.compute_dtype == frozen_copy(policy).compute_dtype == computed
+    assert {p.dtype for p in policy.parameters()} == {torch.float32}
 
 
 # ---------------------------------------------------------------- families of models
