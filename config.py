@@ -95,8 +95,8 @@ class Model:
     name: Annotated[str | None, arg(name="model")] = None
     chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
     template_options: str = "{}"  # JSON that the chat template gets, such as {"enable_thinking": false}
-    # of passes through the model and of vLLM, never of the weights that are trained: auto: bfloat16 on a GPU, float32 on
-    # a CPU, where bfloat16 is worth it if the CPU multiplies in it (AMX)
+    # of all computing with the model; its weights are trained in float32. auto: bfloat16 on a GPU, float32 on a CPU,
+    # where bfloat16 pays if the CPU multiplies in it (AMX)
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
 
 

@@ -172,8 +172,8 @@ def imitation_loss(lm: PreTrainedModel, examples: Sequence[Example]) -> Tensor:
 def imitate(
     lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, solved: Sequence[tuple[str, str]], settings: Settings
 ) -> list[float]:
-    """Imitation of worked solutions with AdamW, the learning rate rising and then falling to 0; returns the loss of each step. To two
-    solutions comes one row of bare sums."""
+    """Imitation of worked solutions with AdamW, the learning rate rising and then falling to 0; returns the loss of
+    each step. To two solutions comes one row of bare sums."""
     rng, order, losses = random.Random("imitation"), list[int](), list[float]()
     examples = list[Example]()
     for text, solution in solved:
