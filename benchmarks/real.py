@@ -386,6 +386,7 @@ def run_of(file: Path) -> Row:
     of = {"method": config["method"]["variant"], "seed": config["run"]["seed"], "lr": config["optimisation"]["lr"]}
     of |= {"steps": config["optimisation"]["steps"], "questions_per_step": config["data"]["questions_per_step"]}
     of |= {"rollouts": config["sampling"]["rollouts"], "versions": config["versions"]}
+    of["dtype"] = config["model"]["compute_dtype"]
     return of | {"metrics": [{key: short(value) for key, value in row.items()} for row in read_rows(file)]}
 
 
@@ -468,8 +469,8 @@ def time_table(result: Row) -> str:
         for key in (*phases, "tokens_per_second", "peak_memory_gb"):
             values = [each[key] for each in steps if key in each]
             cells.append(f"{median(values):.1f}" if values else "-")
-        device = next(iter(runs.values()))["versions"]["device"]
-        rows.append([row, device, *cells])
+        device, dtype = next((run["versions"]["device"], run["dtype"]) for run in runs.values())
+        rows.append([row, device if dtype == "auto" else f"{device}, {dtype}", *cells])
     names = [phase.removeprefix("seconds_") for phase in phases]
     return table(["", "device", *names, "sampled tokens/s", "peak memory (GB)"], rows)
 

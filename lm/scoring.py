@@ -7,6 +7,7 @@ Shapes: B sequences, S tokens of a micro-batch end to end, T longest response, R
 V vocabulary.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
@@ -22,6 +23,10 @@ from lm.packing import MicroBatch
 # the cache and smaller ones add up too often.
 ON_GPU, ON_CPU = 2**28, 2**23
 LOGITS_PER_CHUNK = ON_GPU if torch.cuda.is_available() else ON_CPU
+# oneDNN, which multiplies in bfloat16 on a CPU, keeps what it compiles for each of the last 1,024 shapes, and PyTorch
+# too: micro-batches that are never of one length would cost some GB. Both read this when they first multiply.
+for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(cache, "64")
 
 
 class TokenStats(NamedTuple):

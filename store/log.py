@@ -112,7 +112,7 @@ def closing_table(folder: Path) -> str:
         "tokens sampled a second": change("tokens_per_second", window=5),
         "peak memory, GB": f"{max((metrics.get('peak_memory_gb', 0) for metrics in steps), default=0):.2f}",
         "seconds": f"{seconds.total():.0f} ({', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())})",
-        "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, curves.png)",
+        "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, labels.jsonl, curves.png)",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
         "compare": f"python -m tools.plot {folder} runs/ANOTHER --out comparison.png",
     }

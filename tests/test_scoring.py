@@ -1,5 +1,10 @@
 """lm/scoring.py against naive twins with whole logits: each test is named after the bug it prevents."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from tiny import CPU, VOCABULARY, tiny_lm, tiny_rollouts
@@ -11,6 +16,7 @@ from lm import scoring
 from lm.packing import pack
 from lm.scoring import ChunkedHead, PackedLM
 
+ROOT = Path(__file__).resolve().parents[1]
 TEMPERATURE = 0.7
 
 # ---------------------------------------------------------------- the chunked head
@@ -106,6 +112,33 @@ def test_bfloat16_compute_keeps_float32_statistics():
     assert ((rounded.entropy >= 0) & (rounded.entropy <= torch.tensor(float(VOCABULARY)).log())).all()
     rounded.logp.sum().backward()
     assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in lm.parameters())
+
+
+MEGABYTES_OF_NEW_SHAPES = """
+import ctypes, pathlib, sys
+import torch
+import lm.scoring
+
+def products(lengths):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        for length in lengths:
+            torch.randn(length, 256) @ weight
+    ctypes.CDLL(None).malloc_trim(0)
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1]) * 4096 / 1e6
+
+torch.set_num_threads(1)
+weight = torch.randn(256, 512)
+before = products(range(1, 101))
+print(products(range(101, 601)) - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads Linux's count of pages")
+def test_memory_grows_with_every_length_that_is_new():
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("CACHE_CAPACITY")}
+    command = [sys.executable, "-c", MEGABYTES_OF_NEW_SHAPES]
+    said = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert float(said.stdout) < 40
 
 
 def test_the_head_multiplies_four_times_and_not_more(monkeypatch):
