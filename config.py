@@ -195,7 +195,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "temperature": (0.01, 100, "learning needs rollouts that differ"),
     "lr": (0, 1, ""),
     "warmup": (0, 1, "it is a share of the steps"),
-    "beta2": (0, 1 - 1e-9, ""),
+    "beta2": (0, 0.99999, ""),
     "max_grad_norm": (1e-9, math.inf, ""),
     "engine_memory": (0.01, 0.99, "it is a share of the memory"),
 }

@@ -4,6 +4,7 @@ long work, and leaves nothing behind."""
 import json
 import os
 import runpy
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+import config
 import data
 import evaluate
 import train
+from embedded import start_model
 from tools import ask, look, plan, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -148,6 +151,7 @@ def test_other_commands(usage, monkeypatch, capsys, here):
     )
 
 
+EXAMPLES = Path(__file__).resolve().parents[1] / "docs" / "two-examples.jinja"
 QUICK = "--steps 1 --eval-every 0 --max-response-tokens 8 --rollouts 2 --questions-per-step 2"
 # What a wrong usage says, and the command that its cure makes of it.
 CURES = {
@@ -179,14 +183,169 @@ CURES = {
     "--mini-batches 3": ("raise that over it", "--mini-batches 3 --questions-per-step 4"),
     "--resume auto": ("with --out runs/NAME", "--resume auto --out runs/mine"),
     "--temperature 0": ("must be 0.01 to 100", "--temperature 0.01"),
+    "--model model": ("--data is missing: a file of questions", "--model model --data questions.jsonl"),
+    "--model empty --data questions.jsonl": (
+        "give one written by save_pretrained",
+        "--model model --data questions.jsonl",
+    ),
+    "--model nonsense --data questions.jsonl": ("or give a path", "--model ./model --data questions.jsonl"),
+    "--model embedded --data notes.txt": ("give one of .jsonl, .json", "--model embedded --data questions.jsonl"),
+    "--model embedded --data two": ("name the one to read", "--model embedded --data two/train.jsonl"),
+    "--model embedded --data empty": ("name the file itself", "--model embedded --data two/train.jsonl"),
+    "--model embedded --data ids.jsonl": ("or leave them out", "--model embedded --data questions.jsonl"),
+    "--model embedded --data questions.jsonl --questions-per-step 8 --mini-batches 5": (
+        "some steps ask 4 questions: lower it",
+        "--model embedded --data questions.jsonl --questions-per-step 8 --mini-batches 4",
+    ),
+    "--rollouts 4 --votes 3": ("--votes 3 are fewer than --rollouts 4", "--rollouts 4 --votes 4"),
+    "--max-response-tokens 9000": ("shorter responses (--max-response-tokens)", "--max-response-tokens 9"),
+    "--chat-template notes.txt": (
+        "give one with --chat-template FILE",
+        f"--chat-template {EXAMPLES} --max-prompt-tokens 400",
+    ),
+    "--template-options yes": ("is no JSON object", "--template-options {}"),
+    "--eval-data math501": ("choose from math500, gsm8k", "--eval-data gsm8k --data-dir two"),
+    "--sampler vllm": ("or take --sampler hf", "--sampler hf"),
+    "--out notes.txt": ("name another --out", "--out elsewhere"),
+}
+EVALUATE_CURES = {
+    "": ("a hub name or a local folder", "--model model"),
+    "--model model --temperature 0": ("must be over 0", "--model model --temperature 0.1"),
+    "--model model --k -1": ("must be at least 0", "--model model --k 0"),
+    "--model model --benchmarks questions.jsonl ./questions.jsonl": (
+        "rename one",
+        "--model model --benchmarks questions.jsonl renamed.jsonl",
+    ),
+    "--model model --benchmarks solved.jsonl": (
+        "name the column of answers (--answer-column",
+        "--model model --benchmarks solved.jsonl --answer-column solution",
+    ),
+    "--model model --out notes.txt": ("name another --out", "--model model --out elsewhere"),
 }
 
 
+@pytest.fixture
+def with_everything(here: Path) -> Path:
+    """What cures need: a model, golds in another column, a benchmark, a folder of two files."""
+    (here / "model").symlink_to(start_model.model_folder())
+    lines = {name: [json.dumps(row) + "\n" for row in ROWS] for name in ("renamed.jsonl", "two/train.jsonl")}
+    lines["solved.jsonl"] = [json.dumps({**row, "answer": None, "solution": row["answer"]}) + "\n" for row in ROWS]
+    lines["ids.jsonl"] = [json.dumps({**row, "id": "one"}) + "\n" for row in ROWS]
+    lines["two/gsm8k_test.jsonl"] = [json.dumps({**row, "answer": f"#### {row['answer']}"}) + "\n" for row in ROWS]
+    lines["two/train.csv"] = ["question,answer\n", "What is 1 plus 1?,2\n"]
+    (here / "two").mkdir()
+    for name, of_file in lines.items():
+        (here / name).write_text("".join(of_file))
+    return here
+
+
 @pytest.mark.parametrize("wrong", CURES)
-def test_the_cure_that_an_error_names_works(wrong, monkeypatch, capsys, here):
-    solved = [row | {"solution": row["answer"]} for row in ROWS]
-    (here / "solved.jsonl").write_text("".join(json.dumps({**row, "answer": None}) + "\n" for row in solved))
+def test_the_cure_that_an_error_names_works(wrong, monkeypatch, capsys, with_everything):
     cure, right = CURES[wrong]
-    assert cure in sentence_of(train.main, f"{QUICK} {wrong}", monkeypatch, capsys, here)
+    with monkeypatch.context() as patched:
+        if wrong == "--sampler vllm":
+            patched.setattr("importlib.util.find_spec", lambda name: None)
+        assert cure in sentence_of(train.main, f"{QUICK} {wrong}", patched, capsys, with_everything)
     folder = train.train(train.parse(f"{QUICK} {right}".split()))
     assert (folder / "checkpoints" / "latest" / "policy").is_dir()
+
+
+@pytest.mark.parametrize("wrong", EVALUATE_CURES)
+def test_the_cure_that_an_error_of_an_evaluation_names_works(wrong, monkeypatch, capsys, with_everything):
+    quick = "--k 1 --limit 2 --max-response-tokens 8 --benchmarks questions.jsonl"
+    cure, right = EVALUATE_CURES[wrong]
+    assert cure in sentence_of(evaluate.main, f"{quick} {wrong}", monkeypatch, capsys, with_everything)
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *f"{quick} {right}".split()])
+    evaluate.main()
+    assert "kept in" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", config.LIMITS)
+def test_the_ends_of_a_range_that_an_error_names_are_refused(name):
+    lowest, highest, _ = config.LIMITS[name]
+    for value in (lowest, highest):
+        if value < 10**6:
+            config.parse(["--rollouts", "2", config.flag(name), f"{value:g}"])
+
+
+def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here):
+    flags = f"{QUICK} --out mine"
+    train.train(train.parse(flags.split()))
+    said = sentence_of(train.main, flags, monkeypatch, capsys, here)
+    assert "continue it with --resume auto, or name another folder" in said
+    train.train(train.parse(f"{flags} --resume auto --steps 2".split()))
+    assert (train.train(train.parse(f"{QUICK} --out other".split())) / "metrics.jsonl").exists()
+
+    checkpoint = here / "mine" / "checkpoints" / "step-000001"
+    said = sentence_of(train.main, f"{QUICK} --resume {checkpoint}", monkeypatch, capsys, here)
+    assert "its run has gone on to step-000002; name another folder with --out" in said
+    train.train(train.parse(f"{QUICK} --resume {checkpoint} --steps 2 --out branch".split()))
+
+    checkpoint.rename(here / "moved")
+    said = sentence_of(train.main, f"{QUICK} --resume moved --steps 2", monkeypatch, capsys, here)
+    assert "say where to write, with --out" in said
+    train.train(train.parse(f"{QUICK} --resume moved --steps 2 --out of-moved".split()))
+
+
+def test_the_cures_for_questions_that_have_changed_do_not_work(monkeypatch, capsys, here):
+    flags = f"{QUICK} --model embedded --data questions.jsonl --out mine"
+    train.train(train.parse(flags.split()))
+    before = (here / "questions.jsonl").read_text()
+    (here / "questions.jsonl").write_text(before.replace("plus", "and"))
+    said = sentence_of(train.main, f"{flags} --resume auto --steps 2", monkeypatch, capsys, here)
+    assert "restore the file, or start a new run from the checkpoint's policy/ with --model" in said
+    policy = "mine/checkpoints/latest/policy"
+    train.train(train.parse(f"{QUICK} --model {policy} --data questions.jsonl --out new".split()))
+    (here / "questions.jsonl").write_text(before)
+    train.train(train.parse(f"{flags} --resume auto --steps 2".split()))
+
+
+def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything):
+    def evaluated(flags: str) -> str:
+        quick = f"--model model --k 0 --max-response-tokens 8 {flags}"
+        monkeypatch.setattr(sys, "argv", ["evaluate.py", *quick.split()])
+        evaluate.main()
+        return capsys.readouterr().out
+
+    evaluated("--benchmarks questions.jsonl --out a")
+    other = "--model model --k 0 --max-response-tokens 9 --benchmarks questions.jsonl --out"
+    said = sentence_of(evaluate.main, f"{other} a", monkeypatch, capsys, with_everything)
+    assert "max_response_tokens (was 8, is 9); name another --out, or delete it" in said
+    evaluated("--max-response-tokens 9 --benchmarks questions.jsonl --out b")
+    shutil.rmtree("a")
+    evaluated("--max-response-tokens 9 --benchmarks questions.jsonl --limit 2 --out a")
+
+    said = sentence_of(evaluate.main, "--compare a b", monkeypatch, capsys, with_everything)
+    assert "questions has other questions in a than in b: evaluate one again" in said
+    evaluated("--benchmarks questions.jsonl --limit 2 --out c")
+    assert "0 questions gained, 0 lost" in evaluated("--compare a c")
+
+
+def test_the_cures_for_pictures_and_logs_do_not_work(here):
+    good = train.train(train.parse(f"{QUICK} --out good".split()))
+    bad = train.train(train.parse(f"{QUICK} --out bad".split()))
+    with pytest.raises(config.UserError, match=r"choose another --out"):
+        plot.main([good], here / "curves.nothing")
+    plot.main([good], here / "curves.png")
+    (bad / "config.json").write_text("{")
+    with pytest.raises(config.UserError, match="repair it, or leave the run out"):
+        plot.main([good, bad], here / "two.png")
+    plot.main([good], here / "two.png")
+    with pytest.raises(config.UserError, match="has steps 0 to 0, and no 7"):
+        look.look(good, step=7)
+    look.look(good, step=0)
+    whole = (bad / "rollouts.jsonl").read_text()
+    (bad / "rollouts.jsonl").write_text(f"half{whole}")
+    with pytest.raises(config.UserError, match="repair it or move the file away"):
+        look.look(bad)
+    (bad / "rollouts.jsonl").write_text(whole)
+    look.look(bad)
+
+
+def test_the_cure_for_a_cache_that_cannot_be_written_does_not_work(monkeypatch, here):
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "notes.txt"))
+    with pytest.raises(config.UserError, match="set XDG_CACHE_HOME to a folder that can be written to"):
+        start_model.model_folder()
+    monkeypatch.setenv("XDG_CACHE_HOME", cache)
+    assert Path(start_model.model_folder()).is_dir()

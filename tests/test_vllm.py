@@ -243,6 +243,21 @@ def test_more_prompts_than_fit_into_one_pass_crash() -> None:
 
 @needs_vllm
 @tied_model
+def test_a_prompt_is_read_again_for_every_rollout_of_its_group(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    outputs: list[Any] = []
+    generate = pair.sampler.llm.generate
+
+    def recorded(*arguments: Any, **settings: Any) -> list[Any]:
+        outputs[:] = generate(*arguments, **settings)
+        return outputs
+
+    monkeypatch.setattr(pair.sampler.llm, "generate", recorded)
+    pair.sample(tokens=60)
+    assert [output.num_cached_tokens for output in outputs] == [0, 32, 32, 32] * 2
+
+
+@needs_vllm
+@tied_model
 def test_sampling_from_an_engine_that_holds_nothing(pair: Pair) -> None:
     with pair.sampler.holding(pair.lm) as sample:
         with pytest.raises(UserError, match="holds a model already"), pair.sampler.holding(pair.lm):
