@@ -10,6 +10,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 import config
@@ -17,6 +19,7 @@ import data
 import evaluate
 import train
 from embedded import start_model
+from store.folder import claimed
 from tools import ask, look, plan, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -192,6 +195,8 @@ CURES = {
     "--model embedded --data notes.txt": ("give one of .jsonl, .json", "--model embedded --data questions.jsonl"),
     "--model embedded --data two": ("name the one to read", "--model embedded --data two/train.jsonl"),
     "--model embedded --data empty": ("name the file itself", "--model embedded --data two/train.jsonl"),
+    "--model embedded --data rewrites": ("leave one in it", "--model embedded --data rewrites/train_rewrite_a.parquet"),
+    "--model embedded --data blank.jsonl": ("fill the column of questions", "--model embedded --data questions.jsonl"),
     "--model embedded --data ids.jsonl": ("or leave them out", "--model embedded --data questions.jsonl"),
     "--model embedded --data questions.jsonl --questions-per-step 8 --mini-batches 5": (
         "some steps ask 4 questions: lower it",
@@ -230,10 +235,14 @@ def with_everything(here: Path) -> Path:
     (here / "model").symlink_to(start_model.model_folder())
     lines = {name: [json.dumps(row) + "\n" for row in ROWS] for name in ("renamed.jsonl", "two/train.jsonl")}
     lines["solved.jsonl"] = [json.dumps({**row, "answer": None, "solution": row["answer"]}) + "\n" for row in ROWS]
+    lines["blank.jsonl"] = [json.dumps({"question": " "}) + "\n"]
     lines["ids.jsonl"] = [json.dumps({**row, "id": "one"}) + "\n" for row in ROWS]
     lines["two/gsm8k_test.jsonl"] = [json.dumps({**row, "answer": f"#### {row['answer']}"}) + "\n" for row in ROWS]
     lines["two/train.csv"] = ["question,answer\n", "What is 1 plus 1?,2\n"]
     (here / "two").mkdir()
+    (here / "rewrites").mkdir()
+    for name in ("original", "rewrite_a", "rewrite_b"):
+        pq.write_table(pa.Table.from_pylist(ROWS), here / "rewrites" / f"train_{name}.parquet")
     for name, of_file in lines.items():
         (here / name).write_text("".join(of_file))
     return here
@@ -281,6 +290,19 @@ def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here
     assert "its run has gone on to step-000002; name another folder with --out" in said
     train.train(train.parse(f"{QUICK} --resume {checkpoint} --steps 2 --out branch".split()))
 
+    shutil.rmtree(here / "branch" / "checkpoints")
+    branch = f"{QUICK} --resume auto --steps 2 --out branch"
+    said = sentence_of(train.main, branch, monkeypatch, capsys, here)
+    assert "is a branch without a checkpoint: delete it, and branch off again" in said
+    shutil.rmtree(here / "branch")
+    train.train(train.parse(f"{QUICK} --resume {checkpoint} --steps 2 --out branch".split()))
+
+    with claimed(train.parse(f"{flags} --resume auto --steps 3".split())):
+        with pytest.raises(config.UserError, match="wait for it, or name another --out"):
+            train.train(train.parse(f"{flags} --resume auto --steps 3".split()))
+        train.train(train.parse(f"{QUICK} --out meanwhile".split()))
+    train.train(train.parse(f"{flags} --resume auto --steps 3 --keep 0".split()))
+
     checkpoint.rename(here / "moved")
     said = sentence_of(train.main, f"{QUICK} --resume moved --steps 2", monkeypatch, capsys, here)
     assert "say where to write, with --out" in said
@@ -319,6 +341,12 @@ def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything)
     assert "questions has other questions in a than in b: evaluate one again" in said
     evaluated("--benchmarks questions.jsonl --limit 2 --out c")
     assert "0 questions gained, 0 lost" in evaluated("--compare a c")
+
+    policy = train.train(train.parse(f"{QUICK} --out mine".split())) / "checkpoints" / "latest" / "policy"
+    evaluated(f"--model {policy} --benchmarks questions.jsonl --out d")
+    said = sentence_of(evaluate.main, "--seeds c d", monkeypatch, capsys, with_everything)
+    assert "c measures" in said and "which is in no run's folder: leave it out" in said
+    assert "questions" in evaluated("--seeds d")
 
 
 def test_the_cures_for_pictures_and_logs_do_not_work(here):
