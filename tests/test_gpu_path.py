@@ -103,14 +103,12 @@ def test_gradients_in_bfloat16_point_where_those_in_float32_do(group_of_one):
 
 LEARNS_IN_BFLOAT16 = """
 import json, sys
-import torch
 import train
 from config import parse
-from lm import model
 from store.files import read_rows
 
-model.compute_dtype = lambda device: torch.bfloat16
-folder = train.train(parse(["--steps", "60", "--eval-every", "0", "--out", sys.argv[1]]))
+flags = ["--compute-dtype", "bfloat16", "--steps", "60", "--eval-every", "0", "--out", sys.argv[1]]
+folder = train.train(parse(flags))
 rows = read_rows(folder / "metrics.jsonl")
 print(json.dumps({
     "accuracy": [row["eval_accuracy"] for row in rows if "eval_accuracy" in row],
