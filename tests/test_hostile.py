@@ -179,7 +179,9 @@ def test_weights_that_are_not_finite_become_a_checkpoint(tmp_path, monkeypatch):
     assert [path.name for path in checkpoint.newest_first(tmp_path / "run" / "checkpoints")] == ["step-000001"]
 
 
-NUMBERS = [each.name for group in vars(Config()).values() for each in fields(group) if "float" in str(each.type)]
+NUMBERS = [
+    each.name for group in vars(Config()).values() for each in fields(group) if each.type in (float, float | None)
+]
 
 
 @pytest.mark.parametrize(
