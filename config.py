@@ -195,7 +195,7 @@ LIMITS: dict[str, tuple[float, float, str]] = {
     "temperature": (0.01, 100, "learning needs rollouts that differ"),
     "lr": (0, 1, ""),
     "warmup": (0, 1, "it is a share of the steps"),
-    "beta2": (0, 0.99999, ""),
+    "beta2": (0, 1 - 1e-9, ""),
     "max_grad_norm": (1e-9, math.inf, ""),
     "engine_memory": (0.01, 0.99, "it is a share of the memory"),
 }
@@ -249,7 +249,7 @@ def validated(config: Config, default: Config) -> Config:
     for name, (lowest, highest, why) in LIMITS.items():
         value = values[name]
         if value is not None and not (isinstance(value, int | float) and lowest <= value <= highest):
-            range_of = f"must be at least {lowest:g}" if highest >= 10**6 else f"must be {lowest:g} to {highest:g}"
+            range_of = f"must be at least {lowest}" if highest >= 10**6 else f"must be {lowest} to {highest}"
             raise UserError(f"{flag(name)} {value} {range_of}{': ' if why else ''}{why}")
     if optimisation.epochs is not None:
         if optimisation.steps not in (None, default.optimisation.steps):
