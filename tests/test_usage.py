@@ -248,6 +248,17 @@ def with_everything(here: Path) -> Path:
     return here
 
 
+def trained(flags: str) -> Path:
+    return train.train(train.parse(f"{QUICK} {flags}".split()))
+
+
+def evaluated(flags: str, monkeypatch, capsys) -> str:
+    """What evaluate.py prints."""
+    monkeypatch.setattr(sys, "argv", ["evaluate.py", *flags.split()])
+    evaluate.main()
+    return capsys.readouterr().out
+
+
 @pytest.mark.parametrize("wrong", CURES)
 def test_the_cure_that_an_error_names_works(wrong, monkeypatch, capsys, with_everything):
     cure, right = CURES[wrong]
@@ -255,7 +266,7 @@ def test_the_cure_that_an_error_names_works(wrong, monkeypatch, capsys, with_eve
         if wrong == "--sampler vllm":
             patched.setattr("importlib.util.find_spec", lambda name: None)
         assert cure in sentence_of(train.main, f"{QUICK} {wrong}", patched, capsys, with_everything)
-    folder = train.train(train.parse(f"{QUICK} {right}".split()))
+    folder = trained(right)
     assert (folder / "checkpoints" / "latest" / "policy").is_dir()
 
 
@@ -264,9 +275,7 @@ def test_the_cure_that_an_error_of_an_evaluation_names_works(wrong, monkeypatch,
     quick = "--k 1 --limit 2 --max-response-tokens 8 --benchmarks questions.jsonl"
     cure, right = EVALUATE_CURES[wrong]
     assert cure in sentence_of(evaluate.main, f"{quick} {wrong}", monkeypatch, capsys, with_everything)
-    monkeypatch.setattr(sys, "argv", ["evaluate.py", *f"{quick} {right}".split()])
-    evaluate.main()
-    assert "kept in" in capsys.readouterr().out
+    assert "kept in" in evaluated(f"{quick} {right}", monkeypatch, capsys)
 
 
 @pytest.mark.parametrize("name", config.LIMITS)
@@ -274,84 +283,81 @@ def test_the_ends_of_a_range_that_an_error_names_are_refused(name):
     lowest, highest, _ = config.LIMITS[name]
     for value in (lowest, highest):
         if value < 10**6:
-            config.parse(["--rollouts", "2", config.flag(name), f"{value:g}"])
+            config.parse(["--rollouts", "2", config.flag(name), f"{value}"])
 
 
 def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here):
-    flags = f"{QUICK} --out mine"
-    train.train(train.parse(flags.split()))
-    said = sentence_of(train.main, flags, monkeypatch, capsys, here)
+    flags = "--out mine"
+    trained(flags)
+    said = sentence_of(train.main, f"{QUICK} {flags}", monkeypatch, capsys, here)
     assert "continue it with --resume auto, or name another folder" in said
-    train.train(train.parse(f"{flags} --resume auto --steps 2".split()))
-    assert (train.train(train.parse(f"{QUICK} --out other".split())) / "metrics.jsonl").exists()
+    trained(f"{flags} --resume auto --steps 2")
+    assert (trained("--out other") / "metrics.jsonl").exists()
 
     checkpoint = here / "mine" / "checkpoints" / "step-000001"
     said = sentence_of(train.main, f"{QUICK} --resume {checkpoint}", monkeypatch, capsys, here)
     assert "its run has gone on to step-000002; name another folder with --out" in said
-    train.train(train.parse(f"{QUICK} --resume {checkpoint} --steps 2 --out branch".split()))
+    trained(f"--resume {checkpoint} --steps 2 --out branch")
 
     shutil.rmtree(here / "branch" / "checkpoints")
     branch = f"{QUICK} --resume auto --steps 2 --out branch"
     said = sentence_of(train.main, branch, monkeypatch, capsys, here)
     assert "is a branch without a checkpoint: delete it, and branch off again" in said
     shutil.rmtree(here / "branch")
-    train.train(train.parse(f"{QUICK} --resume {checkpoint} --steps 2 --out branch".split()))
+    trained(f"--resume {checkpoint} --steps 2 --out branch")
 
-    with claimed(train.parse(f"{flags} --resume auto --steps 3".split())):
+    with claimed(train.parse(f"{QUICK} {flags} --resume auto --steps 3".split())):
         with pytest.raises(config.UserError, match="wait for it, or name another --out"):
-            train.train(train.parse(f"{flags} --resume auto --steps 3".split()))
-        train.train(train.parse(f"{QUICK} --out meanwhile".split()))
-    train.train(train.parse(f"{flags} --resume auto --steps 3 --keep 0".split()))
+            trained(f"{flags} --resume auto --steps 3")
+        trained("--out meanwhile")
+    trained(f"{flags} --resume auto --steps 3 --keep 0")
 
     checkpoint.rename(here / "moved")
     said = sentence_of(train.main, f"{QUICK} --resume moved --steps 2", monkeypatch, capsys, here)
     assert "say where to write, with --out" in said
-    train.train(train.parse(f"{QUICK} --resume moved --steps 2 --out of-moved".split()))
+    trained("--resume moved --steps 2 --out of-moved")
 
 
 def test_the_cures_for_questions_that_have_changed_do_not_work(monkeypatch, capsys, here):
-    flags = f"{QUICK} --model embedded --data questions.jsonl --out mine"
-    train.train(train.parse(flags.split()))
+    flags = "--model embedded --data questions.jsonl --out mine"
+    trained(flags)
     before = (here / "questions.jsonl").read_text()
     (here / "questions.jsonl").write_text(before.replace("plus", "and"))
-    said = sentence_of(train.main, f"{flags} --resume auto --steps 2", monkeypatch, capsys, here)
+    said = sentence_of(train.main, f"{QUICK} {flags} --resume auto --steps 2", monkeypatch, capsys, here)
     assert "restore the file, or start a new run from the checkpoint's policy/ with --model" in said
     policy = "mine/checkpoints/latest/policy"
-    train.train(train.parse(f"{QUICK} --model {policy} --data questions.jsonl --out new".split()))
+    trained(f"--model {policy} --data questions.jsonl --out new")
     (here / "questions.jsonl").write_text(before)
-    train.train(train.parse(f"{flags} --resume auto --steps 2".split()))
+    trained(f"{flags} --resume auto --steps 2")
 
 
 def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything):
-    def evaluated(flags: str) -> str:
-        quick = f"--model model --k 0 --max-response-tokens 8 {flags}"
-        monkeypatch.setattr(sys, "argv", ["evaluate.py", *quick.split()])
-        evaluate.main()
-        return capsys.readouterr().out
+    def evaluate_to(out: str, flags: str = "") -> str:
+        return f"--model model --k 0 --max-response-tokens 8 --benchmarks questions.jsonl --out {out} {flags}"
 
-    evaluated("--benchmarks questions.jsonl --out a")
-    other = "--model model --k 0 --max-response-tokens 9 --benchmarks questions.jsonl --out"
-    said = sentence_of(evaluate.main, f"{other} a", monkeypatch, capsys, with_everything)
+    evaluated(evaluate_to("a"), monkeypatch, capsys)
+    longer = "--max-response-tokens 9"
+    said = sentence_of(evaluate.main, evaluate_to("a", longer), monkeypatch, capsys, with_everything)
     assert "max_response_tokens (was 8, is 9); name another --out, or delete it" in said
-    evaluated("--max-response-tokens 9 --benchmarks questions.jsonl --out b")
+    evaluated(evaluate_to("b", longer), monkeypatch, capsys)
     shutil.rmtree("a")
-    evaluated("--max-response-tokens 9 --benchmarks questions.jsonl --limit 2 --out a")
+    evaluated(evaluate_to("a", f"{longer} --limit 2"), monkeypatch, capsys)
 
     said = sentence_of(evaluate.main, "--compare a b", monkeypatch, capsys, with_everything)
     assert "questions has other questions in a than in b: evaluate one again" in said
-    evaluated("--benchmarks questions.jsonl --limit 2 --out c")
-    assert "0 questions gained, 0 lost" in evaluated("--compare a c")
+    evaluated(evaluate_to("c", "--limit 2"), monkeypatch, capsys)
+    assert "0 questions gained, 0 lost" in evaluated("--compare a c", monkeypatch, capsys)
 
-    policy = train.train(train.parse(f"{QUICK} --out mine".split())) / "checkpoints" / "latest" / "policy"
-    evaluated(f"--model {policy} --benchmarks questions.jsonl --out d")
+    policy = trained("--out mine") / "checkpoints" / "latest" / "policy"
+    evaluated(evaluate_to("d", f"--model {policy}"), monkeypatch, capsys)
     said = sentence_of(evaluate.main, "--seeds c d", monkeypatch, capsys, with_everything)
     assert "c measures" in said and "which is in no run's folder: leave it out" in said
-    assert "questions" in evaluated("--seeds d")
+    assert "questions" in evaluated("--seeds d", monkeypatch, capsys)
 
 
 def test_the_cures_for_pictures_and_logs_do_not_work(here):
-    good = train.train(train.parse(f"{QUICK} --out good".split()))
-    bad = train.train(train.parse(f"{QUICK} --out bad".split()))
+    good = trained("--out good")
+    bad = trained("--out bad")
     with pytest.raises(config.UserError, match=r"choose another --out"):
         plot.main([good], here / "curves.nothing")
     plot.main([good], here / "curves.png")
