@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import UserError
 from lm.decoding import Sample, Sampler, TransformersSampler
-from lm.model import check_length, load_pretrained, stop_token_ids
+from lm.model import check_length, compute_dtype, load_pretrained, stop_token_ids
 from lm.prompts import prompt_ids, read_chat_template
 from lm.vllm_engine import VLLMSampler
 
@@ -70,9 +70,9 @@ def frozen_sampler(
 ) -> Iterator[FrozenModel]:
     """A model that is only sampled from, in bfloat16 on a GPU. `longest_prompt` says, of its tokenizer and chat
     template, how many tokens will be asked at most."""
-    on_gpu, chosen = torch.cuda.is_available(), choose_engine(engine)
-    lm, tokenizer = load_pretrained(model, torch.bfloat16 if on_gpu else torch.float32)
-    lm.to("cuda" if on_gpu else "cpu")  # type: ignore[arg-type]
+    device, chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), choose_engine(engine)
+    lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))
+    lm.to(device)  # type: ignore[arg-type]
     template = read_chat_template(chat_template) if chat_template else None
     prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
     tokens = longest_prompt(tokenizer, template) + max_response_tokens
