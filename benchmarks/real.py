@@ -469,8 +469,9 @@ def time_table(result: Row) -> str:
         for key in (*phases, "tokens_per_second", "peak_memory_gb"):
             values = [each[key] for each in steps if key in each]
             cells.append(f"{median(values):.1f}" if values else "-")
-        device, dtype = next((run["versions"]["device"], run["dtype"]) for run in runs.values())
-        rows.append([row, device if dtype == "auto" else f"{device}, {dtype}", *cells])
+        first = next(iter(runs.values()))
+        dtype = "" if first["dtype"] == "auto" else f", {first['dtype']}"
+        rows.append([row, first["versions"]["device"] + dtype, *cells])
     names = [phase.removeprefix("seconds_") for phase in phases]
     return table(["", "device", *names, "sampled tokens/s", "peak memory (GB)"], rows)
 
