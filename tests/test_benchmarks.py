@@ -36,3 +36,13 @@ def test_the_step_beside_trl_runs():
     pytest.importorskip("trl")
     flags = ["--questions", "4", "--rollouts", "2", "--response-tokens", "6", "--steps", "1"]
     assert "| --- |" in run_benchmark("step_vs_trl.py", *flags)
+
+
+def test_the_two_choices_of_a_laptop_are_measured():
+    flags = ["--questions", "2", "--rollouts", "2", "--response-tokens", "4", "--trained", "2", "--repeats", "1"]
+    printed = run_benchmark("cpu.py", *flags, "--no-vllm")
+    assert [line.split(" |")[0] for line in printed.splitlines()[-3:]] == [
+        "| training",
+        "| scoring",
+        "| sampling, transformers",
+    ]
