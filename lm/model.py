@@ -135,7 +135,7 @@ def verify_head(policy: PackedLM, name: str) -> None:
     if not gap < 1e-3:
         raise UserError(
             f"--model {name}: packed log-probs of the family '{family}' are {gap:.2g} nats off its own; it changes "
-            "its logits, positions or attention in a way that lm/packing.py does not know"
+            "its logits, positions or attention as lm/packing.py does not know: use a model of another family"
         )
 
 

@@ -9,10 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
+from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import config
 import data
@@ -329,6 +332,54 @@ def test_the_cures_for_questions_that_have_changed_do_not_work(monkeypatch, caps
     trained(f"--model {policy} --data questions.jsonl --out new")
     (here / "questions.jsonl").write_text(before)
     trained(f"{flags} --resume auto --steps 2")
+
+
+def test_the_cures_for_other_settings_do_not_work(monkeypatch, capsys, here):
+    trained("--out mine")
+    said = sentence_of(train.main, f"{QUICK} --out mine --resume auto --steps 2 --lr 1e-5", monkeypatch, capsys, here)
+    assert "leave these out, or start a new run from the checkpoint's policy/ with --model" in said
+    trained("--out mine --resume auto --steps 2")
+    trained("--model mine/checkpoints/latest/policy --data questions.jsonl --lr 1e-5 --out new")
+
+
+def test_the_cure_for_a_run_that_diverges_does_not_work(monkeypatch, here):
+    """A stand-in: with this little model no learning rate that is allowed ends in weights that are not finite."""
+    step = torch.optim.AdamW.step
+
+    def overflow(self: torch.optim.AdamW, *args: Any) -> Any:
+        if self.param_groups[0]["lr"] > 0.1:
+            next(iter(self.param_groups[0]["params"])).data.fill_(float("inf"))
+        return step(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(config.UserError, match="weights are not finite after 1 steps, and are not saved: lower --lr"):
+        trained("--lr 0.5 --out mine")
+    trained("--lr 0.05 --out other")
+
+
+def test_the_cures_for_models_do_not_work(monkeypatch, capsys, with_everything):
+    """A tokenizer without an end-of-sequence token, and a family that cannot be packed."""
+    shutil.copytree(start_model.model_folder(), "mute")
+    for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
+        settings = json.loads(Path("mute", name).read_text())
+        kept = {key: value for key, value in settings.items() if not key.startswith("eos_token")}
+        Path("mute", name).write_text(json.dumps(kept))
+    flags = f"{QUICK} --model mute --data questions.jsonl"
+    said = sentence_of(train.main, flags, monkeypatch, capsys, with_everything)
+    assert "names an end-of-sequence token: set tokenizer.eos_token" in said
+    tokenizer = AutoTokenizer.from_pretrained("mute")
+    tokenizer.eos_token = AutoTokenizer.from_pretrained("model").eos_token
+    tokenizer.save_pretrained("mute")
+    trained("--model mute --data questions.jsonl")
+
+    tokenizer.save_pretrained("other")
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "n_layer": 1, "n_head": 2, "initializer_range": 1.0}
+    BloomForCausalLM(BloomConfig(**sizes)).save_pretrained("other")
+    said = sentence_of(
+        train.main, f"{QUICK} --model other --data questions.jsonl", monkeypatch, capsys, with_everything
+    )
+    assert "use a model of another family" in said
+    trained("--model model --data questions.jsonl")
 
 
 def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything):
