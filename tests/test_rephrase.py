@@ -408,8 +408,9 @@ def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monke
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl")
     rephrase.rephrase(settings)
     finished = settings.out.read_bytes()
-    with pytest.raises(UserError, match=r"temperature \(was 0\.7, is 0\.9\)"):
+    with pytest.raises(UserError, match=r"temperature \(was 0\.7, is 0\.9\); name another --out, or delete it"):
         rephrase.rephrase(replace(settings, temperature=0.9))
+    rephrase.rephrase(replace(settings, temperature=0.9, out=tmp_path / "another.jsonl"))
     questions(tmp_path, 4)
     with pytest.raises(UserError, match=r"parts was begun with other settings: questions"):
         rephrase.rephrase(settings)
@@ -422,6 +423,8 @@ def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="settings.json, kept for .*pairs.jsonl, cannot be used .*: name another --out"):
         rephrase.rephrase(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl"))
     assert (tmp_path / "pairs.jsonl").read_text() == "precious"
+    rephrase.rephrase(RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "another.jsonl"))
+    assert rows_of(tmp_path / "another.jsonl")
 
 
 # ---------------------------------------------------------------- a real sampler

@@ -382,6 +382,26 @@ def test_the_cures_for_models_do_not_work(monkeypatch, capsys, with_everything):
     trained("--model model --data questions.jsonl")
 
 
+def test_the_cures_for_what_cannot_be_downloaded_do_not_work(monkeypatch, capsys, with_everything):
+    def no_network(*_: Any, **__: Any) -> str:
+        raise ConnectionError
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", no_network)
+    flags = "--model embedded --data math"
+    said = sentence_of(train.main, f"{QUICK} {flags}", monkeypatch, capsys, with_everything)
+    assert "copy data/math of github.com/tmlr-group/Co-rewarding to data/math, or give its path" in said
+    (with_everything / "rewrites" / "train_rewrite_b.parquet").unlink()
+    shutil.copytree("rewrites", "data/math")
+    trained(flags)
+    trained("--model embedded --data rewrites")
+
+    said = sentence_of(train.main, f"{QUICK} --eval-data math500", monkeypatch, capsys, with_everything)
+    assert "put math500.jsonl below data" in said
+    lines = [json.dumps({"problem": row["question"], "answer": row["answer"]}) + "\n" for row in ROWS]
+    Path("data/math500.jsonl").write_text("".join(lines))
+    trained("--eval-data math500")
+
+
 def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything):
     def evaluate_to(out: str, flags: str = "") -> str:
         return f"--model model --k 0 --max-response-tokens 8 --benchmarks questions.jsonl --out {out} {flags}"
