@@ -76,6 +76,7 @@ SUMS = 8  # in a row of the drill: as long as a question with its solution
 WRITE_EVERY = 20  # seconds
 PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
+PHASES = ("evaluation", "rollout", "sync", "teacher", "reward", "reference", "update", "metrics")
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
 PASSED_ON += ("tokens_per_micro_batch", "compute_dtype")  # settings that train.py gets under the same names
 
@@ -460,20 +461,17 @@ def training_table(result: Row) -> str:
 
 def time_table(result: Row) -> str:
     """Median seconds of a step by phase, after the first step."""
-    keys = dict.fromkeys(key for run in result["runs"].values() for row in run["metrics"] for key in row)
-    phases = [key for key in keys if key.startswith("seconds_")]
     rows = []
     for row, runs in by_label(result).items():
         steps = [each for run in runs.values() for each in run["metrics"][1:]]
         cells = []
-        for key in (*phases, "tokens_per_second", "peak_memory_gb"):
+        for key in (*(f"seconds_{phase}" for phase in PHASES), "tokens_per_second", "peak_memory_gb"):
             values = [each[key] for each in steps if key in each]
             cells.append(f"{median(values):.1f}" if values else "-")
         first = next(iter(runs.values()))
         dtype = "" if first["dtype"] == "auto" else f", {first['dtype']}"
         rows.append([row, first["versions"]["device"] + dtype, *cells])
-    names = [phase.removeprefix("seconds_") for phase in phases]
-    return table(["", "device", *names, "sampled tokens/s", "peak memory (GB)"], rows)
+    return table(["", "device", *PHASES, "sampled tokens/s", "peak memory (GB)"], rows)
 
 
 def rollouts_table(result: Row, methods: Sequence[str] = ("majority", "II")) -> str:

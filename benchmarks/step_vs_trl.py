@@ -117,8 +117,10 @@ def write_questions(settings: Settings, folder: Path) -> None:
     from embedded.word_problems import word_problems
     from store.files import read_rows
 
-    rows = read_rows(settings.data) if settings.data else word_problems("train")
-    rows = islice(rows, settings.questions * (settings.warmup + settings.steps))
+    asked = settings.questions * (settings.warmup + settings.steps)
+    rows = list(islice(read_rows(settings.data) if settings.data else word_problems("train"), asked))
+    if len(rows) < asked:
+        raise SystemExit(f"error: {settings.data} holds {len(rows)} questions, the steps ask {asked}: fewer --steps")
     (folder / "questions.jsonl").write_text("".join(json.dumps({"question": row["question"]}) + "\n" for row in rows))
 
 
