@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, UserError, read_options
+from config import EMBEDDED_MODELS, Config, UserError, flag, read_options
 from data import PromptedPair, prompt_pairs, steps_per_epoch
 from grpo import build_optimizer
 from lm import ranks
@@ -47,6 +47,7 @@ class Run:
 def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; returns the run and its first step."""
     device, variant, engine = ranks.start(), chosen_variant(config), choose_engine(config.sampling.sampler)
+    refuse_offloading(config)
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
@@ -164,6 +165,13 @@ def chosen_variant(config: Config) -> Variant:
     if method.kl_coef is not None:
         variant = replace(variant, kl_coef=method.kl_coef)
     return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
+
+
+def refuse_offloading(config: Config) -> None:
+    """Where a model is not sharded, on a CPU alone, it would do nothing; a run of a GPU may be resumed there."""
+    for name in ("offload_optimizer", "offload_teacher"):
+        if getattr(config.memory, name) and not ranks.in_group() and not config.run.resume:
+            raise UserError(f"{flag(name)}: here all is in the CPU's memory, leave it out")
 
 
 def total_steps(config: Config, questions: int) -> int:

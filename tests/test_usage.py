@@ -213,6 +213,8 @@ CURES = {
     ),
     "--template-options yes": ("is no JSON object", "--template-options {}"),
     "--eval-data math501": ("choose from math500, gsm8k", "--eval-data gsm8k --data-dir two"),
+    "--offload-teacher": ("here all is in the CPU's memory, leave it out", ""),
+    "--offload-optimizer": ("here all is in the CPU's memory, leave it out", ""),
     "--sampler vllm": ("or take --sampler hf", "--sampler hf"),
     "--out notes.txt": ("name another --out", "--out elsewhere"),
 }
