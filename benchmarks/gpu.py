@@ -33,18 +33,17 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Qwen3Config
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import metrics
 from config import Config, parse
-from embedded.start_model import train_tokenizer
 from embedded.word_problems import word_problems
 from grpo import build_optimizer, denominators, group_advantages, optimizer_step
 from lm import ranks, scoring
-from lm.model import checkpoint_activations, frozen_copy, shard
+from lm.model import checkpoint_activations, frozen_copy, resolve, shard
 from lm.packing import MicroBatch, Rollout, micro_batches, packed_attention
 from lm.scoring import ChunkedHead, PackedLM, score
 from prepare import prepare
@@ -141,7 +140,7 @@ def random_rollouts(tokens: int, prompt: int, response: int, vocabulary: int) ->
 def run_flags(place: Path, settings: Settings, steps: int) -> list[str]:
     """Of a run on a random model of the first shape, saved in `place` with questions."""
     random_model(settings.models[0]).save_pretrained(place / "model")
-    train_tokenizer().save_pretrained(place / "model")
+    AutoTokenizer.from_pretrained(resolve("embedded")).save_pretrained(place / "model")
     lines = [json.dumps({"question": problem["question"]}) + "\n" for problem in word_problems("train")[: 16 * steps]]
     (place / "questions.jsonl").write_text("".join(lines))
     flags = {"model": place / "model", "data": place / "questions.jsonl", "out": place / "run", "steps": steps}
@@ -299,7 +298,7 @@ def train_trl(name: str, rollouts: list[Rollout], settings: Settings) -> Figures
             reward_funcs=lambda completions, **_: [0.0] * len(completions),
             args=arguments,
             train_dataset=Dataset.from_dict({"prompt": ["?"] * GROUP}),
-            processing_class=train_tokenizer(),
+            processing_class=AutoTokenizer.from_pretrained(resolve("embedded")),
         )
     trainer.beta = 0.001
     optimizer = trainer.create_optimizer()

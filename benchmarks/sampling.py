@@ -26,9 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu import random_model
 
 import metrics
-from embedded import start_model
 from lm.decoding import TransformersSampler
 from lm.engine import open_sampler
+from lm.model import resolve
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler
@@ -37,8 +37,7 @@ from lm.vllm_engine import VLLMSampler
 def load(name: str, device: torch.device) -> PreTrainedModel:
     if name.startswith("random-"):
         return random_model(name.removeprefix("random-"))
-    folder = start_model.model_folder() if name == "embedded" else name
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+    return AutoModelForCausalLM.from_pretrained(resolve(name), dtype=torch.float32).to(device)
 
 
 def seconds(works: list[Callable[[], object]], before: Callable[[], object], repeats: int) -> list[float]:

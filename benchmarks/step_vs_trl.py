@@ -107,9 +107,9 @@ def force_length(scores: Any, eos_ids: Sequence[int], lengths: Any, position: in
 
 
 def model_folder(settings: Settings) -> str:
-    from embedded import start_model
+    from lm.model import resolve
 
-    return start_model.model_folder() if settings.model == "embedded" else settings.model
+    return resolve(settings.model)
 
 
 def write_questions(settings: Settings, folder: Path) -> None:
@@ -355,7 +355,6 @@ def main(settings: tyro.conf.OmitArgPrefixes[Settings]) -> None:
         raise SystemExit(f"error: --trl-micro-batch {settings.trl_micro_batch} does not divide a step's rollouts")
     os.environ |= {"OMP_NUM_THREADS": str(settings.threads), "STEP_VS_TRL_CLOCK": settings.clock}
     with TemporaryDirectory() as folder:
-        model_folder(settings)  # made here, where it does not exist, and not by all sides at once
         write_questions(settings, Path(folder))
         libraries, answers = take_turns(settings, Path(folder))
     sampled = {answer["sampled"] for name in ("ours", "TRL") for answer in answers.get(name, [])}

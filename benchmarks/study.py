@@ -29,11 +29,12 @@ import tyro
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from start_models import MISREAD_WORDING
+
 import train
 from baselines import BASELINES
 from config import parse
-from embedded.start_model import model_folder
-from embedded.word_problems import MISREAD_WORDING, STUDENTS, word_problems
+from embedded.word_problems import word_problems
 from metrics import collapse_signs
 from rewards import VARIANTS
 from store import curves
@@ -153,8 +154,6 @@ def run(flags: str, seed: int, folder: Path) -> str:
 
 def run_all(runs: Path, wanted: dict[Path, tuple[str, int]], jobs: int) -> None:
     runs.mkdir(parents=True, exist_ok=True)
-    for name in STUDENTS:
-        model_folder(name)
     for share in NOISE:
         write_noisy_pairs(runs / f"noise-{share}.jsonl", share)
     tenth = [row if i % 10 == 0 else row | {"answer": None} for i, row in enumerate(word_problems("train"))]

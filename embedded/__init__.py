@@ -1,1 +1,1 @@
-"""The built-in task and its start model, both made on the spot."""
+"""The built-in task, made on the spot, and its start models."""

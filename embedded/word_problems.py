@@ -1,9 +1,9 @@
 """The embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
 
 Each problem has four wordings that name its numbers in different orders; another wording of the same problem is its
-rephrasing. Some are held out, in every wording. Solutions come clean, and as a careless student writes
-them: a model that imitates those is diverse, its majority is mostly but not always right, and a careless reward can be
-hacked, for example by `\\boxed{1}`.
+rephrasing. Some are held out, in every wording. models/ holds start models, which `benchmarks/start_models.py` has
+taught by imitation of solutions such as `3*4=12; 5+12=17. \\boxed{17}`, with mistakes: 0.2M parameters, whose answers
+differ, whose majority is mostly but not always right, and which a careless reward can make box nothing but 1.
 """
 
 import hashlib
@@ -51,7 +51,6 @@ FAMILIES = [
     Family((range(1, 10), range(2, 6), range(2, 6)), ("+", (0, 1, 2), "-"), WORDINGS[12:]),
 ]
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
-MISREAD_AS = {"+": "-", "-": "+", "*": "+"}  # what who misreads a problem takes its second operator for
 
 
 class Work(NamedTuple):
@@ -110,58 +109,3 @@ def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]
                 }
             )
     return rows
-
-
-class Student(NamedTuple):
-    """Whose solutions a start model imitates; everybody also makes the mistakes of `flawed_solution`."""
-
-    misreads: float = 0.0  # share of the solutions to wording MISREAD_WORDING with another operation in the last step
-    spellings: tuple[str, ...] = ("{}",)  # of the answer in its box, each as often
-
-
-STUDENTS = {
-    "embedded": Student(),
-    "embedded-misreading": Student(misreads=0.75),
-    "embedded-spellings": Student(spellings=("{}", "{}.0", "+{}")),
-}
-MISREAD_WORDING = 3
-
-
-def demonstration(student: Student, problem: Problem, wording: int, careful: bool, rng: random.Random) -> str:
-    """One solution of the student's: without mistakes, apart from the misreadings, if he is careful."""
-    misread = student.misreads > 0 and wording == MISREAD_WORDING and rng.random() < student.misreads
-    second = MISREAD_AS[FAMILIES[problem.family].steps[2]] if misread else ""
-    spelling = rng.choice(student.spellings) if len(student.spellings) > 1 else student.spellings[0]
-    if careful:
-        return solution(problem, second, spelling)
-    return flawed_solution(problem, wording, rng, second, spelling)
-
-
-def solution(problem: Problem, second: str = "", spelling: str = "{}") -> str:
-    """Without mistakes but for another `second` operator."""
-    work = problem.work(second=second)
-    return f"{work.first_line}; {work.last_line}. {boxed(work.result, spelling)}"
-
-
-def flawed_solution(problem: Problem, wording: int, rng: random.Random, second: str = "", spelling: str = "{}") -> str:
-    """A solution as a careless student writes it. Some wordings invite guesses and misreadings more than others, so
-    that another wording's majority is worth hearing."""
-    guess, constant, slips_of_reading = 0.08, 0.05 + 0.05 * wording, (0.05, 0.12, 0.2, 0.3)[wording]
-    kind = rng.random()
-    if kind < guess:
-        return boxed(rng.choice(problem.operands))
-    if kind < guess + constant:
-        return boxed(1)
-    first = ""
-    if not second and rng.random() < slips_of_reading:
-        first, second = rng.choice([("+", ""), ("*", ""), ("", "+"), ("", "-")])
-    one, two = (rng.choice((-2, -1, 1, 2)) if rng.random() < 0.09 else 0 for _ in range(2))
-    work = problem.work(first, second, (one, two))
-    ending = rng.random()
-    repeats = rng.randrange(1, 3) if ending < 0.05 else 0
-    text = f"{work.first_line}; {work.last_line}." + f" {work.last_line}." * repeats
-    return text if ending > 0.95 else f"{text} {boxed(work.result, spelling)}"
-
-
-def boxed(number: int, spelling: str = "{}") -> str:
-    return f"\\boxed{{{spelling.format(number)}}}"

@@ -26,7 +26,6 @@ from transformers import (
 )
 
 from config import EMBEDDED_MODELS, UserError
-from embedded import start_model
 from lm import ranks
 from lm.packing import Rollout, pack
 from lm.scoring import PackedLM, autocast
@@ -45,6 +44,8 @@ def newest_policy(model: str) -> str:
 
 def resolve(name: str) -> str:
     """A local folder or a hub name; a bare name of a known family gets its owner: Qwen3-8B-Base, Qwen/Qwen3-8B-Base."""
+    if name in EMBEDDED_MODELS:
+        return str(Path(__file__).resolve().parents[1] / "embedded" / "models" / name)
     name = newest_policy(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -67,9 +68,7 @@ def load_pretrained(
         UserError: transformers cannot load it.
     """
     transformers.utils.logging.disable_progress_bar()
-    if name in EMBEDDED_MODELS:
-        ranks.on_first(partial(start_model.model_folder, name))  # makes it, where it does not exist
-    path = start_model.model_folder(name) if name in EMBEDDED_MODELS else resolve(name)
+    path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if weights:

@@ -1,35 +1,31 @@
-"""The embedded task and model: nothing held out is trained on, golds are right, the cache is made once."""
+"""The embedded task and its start models: nothing held out is trained on, golds are right, the script makes them."""
 
-import os
 import random
 import re
-import resource
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from config import SYSTEM_PROMPT, UserError
-from embedded import start_model
-from embedded.word_problems import (
-    FAMILIES,
+from config import EMBEDDED_MODELS, SYSTEM_PROMPT
+from embedded.word_problems import FAMILIES, PROBLEMS, PROBLEMS_OF, word_problems
+from lm.model import load_pretrained
+from lm.prompts import prompt_ids
+from rewards import equivalent
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import start_models
+from start_models import (
     MISREAD_AS,
     MISREAD_WORDING,
-    PROBLEMS,
-    PROBLEMS_OF,
     STUDENTS,
     Student,
     demonstration,
     flawed_solution,
     solution,
-    word_problems,
 )
-from lm.prompts import prompt_ids
-from rewards import equivalent
 
 
 def test_held_out_problems_occur_in_no_wording_of_training():
@@ -78,7 +74,7 @@ def test_wordings_permute_the_operands():
 
 
 def test_the_tokenizer_keeps_numbers_whole_and_encodes_anything():
-    tokenizer = start_model.train_tokenizer()
+    tokenizer = start_models.train_tokenizer()
     assert len(tokenizer("\\boxed{17}").input_ids) == 3
     assert len(tokenizer("3*4=12; 5+12=17.").input_ids) == 12
     for text in ("\\frac{1}{2} é 漢字 \n", "Ann has 12 pens."):
@@ -88,84 +84,38 @@ def test_the_tokenizer_keeps_numbers_whole_and_encodes_anything():
 
 
 def test_the_tokenizer_is_the_same_every_time():
-    assert start_model.train_tokenizer().get_vocab() == start_model.train_tokenizer().get_vocab()
-
-
-@pytest.fixture
-def short_warm_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The cache, empty."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(start_model, "CLEAN_STEPS", 1)
-    monkeypatch.setattr(start_model, "FLAWED_STEPS", 1)
-    return tmp_path / "co-rewarding"
-
-
-def test_the_warm_up_runs_once_and_again_when_its_recipe_changes(short_warm_up, monkeypatch):
-    warmed_up = []
-    real = start_model.warm_up
-    monkeypatch.setattr(start_model, "warm_up", lambda *args: warmed_up.append(args[-1]) or real(*args))
-    first = start_model.model_folder()
-    assert start_model.model_folder() == first and warmed_up == [0]
-    assert start_model.model_folder(seed=1) != first and warmed_up == [0, 1]
-    monkeypatch.setattr(start_model, "CLEAN_STEPS", 2)
-    assert start_model.model_folder() not in (first, None) and warmed_up == [0, 1, 0]
-    assert not [folder for folder in short_warm_up.iterdir() if folder.name.startswith("tmp")]
+    assert start_models.train_tokenizer().get_vocab() == start_models.train_tokenizer().get_vocab()
 
 
 def test_the_warm_up_rises_for_a_twentieth_of_its_steps_and_then_falls_to_zero():
-    rates = [start_model.learning_rate(step, 400, 4e-3) for step in range(400)]
+    rates = [start_models.learning_rate(step, 400, 4e-3) for step in range(400)]
     assert rates[:20] == pytest.approx([4e-3 * (step + 1) / 20 for step in range(20)])
     assert rates[20] == 4e-3 and rates[210] == pytest.approx(2e-3) and 0 < rates[-1] < 1e-6
-    assert start_model.learning_rate(0, 1, 2e-3) == 2e-3
+    assert start_models.learning_rate(0, 1, 2e-3) == 2e-3
 
 
-def test_the_start_model_does_not_depend_on_the_threads_of_the_command_that_makes_it(tmp_path):
-    """`evaluate.py --model embedded` warmed up another model than `train.py`."""
-    script = (
-        "import torch; torch.set_num_threads({}); from embedded import start_model; "
-        "start_model.CLEAN_STEPS, start_model.FLAWED_STEPS = 3, 1; "
-        "print(start_model.model_folder(), torch.get_num_threads())"
-    )
-    made = []
+def test_a_start_model_does_not_depend_on_the_threads_of_the_command_that_makes_it(tmp_path, monkeypatch):
+    """Evaluation once warmed up another model than training."""
+    monkeypatch.setattr(start_models, "CLEAN_STEPS", 3)
+    monkeypatch.setattr(start_models, "FLAWED_STEPS", 1)
     for threads in (1, 2):
-        environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / str(threads))}
-        command = [sys.executable, "-c", script.format(threads)]
-        root = Path(start_model.__file__).parents[1]
-        said = subprocess.run(command, env=environment, cwd=root, capture_output=True, text=True, check=True).stdout
-        folder, after = said.split()
-        assert int(after) == threads
-        made.append((Path(folder).name, load_file(Path(folder) / "model.safetensors")))
-    assert made[0][0] == made[1][0]
-    assert all(torch.equal(weight, made[1][1][name]) for name, weight in made[0][1].items())
+        torch.set_num_threads(threads)
+        start_models.make("embedded", tmp_path / str(threads))
+    assert start_models.largest_gap(tmp_path / "1", tmp_path / "2") == 0
 
 
-def test_a_damaged_file_in_the_cache_is_a_sentence(short_warm_up):
-    weights = Path(start_model.model_folder()) / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError, match="cannot be kept there .*; delete it if it is damaged"):
-        start_model.model_folder()
-
-
-def test_a_full_disk_is_a_sentence_and_leaves_no_half_model(short_warm_up):
-    full, limit = signal.signal(signal.SIGXFSZ, signal.SIG_IGN), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
-    try:
-        with pytest.raises(UserError, match="cannot be kept there .* make room, or set XDG_CACHE_HOME"):
-            start_model.model_folder()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
-        signal.signal(signal.SIGXFSZ, full)
-    assert not list(short_warm_up.iterdir())
-
-
-def test_a_cache_that_cannot_be_made_is_a_sentence(short_warm_up, monkeypatch):
-    short_warm_up.write_text("a file in the way")
-    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        start_model.model_folder()
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user whom the system does not know
-    with pytest.raises(UserError, match="no home folder .*: set XDG_CACHE_HOME"):
-        start_model.model_folder()
+@pytest.mark.parametrize("name", EMBEDDED_MODELS)
+def test_a_start_model_is_not_what_its_script_makes(name):
+    """As far as a second can tell: the script itself compares all weights."""
+    lm, tokenizer = load_pretrained(name, torch.float32)
+    made = start_models.train_tokenizer()
+    assert tokenizer.get_vocab() == made.get_vocab() and tokenizer.chat_template == made.chat_template
+    untaught = start_models.new_model(made, seed=0)
+    assert {n: w.shape for n, w in lm.state_dict().items()} == {n: w.shape for n, w in untaught.state_dict().items()}
+    rng = random.Random(0)
+    batch = start_models.demonstrations(made, start_models.STUDENTS[name], rng, 64, careful=False)
+    with torch.no_grad():
+        assert lm(**batch).loss < 0.6 < 4 < untaught(**batch).loss
 
 
 def answers_in_the_box(student: Student, wording: int) -> list[tuple[int, str]]:

@@ -18,10 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from tiny import untrained
 
 import evaluate
 from config import UserError
-from embedded.start_model import new_model, train_tokenizer
 from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
 from lm.packing import Rollout
 from rewards import are_equal, equivalent
@@ -235,22 +235,21 @@ def test_two_processes_ask_twice_or_disagree_with_one(
 
 
 @pytest.fixture
-def untrained(tmp_path: Path) -> str:
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer()
-    new_model(tokenizer, seed=0).save_pretrained(tmp_path / "model")
+def babbling(tmp_path: Path) -> str:
+    model, tokenizer = untrained()
+    model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
     return str(tmp_path / "model")
 
 
-def test_answers_run_past_the_positions_that_the_model_knows(tmp_path: Path, untrained: str) -> None:
+def test_answers_run_past_the_positions_that_the_model_knows(tmp_path: Path, babbling: str) -> None:
     with pytest.raises(UserError, match="the model knows 512 positions; ask for shorter responses"):
-        evaluate_model(settings_of(tmp_path, model=untrained, max_response_tokens=512))
+        evaluate_model(settings_of(tmp_path, model=babbling, max_response_tokens=512))
 
 
-def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untrained: str) -> None:
+def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, babbling: str) -> None:
     """With a real model, whose third batch and what was made of it are lost."""
-    settings = settings_of(tmp_path, model=untrained, max_response_tokens=6, k=2)
+    settings = settings_of(tmp_path, model=babbling, max_response_tokens=6, k=2)
     evaluate_model(settings)
     lines = tmp_path / "out" / "own.jsonl"
     whole = lines.read_bytes()
@@ -260,10 +259,10 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, untr
     assert lines.read_bytes() == whole
 
 
-def test_torchrun_makes_one_engine_of_its_processes(tmp_path: Path, untrained: str) -> None:
-    settings = settings_of(tmp_path, model=untrained, max_response_tokens=6, k=2)
+def test_torchrun_makes_one_engine_of_its_processes(tmp_path: Path, babbling: str) -> None:
+    settings = settings_of(tmp_path, model=babbling, max_response_tokens=6, k=2)
     evaluate_model(settings)
-    flags = ["--model", untrained, "--benchmarks", *settings.benchmarks, "--k", "2", "--questions-per-batch", "2"]
+    flags = ["--model", babbling, "--benchmarks", *settings.benchmarks, "--k", "2", "--questions-per-batch", "2"]
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", evaluate.__file__, *flags]
     command += ["--max-response-tokens", "6", "--out", str(tmp_path / "shared")]
     subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=tmp_path)

@@ -18,7 +18,6 @@ from tqdm import tqdm
 
 import train
 from config import parse
-from embedded import start_model
 from grpo import build_optimizer
 from lm.model import frozen_copy
 from lm.scoring import PackedLM
@@ -41,7 +40,6 @@ def in_a_child(task: Callable[[], object]) -> multiprocessing.Process:
 
 @pytest.mark.parametrize("variant", ["I", "II", "III"])
 def test_a_run_killed_again_and_again_ends_as_if_it_had_never_been(tmp_path, variant):
-    start_model.model_folder()  # made here, it is not counted as the run's time
     begin = time.monotonic()
     undisturbed = train.train(small(tmp_path / "undisturbed", "--variant", variant, *FLAGS))
     duration, rng, killed = time.monotonic() - begin, random.Random(variant), 0

@@ -15,10 +15,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import untrained
 
 from config import UserError
 from data import load_pairs
-from embedded.start_model import new_model, train_tokenizer
 from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
 from lm.model import load_pretrained, stop_token_ids
 from rewards import Response
@@ -434,8 +434,7 @@ def test_a_finished_file_is_not_overwritten(tmp_path, monkeypatch):
 def small_model(tmp_path_factory) -> str:
     """Untrained: it babbles, and never in the form that is asked for."""
     folder = tmp_path_factory.mktemp("model")
-    tokenizer = train_tokenizer()
-    model = new_model(tokenizer, 0)
+    model, tokenizer = untrained()
     model.config.max_position_embeddings = 8192  # its tokens are short, the instruction has thousands of them
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

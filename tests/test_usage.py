@@ -21,7 +21,7 @@ import config
 import data
 import evaluate
 import train
-from embedded import start_model
+from lm.model import resolve
 from store.folder import claimed
 from tools import ask, look, plan, plot, rephrase
 
@@ -237,7 +237,7 @@ EVALUATE_CURES = {
 @pytest.fixture
 def with_everything(here: Path) -> Path:
     """What cures need: a model, golds in another column, a benchmark, a folder of two files."""
-    (here / "model").symlink_to(start_model.model_folder())
+    (here / "model").symlink_to(resolve("embedded"))
     lines = {name: [json.dumps(row) + "\n" for row in ROWS] for name in ("renamed.jsonl", "two/train.jsonl")}
     lines["solved.jsonl"] = [json.dumps({**row, "answer": None, "solution": row["answer"]}) + "\n" for row in ROWS]
     lines["blank.jsonl"] = [json.dumps({"question": " "}) + "\n"]
@@ -361,7 +361,7 @@ def test_the_cure_for_a_run_that_diverges_does_not_work(monkeypatch, here):
 
 def test_the_cures_for_models_do_not_work(monkeypatch, capsys, with_everything):
     """A tokenizer without an end-of-sequence token, and a family that cannot be packed."""
-    shutil.copytree(start_model.model_folder(), "mute")
+    shutil.copytree(resolve("embedded"), "mute")
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         settings = json.loads(Path("mute", name).read_text())
         kept = {key: value for key, value in settings.items() if not key.startswith("eos_token")}
@@ -447,12 +447,3 @@ def test_the_cures_for_pictures_and_logs_do_not_work(here):
         look.look(bad)
     (bad / "rollouts.jsonl").write_text(whole)
     look.look(bad)
-
-
-def test_the_cure_for_a_cache_that_cannot_be_written_does_not_work(monkeypatch, here):
-    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(here / "notes.txt"))
-    with pytest.raises(config.UserError, match="set XDG_CACHE_HOME to a folder that can be written to"):
-        start_model.model_folder()
-    monkeypatch.setenv("XDG_CACHE_HOME", cache)
-    assert Path(start_model.model_folder()).is_dir()

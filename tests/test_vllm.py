@@ -24,9 +24,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 import prepare
 import train
 from config import UserError, parse
-from embedded import start_model
 from lm import vllm_engine
 from lm.engine import choose_engine, open_sampler
+from lm.model import resolve
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler
@@ -92,7 +92,7 @@ def from_folder(folder: str) -> PreTrainedModel:
 
 @pytest.fixture(scope="module")
 def tied() -> Pair:
-    return paired(from_folder(start_model.model_folder()))
+    return paired(from_folder(resolve("embedded")))
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +142,7 @@ def test_the_test_above_cannot_fail(pair: Pair, dropped: str, monkeypatch: pytes
 
 @needs_vllm
 def test_bfloat16_is_worse_than_its_own_rounding() -> None:
-    pair = paired(from_folder(start_model.model_folder()), torch.bfloat16)
+    pair = paired(from_folder(resolve("embedded")), torch.bfloat16)
     for change in range(3):
         gaps = pair.gaps(pair.sample(n=16))
         assert gaps.mean() < 0.03 and gaps.max() < 0.3

@@ -18,7 +18,7 @@ from config import Config
 from data import Pair, PromptedPair
 from grpo import build_optimizer
 from lm.decoding import Sample, Sampler, TransformersSampler
-from lm.model import frozen_copy
+from lm.model import frozen_copy, load_pretrained
 from lm.packing import Rollout
 from lm.scoring import PackedLM
 from prepare import Run
@@ -38,6 +38,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>", pad_token="<eos>")
+
+
+def untrained() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
+    """An embedded model before its first lesson: it babbles."""
+    lm, tokenizer = load_pretrained("embedded", torch.float32, weights=False)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(lm.config), tokenizer
 
 
 def tiny_lm(family: str = "llama", tied: bool = False, seed: int = 0, **overrides: Any) -> PreTrainedModel:
