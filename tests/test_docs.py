@@ -122,7 +122,7 @@ def training_flags() -> frozenset[str]:
 
 @by_name
 def test_a_document_names_a_flag_that_no_program_has(document):
-    others = ["evaluate.py", "data.py", *(f"tools/{name}.py" for name in ("rephrase", "plan", "plot"))]
+    others = ["evaluate.py", "data.py", *(f"tools/{name}.py" for name in ("rephrase", "plot"))]
     files = [ROOT / file for file in others] + sorted((ROOT / "benchmarks").glob("*.py"))
     known = training_flags() | FOREIGN | set().union(*map(flags_of, files))
     used = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", document.read_text()))

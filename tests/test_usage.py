@@ -23,7 +23,7 @@ import evaluate
 import train
 from lm.model import resolve
 from store.folder import claimed
-from tools import ask, look, plan, plot, rephrase
+from tools import ask, look, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -102,7 +102,6 @@ OTHERS: dict[str, tuple[Callable[..., object], str, str]] = {
     "plot: no run": (plot.main, "empty", "empty"),
     "look: no run": (look.look, "empty", "is no run's folder"),
     "ask: no model": (ask.ask, "nonsense question", "neither a folder nor a hub name"),
-    "plan: no questions": (plan.main, "--model Qwen3-8B-Base", "--data is missing"),
     "rephrase: nothing there": (rephrase.main, "--data nowhere --model M --out o.jsonl", "nowhere is no file"),
 }
 

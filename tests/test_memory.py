@@ -19,7 +19,10 @@ from lm.model import checkpoint_activations, skeleton
 from lm.packing import Rollout, micro_batches
 from lm.scoring import PackedLM
 from rewards import VARIANTS
-from tools import plan
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+import memory
 
 PROMPT, RESPONSE, ROWS = 20, 236, 8
 NOT_HERE = ("teacher, reference", "CUDA graphs", "weights outside of layers")  # in the step that is measured
@@ -66,7 +69,7 @@ def measured_peak(family: str, checkpointing: bool) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_plan_is_within_20_percent_of_what_a_step_allocates(family: str, recompute: str) -> None:
     config = setting(activation_checkpointing=recompute)
-    need = plan.bytes_needed(mid_lm(family), config, VARIANTS["majority"], gpus=1, itemsize=4)
+    need = memory.bytes_needed(mid_lm(family), config, VARIANTS["majority"], gpus=1, itemsize=4)
     alone = need["while training"] - sum(need[kind] for kind in NOT_HERE)
     assert alone == pytest.approx(measured_peak(family, recompute == "on"), rel=0.2)
 
@@ -115,17 +118,17 @@ def kept_by_autograd(lm: PreTrainedModel, tokens: int = 64) -> float:
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "mistral", "olmo2", "phi3"])
 def test_what_is_planned_of_a_token_is_within_20_percent_of_what_autograd_keeps(family: str) -> None:
     lm = tiny_lm(family, hidden_size=512, intermediate_size=1536, num_hidden_layers=8, num_attention_heads=8)
-    assert 8 * plan.kept_of_a_token(lm) == pytest.approx(kept_by_autograd(lm), rel=0.2)
+    assert 8 * memory.kept_of_a_token(lm) == pytest.approx(kept_by_autograd(lm), rel=0.2)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "mixtral", "gemma3_text"])
 def test_other_families_that_train_can_be_planned_too(family: str) -> None:
     lm = tiny_lm(family, **({"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}))
     parameters = sum(parameter.numel() for parameter in lm.parameters())
-    need = plan.bytes_needed(lm, setting(), VARIANTS["II"], gpus=1)
+    need = memory.bytes_needed(lm, setting(), VARIANTS["II"], gpus=1)
     assert need["master weights"] == need["teacher, reference"] == 4 * parameters
     assert 0 < need["weights outside of layers"] < 2 * parameters
-    kept = plan.bytes_needed(lm, setting(activation_checkpointing="off"), VARIANTS["II"], gpus=1)
+    kept = memory.bytes_needed(lm, setting(activation_checkpointing="off"), VARIANTS["II"], gpus=1)
     assert kept["activations"] > need["activations"] > 0
 
 
@@ -142,7 +145,7 @@ def paper_model() -> PreTrainedModel:
 def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: PreTrainedModel) -> None:
     """8.19e9 parameters on 4 GPUs: 4 bytes of each for weights, gradients and teacher, 8 for AdamW."""
     assert sum(parameter.numel() for parameter in paper_model.parameters()) == 8_190_735_360
-    need = plan.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
+    need = memory.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
     quarter = 8_190_735_360 / 4
     for kind, size in (("master weights", 4), ("gradients", 4), ("teacher, reference", 4), ("AdamW", 8)):
         assert need[kind] == size * quarter
@@ -152,23 +155,23 @@ def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: PreTrainedMod
 
 
 def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: PreTrainedModel) -> None:
-    need = plan.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
+    need = memory.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
     shards = need["master weights"] + need["teacher, reference"]
-    assert need["at the first check"] == shards + plan.CUDA_GRAPHS + need["engine"] + 2 * 8_190_735_360
-    assert need["while sampling"] == shards + need["AdamW"] + plan.CUDA_GRAPHS + need["engine"]
+    assert need["at the first check"] == shards + memory.CUDA_GRAPHS + need["engine"] + 2 * 8_190_735_360
+    assert need["while sampling"] == shards + need["AdamW"] + memory.CUDA_GRAPHS + need["engine"]
 
 
 def test_the_table_says_where_the_run_fits_and_what_to_try_elsewhere(paper_model: PreTrainedModel) -> None:
-    said = plan.as_text(paper_model, Config(), VARIANTS["II"])
+    said = memory.as_text(paper_model, Config(), VARIANTS["II"])
     (fits,) = (line.split() for line in said.splitlines() if line.startswith("fits"))
     assert fits == ["fits", "no", "no", "no", "yes"], "four GPUs but for vLLM's graphs"
-    assert said.endswith(plan.CURE)
-    assert plan.fits(plan.bytes_needed(paper_model, changed(Config(), {"engine_memory": 0.49}), VARIANTS["II"], 4))
+    assert said.endswith(memory.CURE)
+    assert memory.fits(memory.bytes_needed(paper_model, changed(Config(), {"engine_memory": 0.49}), VARIANTS["II"], 4))
     offloaded = changed(Config(), {"offload_teacher": True, "offload_optimizer": True})
-    assert plan.CURE not in plan.as_text(paper_model, offloaded, VARIANTS["II"])
+    assert memory.CURE not in memory.as_text(paper_model, offloaded, VARIANTS["II"])
 
 
 def test_a_wrong_flag_is_refused_like_by_train() -> None:
-    command = [sys.executable, "-m", "tools.plan", "--model", "Qwen3-8B-Base"]
-    done = subprocess.run(command, cwd=Path(plan.__file__).parents[1], capture_output=True, text=True, check=False)
+    command = [sys.executable, memory.__file__, "--model", "Qwen3-8B-Base"]
+    done = subprocess.run(command, cwd=Path(memory.__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: --data"), done.stderr

@@ -1,6 +1,6 @@
 """The memory of a training run, before it is used. Takes the flags of train.py, loads no weights and no questions:
 
-    python -m tools.plan --variant II --model Qwen3-8B-Base --data math
+    python benchmarks/memory.py --variant II --model Qwen3-8B-Base --data math
 
 P parameters in N shards (FSDP2, see lm.model.shard), vLLM samples. Bytes on each GPU:
 
@@ -14,8 +14,13 @@ P parameters in N shards (FSDP2, see lm.model.shard), vLLM samples. Bytes on eac
 Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's fragmentation; USABLE leaves room.
 """
 
+import sys
+from pathlib import Path
+
 import torch
 from transformers import PreTrainedModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from config import Config, parse, told_in_a_sentence
 from lm.model import decoder_layers, load_pretrained
