@@ -1,29 +1,33 @@
 """tools/look.py and tools/ask.py: each test is named after the bug it prevents."""
 
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
+from rich.console import Console
 
 from config import UserError
 from tools import ask, look
-from tools.look import side_by_side, width_of
+from tools.look import side_by_side
 
 
-def test_texts_beside_each_other_run_into_each_other_or_out_of_the_terminal():
+def test_texts_beside_each_other_run_into_each_other_or_out_of_the_terminal_or_are_taken_for_markup():
     texts = [
         r"so \frac{1}{2} + " + r"\sqrt{x^2}" * 40,
         "两个数的和是十二。" * 20,
-        "a short one",
+        "[bold]a short[/bold] :smile:",
         "",
         "ligne après ligne\n\nfin",
     ]
-    for width in (40, 80, 120, 200):
-        shown = side_by_side(texts, width)
-        assert max(width_of(line) for line in shown.splitlines()) <= width
-        squeezed = "".join(shown.split()).replace("|", "")
-        assert sum(squeezed.count(letter) for letter in "两") == 20 and "ashortone" in squeezed
-    assert " | " in side_by_side(texts, 200) and " | " not in side_by_side(texts, 80)
+    for width in (40, 80, 130, 200):
+        console = Console(width=width, file=io.StringIO())
+        console.print(side_by_side([f"[red]{i}" for i in range(5)], texts))
+        shown = console.file.getvalue()
+        assert max(cell_len(line) for line in shown.splitlines()) <= width
+        assert shown.count("两") == 20 and "[bold]a short[/bold] :smile:" in shown and "[red]4" in shown
+        assert ("[red]0" in shown.splitlines()[0] and "[red]1" in shown.splitlines()[0]) == (width >= 130)
 
 
 ROW = {

@@ -4,9 +4,9 @@ python -m tools.ask runs/II-embedded-seed0 "Ann has 3 pens and buys 2 bags of 4 
 python -m tools.ask Qwen/Qwen3-1.7B-Base "What is 7 * 8?" --k 4
 """
 
-import shutil
-
 import tyro
+from rich import print
+from rich.text import Text
 from tyro.conf import Positional
 
 from config import told_in_a_sentence
@@ -40,10 +40,10 @@ def ask(
         prompt, seeds = prompt_ids(tokenizer, question, template), [request_seed(seed, "ask")]
         rollouts = sample([prompt], seeds, n=k, temperature=temperature, max_tokens=max_response_tokens)
         (group,) = read_groups(decode(rollouts, tokenizer), k, "math")
-    said = zip(group.texts, group.boxed, group.finished, strict=True)
-    texts = [f"{i}. {answer}{'' if end else ' (cut)'}\n{text}" for i, (text, answer, end) in enumerate(said, 1)]
-    print(side_by_side(texts, shutil.get_terminal_size((120, 24)).columns))
-    print(f"\nvote: {group.vote.label} ({group.vote.share:.0%} of {group.vote.answered} answers)")
+    said = enumerate(zip(group.boxed, group.finished, strict=True), 1)
+    headings = [f"{i}. {answer}{'' if finished else ' (cut)'}" for i, (answer, finished) in said]
+    print(side_by_side(headings, group.texts))
+    print(Text(f"vote: {group.vote.label} ({group.vote.share:.0%} of {group.vote.answered} answers)"))
 
 
 if __name__ == "__main__":

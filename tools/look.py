@@ -3,62 +3,49 @@
     python -m tools.look runs/II-embedded-seed0              # the last step
     python -m tools.look runs/II-embedded-seed0 --step 12
 
-rollouts.jsonl keeps one question of every step. The paper's run would write about 35 MB of it: 174 steps, 8 answers of
-up to 3,072 tokens on each of two wordings.
+rollouts.jsonl keeps one question of every step.
 """
 
-import shutil
-import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from itertools import zip_longest
 from pathlib import Path
-from unicodedata import east_asian_width
 
 import tyro
+from rich import print
+from rich.columns import Columns
+from rich.console import Group
+from rich.panel import Panel
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
 from tyro.conf import Positional
 
 from config import UserError, told_in_a_sentence
 from store.files import Row, read_rows
 
-COLUMN = 58  # characters that make a text legible
+WIDTH = 60  # characters that make a text legible
 
 
-def width_of(text: str) -> int:
-    """Columns of a terminal: Chinese and its like take two."""
-    return sum(1 + (east_asian_width(character) in "WF") for character in text)
+def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
+    """As many beside each other as the terminal has place for."""
+    said = zip(headings, texts, strict=True)
+    return Columns(
+        Panel(Text(text, overflow="fold", no_wrap=False), title=Text(heading), width=WIDTH) for heading, text in said
+    )
 
 
-def wrapped(text: str, width: int) -> list[str]:
-    narrow = width if width_of(text) == len(text) else width // 2
-    return [part for line in text.splitlines() for part in textwrap.wrap(line, narrow) or [""]]
-
-
-def side_by_side(texts: Sequence[str], width: int) -> str:
-    """As many beside each other as stay legible."""
-    count = max(1, (width + 3) // (COLUMN + 3))
-    column = (width + 3) // count - 3
-    blocks = []
-    for start in range(0, len(texts), count):
-        lines = zip_longest(*(wrapped(text, column) for text in texts[start : start + count]), fillvalue="")
-        rows = [" | ".join(part + " " * (column - width_of(part)) for part in line).rstrip() for line in lines]
-        blocks.append("\n".join(rows))
-    return "\n\n".join(blocks)
-
-
-def described(row: Row, width: int) -> str:
+def described(row: Row) -> Group:
     """One wording of the question: who voted for what, and what the policy said."""
-    lines = [f"{'=' * width}\nstep {row['step']}, question {row['id']}, wording {row['view']}, gold {row['gold']}"]
-    lines += [*wrapped(str(row["question"]), width), ""]
+    votes = Table.grid(padding=(0, 2))
     for who, answers in row["votes"].items():
-        counts = Counter("(none)" if answer is None else answer for answer in answers)
-        said = "   ".join(f"{answer} x{count}" for answer, count in counts.most_common())
-        lines += textwrap.wrap(f"{who:<14} {said}", width, subsequent_indent=" " * 15)
+        counts = Counter("(none)" if answer is None else answer for answer in answers).most_common()
+        votes.add_row(Text(who), Text("   ".join(f"{answer} x{count}" for answer, count in counts)))
     source = f", the vote of the {row['label_from']} ({row['label_share']:.0%})" if row["label_from"] else ""
-    lines.append(f"{'label':<14} {row['label']}{source}\n")
-    rollouts = zip(row["rewards"], row["answers"], row["texts"], strict=True)
-    texts = [f"{i}. reward {r:.3g}, answer {answer}\n{text}" for i, (r, answer, text) in enumerate(rollouts, 1)]
-    return "\n".join([*lines, side_by_side(texts, width)])
+    votes.add_row("label", Text(f"{row['label']}{source}"))
+    rollouts = zip(row["rewards"], row["answers"], strict=True)
+    headings = [f"{i}. reward {reward:.3g}, answer {answer}" for i, (reward, answer) in enumerate(rollouts, 1)]
+    title = f"step {row['step']}, question {row['id']}, wording {row['view']}, gold {row['gold']}"
+    return Group(Rule(Text(title)), Text(f"{row['question']}\n"), votes, "", side_by_side(headings, row["texts"]))
 
 
 def look(run: Positional[Path], step: int | None = None) -> None:
@@ -71,8 +58,7 @@ def look(run: Positional[Path], step: int | None = None) -> None:
     wanted = step if step is not None else max(steps, default=0)
     if wanted not in steps:
         raise UserError(f"{file} has steps {min(steps, default=0)} to {max(steps, default=0)}, and no {wanted}")
-    width = shutil.get_terminal_size((120, 24)).columns
-    print("\n\n".join(described(row, width) for row in rows if row["step"] == wanted))
+    print(*(described(row) for row in rows if row["step"] == wanted), sep="\n")
 
 
 if __name__ == "__main__":
