@@ -36,19 +36,19 @@ from transformers import PreTrainedTokenizerBase
 from config import UserError, flag, read_options, told_in_a_sentence
 from lm import ranks
 from lm.decoding import Sample
-from lm.engine import frozen_sampler
+from lm.engine import load_frozen, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from metrics import Clock
 from prepare import Run
-from rewards import Match, are_equal, extract_boxed, majority_vote
+from rewards import are_equal, extract_boxed, majority_vote
 from rollout import decode, request_seed
 from sources.pairs import Benchmark, Pair, load_benchmark
 from store.files import Row, fingerprint, to_lines, write_whole
 from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
 from store.results import compare, estimate, seeds, table, versions
 
-GROUPINGS = ("level", "subject", "type", "subfield", "category", "Type", "wording")  # columns to break numbers down by
+GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
 
 
 @dataclass(frozen=True)
@@ -73,13 +73,13 @@ class EvaluationSettings:
     seeds: tuple[str, ...] = ()  # instead of an evaluation: results of runs, of which those of a setting make one line
 
 
-Job = tuple[Benchmark, Sequence[tuple[int, Pair]]]  # questions of a benchmark, with their places
+Asked = Sequence[tuple[int, Pair]]  # questions of a benchmark, with their places
 
 
 def ask_questions(
     sample: Sample,
     tokenizer: PreTrainedTokenizerBase,
-    job: Job,
+    asked: Asked,
     prompts: Sequence[list[int]],
     settings: EvaluationSettings,
 ) -> list[Row]:
@@ -87,7 +87,6 @@ def ask_questions(
 
     The seeds depend on the question alone, so that two evaluations differ by the model alone.
     """
-    benchmark, asked = job
     seeds = [request_seed(settings.seed, "evaluation", place) for place, _ in asked]
     answered: list[list[Row]] = [[] for _ in asked]
     for n, temperature in ((1, 0.0), (settings.k, settings.temperature)):
@@ -96,13 +95,12 @@ def ask_questions(
         rollouts = sample(prompts, seeds, n=n, temperature=temperature, max_tokens=settings.max_response_tokens)
         responses = decode(rollouts, tokenizer)
         boxed = [extract_boxed(response.text) for response in responses]
-        read = [None if answer is None else benchmark.read(answer) for answer in boxed]
         pairs = [pair for _, pair in asked for _ in range(n)]
-        correct = are_equal([pair.gold for pair in pairs], read, benchmark.match)
+        correct = are_equal([pair.gold for pair in pairs], boxed, "math")
         for j, (pair, (text, tokens, finished)) in enumerate(zip(pairs, responses, strict=True)):
-            of = {"id": pair.id, "question": pair.question, "gold": str(pair.gold), "greedy": temperature == 0}
-            said = {"answer": read[j], "correct": correct[j], "tokens": tokens, "truncated": not finished, "text": text}
-            answered[j // n].append(of | said)
+            row = {"id": pair.id, "question": pair.question, "gold": str(pair.gold), "greedy": temperature == 0}
+            row |= {"answer": boxed[j], "correct": correct[j], "tokens": tokens, "truncated": not finished}
+            answered[j // n].append(row | {"text": text})
     return [each for group in answered for each in group]
 
 
@@ -114,13 +112,13 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
-def question_values(answered: Sequence[Row], match: Match) -> dict[str, float]:
+def question_values(answered: Sequence[Row]) -> dict[str, float]:
     """What the answers to one question, the greedy one first, add to each number."""
     greedy, *sampled = answered
     values = {"greedy": float(greedy["correct"])}
     if k := len(sampled):
         correct = sum(each["correct"] for each in sampled)
-        vote = majority_vote([each["answer"] for each in sampled], match).label
+        vote = majority_vote([each["answer"] for each in sampled], "math").label
         values[f"avg@{k}"] = correct / k
         values |= {f"pass@{2**i}": pass_at_k(k, correct, 2**i) for i in range(1, k.bit_length())}
         values[f"maj@{k}"] = float(any(each["correct"] for each in sampled if each["answer"] == vote))
@@ -144,7 +142,7 @@ def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[fl
 def result_of(benchmark: Benchmark, answered: Sequence[Row]) -> dict[str, Any]:
     """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
     n = len(answered) // len(benchmark.pairs)
-    each = [question_values(answered[i : i + n], benchmark.match) for i in range(0, len(answered), n)]
+    each = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
     values = {name: [of_one[name] for of_one in each] for name in each[0]}
     main = next((name for name in values if name.startswith("avg@")), "greedy")
     return {
@@ -157,26 +155,9 @@ def result_of(benchmark: Benchmark, answered: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def accuracies(
-    sample: Sample,
-    tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
-    prompts: Sequence[list[int]],
-    settings: EvaluationSettings,
-) -> dict[str, float]:
-    """What training logs of an evaluation: the mean accuracy of k sampled answers (avg@k), and that of a greedy one,
-    over all questions and by group of questions."""
-    answered = ask_questions(sample, tokenizer, (benchmark, list(enumerate(benchmark.pairs))), prompts, settings)
-    values: dict[str, list[float]] = result_of(benchmark, answered)["values"]
-    logged = {"eval_truncated": fmean(values["truncated"])}
-    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
-        logged[name] = fmean(each)
-        logged |= {f"{name}/{group}": fmean(part) for group, part in by_group(benchmark, each).items()}
-    return logged
-
-
 def accuracy_of(run: Run) -> dict[str, float]:
-    """Sampled and greedy accuracy of a run's policy on its benchmark, if it has one, while it trains."""
+    """What training logs of an evaluation, if the run has a benchmark: the mean accuracy of k sampled answers (avg@k)
+    and that of a greedy one, over all questions and by group of questions."""
     if run.benchmark is None:
         return {}
     sampling, clock = run.config.sampling, Clock()
@@ -186,10 +167,16 @@ def accuracy_of(run: Run) -> dict[str, float]:
         max_response_tokens=sampling.max_response_tokens,
         seed=run.config.run.seed,
     )
+    asked = list(enumerate(run.benchmark.pairs))
     with run.sampler.holding(run.policy.lm) as sample:
-        accuracy = accuracies(ranks.shared_out(sample), run.tokenizer, run.benchmark, run.eval_prompts, settings)
+        answered = ask_questions(ranks.shared_out(sample), run.tokenizer, asked, run.eval_prompts, settings)
+    values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
+    logged = {"eval_truncated": fmean(values["truncated"])}
+    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
+        logged |= {name: fmean(each)}
+        logged |= {f"{name}/{group}": fmean(part) for group, part in by_group(run.benchmark, each).items()}
     clock.lap("evaluation")
-    return accuracy | clock.seconds
+    return logged | clock.seconds
 
 
 def evaluate_model(settings: EvaluationSettings) -> Path | None:
@@ -206,16 +193,16 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     made_with = asdict(settings) | {"out": None, "questions": fingerprint([each.pairs for each in benchmarks])}
     claim(folder, made_with, folder / "result.json")
-    jobs: dict[Part, Job] = {}
+    parts: dict[str, dict[Part, Asked]] = {}
     for each in benchmarks:
         places, size = list(enumerate(each.pairs)), settings.questions_per_batch
-        batches = split(folder / f"{each.name}.parts", places, size, settings.k + 1)
-        jobs |= {part: (each, batch) for part, batch in batches.items()}
+        parts[each.name] = split(folder / f"{each.name}.parts", places, size, settings.k + 1)
+    jobs = {part: asked for of_benchmark in parts.values() for part, asked in of_benchmark.items()}
     if missing := missing_parts(list(jobs), process):
         answer({part: jobs[part] for part in missing}, settings)
     results = {}
     for each in benchmarks:
-        if (rows := read_whole(part for part, (benchmark, _) in jobs.items() if benchmark is each)) is None:
+        if (rows := read_whole(parts[each.name])) is None:
             return None
         write_whole(folder / f"{each.name}.jsonl", to_lines(rows))
         results[each.name] = result_of(each, rows)
@@ -225,25 +212,19 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
     return folder / "result.json"
 
 
-def answer(jobs: dict[Part, Job], settings: EvaluationSettings) -> None:
+def answer(jobs: dict[Part, Asked], settings: EvaluationSettings) -> None:
     """Load the model and ask for these parts."""
+    model = load_frozen(str(settings.model), settings.sampler, settings.chat_template)
     options = read_options(settings.template_options)
-
-    def prompts_of(part: Part, tokenizer: PreTrainedTokenizerBase, template: str | None) -> list[list[int]]:
-        return [prompt_ids(tokenizer, pair.question, template, **options) for _, pair in jobs[part][1]]
-
-    opened = frozen_sampler(
-        str(settings.model),
-        settings.sampler,
-        settings.chat_template,
-        lambda *how: max(len(prompt) for part in jobs for prompt in prompts_of(part, *how)),
-        settings.max_response_tokens,
-        rows=settings.questions_per_batch * max(settings.k, 1),
-    )
-    with opened as (sample, tokenizer, template):
+    prompts = {
+        part: [prompt_ids(model.tokenizer, pair.question, model.template, **options) for _, pair in asked]
+        for part, asked in jobs.items()
+    }
+    tokens = max(len(prompt) for each in prompts.values() for prompt in each) + settings.max_response_tokens
+    with sampling_from(model, tokens, rows=settings.questions_per_batch * max(settings.k, 1)) as sample:
 
         def ask(part: Part) -> list[Row]:
-            return ask_questions(sample, tokenizer, jobs[part], prompts_of(part, tokenizer, template), settings)
+            return ask_questions(sample, model.tokenizer, jobs[part], prompts[part], settings)
 
         make_parts("evaluating", list(jobs), ask, shown="correct")
 

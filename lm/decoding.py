@@ -6,7 +6,7 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from inspect import signature
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -123,19 +123,11 @@ class TransformersSampler:
     def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
         lm = whole(lm, self.compute_dtype)
 
-        def sample(
-            prompts: Sequence[list[int]],
-            seeds: Sequence[int],
-            n: int,
-            temperature: float,
-            max_tokens: int,
-            top_p: float = 1.0,
-        ) -> list[Rollout]:
+        def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
             per_call = max(1, ROWS_PER_CALL // n)
             calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
-            settings = n, temperature, max_tokens, top_p
             with autocast(lm.device, self.compute_dtype):
-                groups = [self._sample(lm, prompts[c], seeds[c], *settings) for c in calls]
+                groups = [self._sample(lm, prompts[c], seeds[c], n, **how) for c in calls]
             return [rollout for group in groups for rollout in group]
 
         with plain_attention(lm):
@@ -150,7 +142,7 @@ class TransformersSampler:
         n: int,
         temperature: float,
         max_tokens: int,
-        top_p: float,
+        top_p: float = 1.0,
     ) -> list[Rollout]:
         uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
         response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row

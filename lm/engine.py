@@ -7,9 +7,9 @@ Sampling exists only inside `holding`, so rollouts can never come from stale wei
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -21,7 +21,6 @@ from lm.prompts import prompt_ids, read_chat_template
 from lm.vllm_engine import VLLMSampler
 
 Engine = Literal["vllm", "hf"]
-FrozenModel = tuple[Sample, PreTrainedTokenizerBase, str | None]  # with the text of the chat template it is given
 
 
 def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
@@ -59,24 +58,28 @@ def open_sampler(
     return VLLMSampler(lm, eos_ids, dtype, max_sequence_tokens, rows, engine_memory)
 
 
-@contextmanager
-def frozen_sampler(
-    model: str,
-    engine: Literal["auto", "vllm", "hf"],
-    chat_template: str | None,
-    longest_prompt: Callable[[PreTrainedTokenizerBase, str | None], int],
-    max_response_tokens: int,
-    rows: int,
-) -> Iterator[FrozenModel]:
-    """A model that is only sampled from, in bfloat16 on a GPU. `longest_prompt` says, of its tokenizer and chat
-    template, how many tokens will be asked at most."""
-    device, chosen = torch.device("cuda" if torch.cuda.is_available() else "cpu"), choose_engine(engine)
+class Frozen(NamedTuple):
+    """A model that is only sampled from, in bfloat16 on a GPU; how it is asked, and by which engine."""
+
+    lm: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None  # the text of the chat template that it is given
+    engine: Engine
+
+
+def load_frozen(model: str, engine: Literal["auto", "vllm", "hf"], chat_template: str | None) -> Frozen:
+    chosen, device = choose_engine(engine), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))
     lm.to(device)  # type: ignore[arg-type]
     template = read_chat_template(chat_template) if chat_template else None
     prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
-    tokens = longest_prompt(tokenizer, template) + max_response_tokens
-    eos_ids = stop_token_ids(lm, tokenizer)
-    sampler = open_sampler(chosen, lm, eos_ids, lm.dtype, max_sequence_tokens=tokens, rows=rows)
+    return Frozen(lm, tokenizer, template, chosen)
+
+
+@contextmanager
+def sampling_from(model: Frozen, max_sequence_tokens: int, rows: int) -> Iterator[Sample]:
+    """As `open_sampler`."""
+    lm, eos_ids = model.lm, stop_token_ids(model.lm, model.tokenizer)
+    sampler = open_sampler(model.engine, lm, eos_ids, lm.dtype, max_sequence_tokens=max_sequence_tokens, rows=rows)
     with closing(sampler), sampler.holding(lm) as sample:
-        yield sample, tokenizer, template
+        yield sample

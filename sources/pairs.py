@@ -8,11 +8,11 @@ one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median_low
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from config import UserError
 from embedded.word_problems import Split, word_problems
@@ -152,8 +152,6 @@ def without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
 class Benchmark:
     name: str
     pairs: list[Pair]  # each with a gold answer
-    read: Callable[[str], str] = str.strip  # what a boxed answer says; golds have been read already
-    match: Literal["exact", "math"] = "math"  # how two read answers are compared
 
 
 def load_benchmark(
@@ -175,9 +173,9 @@ def load_benchmark(
     if not source:
         return Benchmark(Path(name).stem.replace(":", "-"), pairs)
     pairs = [
-        replace(pair, question=source.ask(pair.question, pair.meta), gold=source.read(str(pair.gold))) for pair in pairs
+        replace(pair, question=source.ask(pair.question, pair.meta), gold=source.gold(str(pair.gold))) for pair in pairs
     ]
-    return Benchmark(name, pairs, source.read, source.match)
+    return Benchmark(name, pairs)
 
 
 def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: Report) -> list[Pair]:

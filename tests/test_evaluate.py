@@ -8,8 +8,8 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import nullcontext
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,10 @@ from tiny import untrained
 import evaluate
 from config import UserError
 from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
+from lm.engine import Frozen
 from lm.packing import Rollout
-from rewards import are_equal, equivalent
-from sources.benchmarks import SOURCES, option_letter, python_literal
+from rewards import equivalent
+from sources.benchmarks import SOURCES
 from sources.pairs import Benchmark, Pair, load_benchmark
 from store.files import Row
 from store.results import compare, estimate, seeds, table
@@ -58,12 +59,11 @@ class Guesser:
     def __init__(self) -> None:
         self.requests: list[str] = []
 
-    @contextmanager
-    def opened(self, model: str, *_: Any, **__: Any) -> Iterator[Any]:
-        """In the place of `frozen_sampler`."""
+    def loaded(self, model: str, *_: Any) -> Frozen:
+        """In the place of `load_frozen`."""
         if model == "leters":
             raise UserError("no such model")
-        yield self.sample, Letters(), None
+        return Frozen(None, Letters(), None, "hf")
 
     def sample(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
@@ -81,7 +81,8 @@ class Guesser:
 @pytest.fixture
 def guesser(monkeypatch: pytest.MonkeyPatch) -> Guesser:
     guesser = Guesser()
-    monkeypatch.setattr(evaluate, "frozen_sampler", guesser.opened)
+    monkeypatch.setattr(evaluate, "load_frozen", guesser.loaded)
+    monkeypatch.setattr(evaluate, "sampling_from", lambda *_, **__: nullcontext(guesser.sample))
     return guesser
 
 
@@ -125,7 +126,7 @@ def test_majority_counts_spellings_as_rivals_or_breaks_ties_by_luck() -> None:
         samples = [answered(answer, value_of[answer] == Fraction(1, 2)) for answer in (None, *sequence)]
         given = [value_of[answer] for answer in sequence if answer is not None]
         winner = max(given, key=given.count) if given else None  # of equals, max keeps the first
-        assert question_values(samples, "math")["maj@4"] == (winner == Fraction(1, 2)), sequence
+        assert question_values(samples)["maj@4"] == (winner == Fraction(1, 2)), sequence
 
 
 def test_standard_error_is_that_of_one_sample_or_divides_by_the_wrong_count() -> None:
@@ -141,10 +142,10 @@ def test_standard_error_is_that_of_one_sample_or_divides_by_the_wrong_count() ->
 
 def test_greedy_answer_leaks_into_the_sampled_numbers() -> None:
     samples = [answered("1", True, greedy=True), answered("2", False), answered("2", False), answered(None, False)]
-    values = question_values(samples, "exact")
+    values = question_values(samples)
     assert (values["greedy"], values["avg@3"], values["maj@3"]) == (1.0, 0.0, 0.0)
     assert values["unanswered"] == values["truncated"] == pytest.approx(1 / 3)
-    assert question_values(samples[:1], "exact") == {"greedy": 1.0, "unanswered": 0.0, "truncated": 0.0, "tokens": 5.0}
+    assert question_values(samples[:1]) == {"greedy": 1.0, "unanswered": 0.0, "truncated": 0.0, "tokens": 5.0}
     assert [name for name in values if name.startswith("pass@")] == ["pass@2"]
 
 
@@ -445,8 +446,6 @@ def test_table_hides_the_error_or_a_group(tmp_path: Path, guesser: Guesser) -> N
         ("math", 5000, {0: "2", 2: "\\dfrac{9}{7}"}),
         ("olympiadbench", 675, {0: "2", 13: "$69$,$84$"}),
         ("svamp", 1000, {0: "51"}),
-        ("mmlu-pro", 12032, {0: "I"}),
-        ("crux", 800, {1: "{1: None, 2: None}"}),
     ],
 )
 def test_gold_is_a_whole_solution_or_has_lost_its_digits(name: str, count: int, golds: dict[int, str]) -> None:
@@ -457,37 +456,17 @@ def test_gold_is_a_whole_solution_or_has_lost_its_digits(name: str, count: int, 
     assert all(gold.strip() and "####" not in gold and len(gold) < 250 for gold in read)
     if name in {"gsm8k", "amc", "amc23", "aime24", "aime25", "svamp"}:
         assert all(float(gold) == int(float(gold)) for gold in read)
-    if name == "mmlu-pro":
-        assert set(read) == set("ABCDEFGHIJ")
 
 
 @needs_sets
 def test_question_lost_half_of_its_text() -> None:
-    first = {name: load_benchmark(name, str(SETS)).pairs[0].question for name in ("svamp", "mmlu-pro", "crux")}
-    assert first["svamp"].endswith("discount of 25 dollars on each pack. How much do you have to pay to buy each pack?")
-    assert "\nI. Unsafe practices, Distress, Fear, Serious\n" in first["mmlu-pro"]
-    assert "output.sort(reverse=True)" in first["crux"] and "f([1, 1, 3, 1, 3, 1])" in first["crux"]
+    first = load_benchmark("svamp", str(SETS)).pairs[0].question
+    assert first.endswith("discount of 25 dollars on each pack. How much do you have to pay to buy each pack?")
 
 
 def test_right_answers_in_a_benchmarks_own_notation_are_wrong() -> None:
     for gold, answer in (("142.0", "142"), ("$69$,$84$", "84, 69"), ("$166$", "166 \\text{ cm}^2"), ("2125", "2,125")):
         assert equivalent(gold, answer), (gold, answer)
-    letters = ["C", "(C)", "\\text{C}", "\\textbf{(C)}", "C. 5 metres", "$C$"]
-    assert [option_letter(answer) for answer in letters] == ["C"] * len(letters)
-    assert option_letter("Copper") == "Copper"
-    literals = ["{'a': 1, 'b': 2}", "\\{'b': 2, 'a': 1\\}", '{"b":2,"a":1}']
-    assert [python_literal(literal) for literal in literals] == [literals[0]] * 3
-    assert are_equal([python_literal("[1, 2]")] * 2, [python_literal("[2, 1]"), python_literal("(1, 2)")], "exact") == [
-        False,
-        False,
-    ]
-    assert python_literal("9**9**9**9") == "9**9**9**9"
-
-
-def test_what_can_be_read_but_not_printed_ends_an_evaluation() -> None:
-    """And each restart of it: a number of 20,000 hexadecimal digits is a literal, but too long to be printed."""
-    for answer in ("0x" + "f" * 20_000, "[" * 20_000, "{[]: 1}"):
-        assert python_literal(answer) == answer
 
 
 def test_every_named_benchmark_reads_its_hub_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,8 +43,8 @@ def test_the_gold_of_a_published_row_is_read_wrongly(name, golds):
     benchmark = load_benchmark(name, str(FIXTURES))
     assert [pair.gold for pair in benchmark.pairs] == golds
     said = {"\\frac{1}{8}": "1/8", "\\text{east}": "east", "76^\\circ": "76", "6250": "6,250"}
-    read = [benchmark.read(said.get(gold, gold)) for gold in golds]
-    assert are_equal(golds, read, benchmark.match) == [True] * len(golds)
+    read = [said.get(gold, gold) for gold in golds]
+    assert are_equal(golds, read, "math") == [True] * len(golds)
 
 
 def test_a_story_of_svamp_loses_its_full_stop_or_gets_a_second_one():

@@ -20,6 +20,7 @@ from tiny import untrained
 from config import UserError
 from data import load_pairs
 from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
+from lm.engine import Frozen
 from lm.model import load_pretrained, stop_token_ids
 from rewards import Response
 from rollout import request_seed
@@ -157,16 +158,20 @@ class Scripted:
     def __init__(self, say):
         self.say, self.asked = say, []
 
-    def replies(self, _, prompts, n, **how):
-        self.asked += [(*key[1:], n) for key in prompts]
-        texts = [self.say(bytes(prompt).decode(), key, g) for key, prompt in prompts.items() for g in range(n)]
+    def sample(self, prompts, seeds, n, **how):
+        """Seeds are keys here, and what it samples are replies."""
+        self.asked += [(*key[1:], n) for key in seeds]
+        asked = zip(prompts, seeds, strict=True)
+        texts = [self.say(bytes(prompt).decode(), key, g) for prompt, key in asked for g in range(n)]
         return [text if isinstance(text, Response) else Reply(text, finished=True) for text in texts]
 
 
 def use(monkeypatch, model: Scripted) -> None:
-    monkeypatch.setattr(rephrase, "frozen_sampler", lambda *_: nullcontext((None, None, None)))
+    monkeypatch.setattr(rephrase, "load_frozen", lambda *_: Frozen(None, None, None, "hf"))
+    monkeypatch.setattr(rephrase, "sampling_from", lambda *_: nullcontext(model.sample))
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
-    monkeypatch.setattr(rephrase, "replies", model.replies)
+    monkeypatch.setattr(rephrase, "request_seed", lambda *key: key)
+    monkeypatch.setattr(rephrase, "decode", lambda said, _: said)
     monkeypatch.setattr(rephrase, "instruction_ids", lambda tokenizer, text, chat_template: list(text.encode()))
 
 
@@ -273,14 +278,15 @@ STUB = """
 import os, random, sys, time
 from contextlib import nullcontext
 sys.path[:0] = [{root!r}]
+from lm.engine import Frozen
 from rewards import Response
 from tools import rephrase
 
-def replies(model, prompts, n, **how):
+def sample(prompts, keys, n, **how):
     time.sleep({seconds})
     with open({log!r}, "a") as log:
-        log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in prompts)
-    asked = [(bytes(prompt).decode(), f"{{key}} {{g}}") for key, prompt in prompts.items() for g in range(n)]
+        log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in keys)
+    asked = [(bytes(prompt).decode(), f"{{key}} {{g}}") for prompt, key in zip(prompts, keys) for g in range(n)]
     return [reply(question, random.Random(seed)) for question, seed in asked]
 
 def reply(question, rng):
@@ -288,8 +294,9 @@ def reply(question, rng):
     text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
     return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
-rephrase.frozen_sampler = lambda *_: nullcontext((None, None, None))
-rephrase.longest_prompt, rephrase.replies = lambda *_: 100, replies
+rephrase.load_frozen = lambda *_: Frozen(None, None, None, "hf")
+rephrase.sampling_from = lambda *_: nullcontext(sample)
+rephrase.longest_prompt, rephrase.request_seed, rephrase.decode = lambda *_: 100, lambda *key: key, lambda said, _: said
 rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
 rephrase.main()
 """

@@ -10,7 +10,7 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from config import told_in_a_sentence
-from lm.engine import frozen_sampler
+from lm.engine import load_frozen, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from rewards import read_groups
@@ -28,18 +28,12 @@ def ask(
     seed: int = 0,
 ) -> None:
     """Of a run, a folder or a hub name."""
-    opened = frozen_sampler(
-        newest_policy(model),
-        "auto",
-        chat_template,
-        lambda tokenizer, template: len(prompt_ids(tokenizer, question, template)),
-        max_response_tokens,
-        rows=k,
-    )
-    with opened as (sample, tokenizer, template):
-        prompt, seeds = prompt_ids(tokenizer, question, template), [request_seed(seed, "ask")]
+    asked = load_frozen(newest_policy(model), "auto", chat_template)
+    prompt = prompt_ids(asked.tokenizer, question, asked.template)
+    with sampling_from(asked, len(prompt) + max_response_tokens, rows=k) as sample:
+        seeds = [request_seed(seed, "ask")]
         rollouts = sample([prompt], seeds, n=k, temperature=temperature, max_tokens=max_response_tokens)
-        (group,) = read_groups(decode(rollouts, tokenizer), k, "math")
+    (group,) = read_groups(decode(rollouts, asked.tokenizer), k, "math")
     said = enumerate(zip(group.boxed, group.finished, strict=True), 1)
     headings = [f"{i}. {answer}{'' if finished else ' (cut)'}" for i, (answer, finished) in said]
     print(side_by_side(headings, group.texts))

@@ -13,7 +13,7 @@ stopped and whatever the number of processes. When OUT has been put together, OU
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,8 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import told_in_a_sentence
-from lm.engine import FrozenModel, frozen_sampler
+from lm.decoding import Sample
+from lm.engine import Frozen, load_frozen, sampling_from
 from lm.model import newest_policy
 from lm.prompts import chat_ids
 from rewards import Response
@@ -90,13 +91,6 @@ def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerB
     return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
 
-def replies(model: FrozenModel, prompts: Mapping[Any, list[int]], **how: Any) -> list[Response]:
-    """n replies a prompt, contiguous. A prompt's key is what its seed is derived from; `how` goes to the sampler."""
-    sample, tokenizer, _ = model
-    seeds = [request_seed(*key) for key in prompts]
-    return decode(sample(list(prompts.values()), seeds, **how), tokenizer) if prompts else []
-
-
 def read_reply(reply: Response) -> tuple[str, str | None]:
     """The rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
@@ -123,9 +117,9 @@ def as_row(pair: Pair) -> Row:
     return own | {name: value for name, value in pair.meta.items() if name not in own}
 
 
-def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: FrozenModel) -> list[Row]:
+def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Frozen, sample: Sample) -> list[Row]:
     """A row for each pair, with a rephrasing where there is one by now."""
-    _, tokenizer, template = model
+    tokenizer, template = model.tokenizer, model.template
     rows, longest = {pair.id: as_row(pair) for pair in pairs}, longest_prompt(settings, tokenizer, template)
     prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
     for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
@@ -134,8 +128,8 @@ def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Fr
     how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_response_tokens}
     for attempt in range(settings.attempts):
         missing, n = list(prompts), 2**attempt
-        asked = {(settings.seed, "rewrite", name, attempt): prompt for name, prompt in prompts.items()}
-        said = replies(model, asked, n=n, **how)
+        seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
+        said = decode(sample(list(prompts.values()), seeds, n=n, **how), tokenizer) if missing else []
         for i, name in enumerate(missing):
             rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
             if rows[name]["rephrased"]:
@@ -162,9 +156,11 @@ def rephrase(settings: RephrasingSettings) -> None:
     claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
     parts = split(folder, pairs, size)
     if missing := missing_parts(list(parts), process):
-        how = settings.sampler, settings.chat_template, partial(longest_prompt, settings)
-        with frozen_sampler(settings.model, *how, settings.max_response_tokens, size) as model:
-            make_parts("rephrasing", missing, lambda part: rewrite_batch(settings, parts[part], model), "rephrased")
+        model = load_frozen(settings.model, settings.sampler, settings.chat_template)
+        tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
+        with sampling_from(model, tokens, size) as sample:
+            rewrite = partial(rewrite_batch, settings, model=model, sample=sample)
+            make_parts("rephrasing", missing, lambda part: rewrite(parts[part]), "rephrased")
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
         write_whole(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
