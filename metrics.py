@@ -101,33 +101,28 @@ def by_view(variant: Variant, items: Sequence[Item]) -> dict[View, Sequence[Item
 def label_records(step: int, variant: Variant, questions: Sequence[PromptedPair], groups: Sequence[Group]) -> list[Row]:
     """Of each label by a vote: whether it is equivalent to the gold answer, where there is one (a missing label is
     not), and whether the policy's own vote on the same view agrees (under plain majority it does)."""
-    records: list[Row] = []
-    for view, of_view in by_view(variant, groups).items():
-        for question, group in zip(questions, of_view, strict=True):
-            record = {"step": step, "id": question.pair.id, "view": view, "label": group.label}
-            record |= {"share": group.label_share, "agrees": group.vote.label == group.label}
-            if group.label_vote is not None:
-                records.append(record | {"gold": question.pair.gold})
-    right = are_equal([record["gold"] for record in records], [record["label"] for record in records], "math")
-    known = [record.pop("gold") is not None for record in records]
-    return [
-        record | ({"right": is_right} if is_known else {})
-        for record, is_right, is_known in zip(records, right, known, strict=True)
-    ]
+    of_views = by_view(variant, groups).items()
+    asked = [(view, q.pair, group) for view, of_view in of_views for q, group in zip(questions, of_view, strict=True)]
+    voted = [(view, pair, group) for view, pair, group in asked if group.label_vote is not None]
+    right = are_equal([pair.gold for _, pair, _ in voted], [group.label for _, _, group in voted], "math")
+    records = []
+    for (view, pair, group), is_right in zip(voted, right, strict=True):
+        record = {"step": step, "id": pair.id, "view": view, "label": group.label, "share": group.label_share}
+        record |= {"agrees": group.vote.label == group.label}
+        records.append(record | ({} if pair.gold is None else {"right": is_right}))
+    return records
 
 
 def label_metrics(labels: Sequence[Row]) -> dict[str, float]:
     """label_accuracy: share of labels that are right, of those whose gold answer is known. label_agreement: with the
     policy's own vote on the same view."""
     views = dict.fromkeys(label["view"] for label in labels)
-    parts = {"": labels} | {f"/{view}": [label for label in labels if label["view"] == view] for view in views}
-    right = {
-        f"label_accuracy{suffix}": [label["right"] for label in part if "right" in label]
-        for suffix, part in parts.items()
-        if not suffix or len(views) > 1
-    }
-    right["label_agreement"] = [label["agrees"] for label in labels]
-    return {key: fmean(part) for key, part in right.items() if part}
+    known = [label for label in labels if "right" in label]
+    shares = {"label_agreement": [label["agrees"] for label in labels]}
+    shares["label_accuracy"] = [label["right"] for label in known]
+    for view in views if len(views) > 1 else ():
+        shares[f"label_accuracy/{view}"] = [label["right"] for label in known if label["view"] == view]
+    return {key: fmean(part) for key, part in shares.items() if part}
 
 
 def gold_metrics(
@@ -159,22 +154,10 @@ def readable_sample(
     votes = {f"{who} on {view}": said[0].boxed for (who, view), said in voted.items()}
     for view, (group, *_) in by_view(variant, groups).items():
         voter, voted_view = variant.label_of.get(view, (None, None))
-        sample.append(
-            {
-                "step": step,
-                "id": question.id,
-                "view": view,
-                "question": question.wording(view),
-                "gold": question.gold,
-                "label": group.label,
-                "label_from": f"{voter} on {voted_view}" if voter else None,
-                "label_share": group.label_share,
-                "votes": votes,
-                "answers": group.boxed,
-                "rewards": rewards_of[view][0],
-                "texts": group.texts,
-            }
-        )
+        row = {"step": step, "id": question.id, "view": view, "question": question.wording(view), "gold": question.gold}
+        row |= {"label": group.label, "label_from": f"{voter} on {voted_view}" if voter else None}
+        row |= {"label_share": group.label_share, "votes": votes, "answers": group.boxed}
+        sample.append(row | {"rewards": rewards_of[view][0], "texts": group.texts})
     return sample
 
 

@@ -18,6 +18,7 @@ from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_toke
 from lm.prompts import read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, on_views
+from sources.files import Columns
 from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 from store import checkpoint
 from store.files import fingerprint
@@ -102,23 +103,16 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
 
 def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
     """Training questions, what was wrong with them, and the benchmark."""
-    report = Report()
-    pairs = load_pairs(
-        str(config.data.source),
-        question=config.data.question_column,
-        rephrased=config.data.rephrased_column,
-        answer=config.data.answer_column,
-        keep_bad_rewrites=config.data.keep_bad_rewrites,
-        report=report,
-    )
+    data, report = config.data, Report()
+    columns = Columns(data.question_column, data.rephrased_column, data.answer_column)._asdict()
+    pairs = load_pairs(str(data.source), **columns, keep_bad_rewrites=data.keep_bad_rewrites, report=report)
 
     def benchmark(name: str) -> Benchmark:
-        data = config.data
         return load_benchmark(name, data.data_dir, data.eval_question_column, data.eval_answer_column)
 
-    if config.data.decontaminate:
-        pairs = without_overlap(pairs, [benchmark(name) for name in config.data.decontaminate], report)
-    return pairs, report, benchmark(config.data.eval_data) if config.data.eval_data else None
+    if data.decontaminate:
+        pairs = without_overlap(pairs, [benchmark(name) for name in data.decontaminate], report)
+    return pairs, report, benchmark(data.eval_data) if data.eval_data else None
 
 
 def to_questions(

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import UserError
+from config import UserError, flag
 from store.files import Row, read_rows
 
 PANELS = {
@@ -28,7 +28,6 @@ WINDOW = 5  # steps that a line is smoothed over; those of evaluations are not
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
 WITHOUT_EFFECT = ("run", "memory")  # groups of settings that change no curve but by chance: the seed is in `run`
-SHORT = {"source": "data", "name": "model"}  # of settings whose names in config.json say little
 
 
 def settings_of_run(folder: Path) -> dict[str, str]:
@@ -37,7 +36,7 @@ def settings_of_run(folder: Path) -> dict[str, str]:
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         kept = [settings for group, settings in groups.items() if group not in WITHOUT_EFFECT]
-        return {SHORT.get(name, name): str(value) for settings in kept for name, value in settings.items()}
+        return {flag(name): str(value) for settings in kept for name, value in settings.items()}
     except (OSError, ValueError, AttributeError) as problem:
         raise UserError(f"{file} is missing or damaged ({problem}): repair it, or leave the run out") from problem
 
@@ -48,12 +47,12 @@ def by_settings(runs: Sequence[Path]) -> dict[str, list[int]]:
     for i, folder in enumerate(runs):
         groups.setdefault(tuple(settings_of_run(folder).items()), []).append(i)
     every = [dict(settings) for settings in groups]
-    names = dict.fromkeys(name for settings in every for name in settings if name != "variant")
+    names = dict.fromkeys(name for settings in every for name in settings if name != "--variant")
     differing = [name for name in names if len({settings.get(name) for settings in every}) > 1]
 
     def label(settings: dict[str, str]) -> str:
-        others = (f"{name.replace('_', ' ')} {settings.get(name)}" for name in differing)
-        return ", ".join([settings.get("variant", "run"), *others])
+        others = (f"{name} {settings.get(name)}" for name in differing)
+        return " ".join([settings.get("--variant", "run"), *others])
 
     return {label(dict(settings)): places for settings, places in groups.items()}
 

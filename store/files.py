@@ -39,14 +39,10 @@ def read_rows(path: Path) -> list[Row]:
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as problem:
-            raise UserError(
-                f"{path}, line {number} is damaged ({problem}): repair it or move the file away"
-            ) from problem
-        if not isinstance(row, dict):
-            raise UserError(f"{path}, line {number} is no JSON object: repair it or move the file away")
-        rows.append(row)
+            rows.append({**json.loads(line)})
+        except (ValueError, TypeError, RecursionError) as problem:
+            complaint = f"{path}, line {number} is damaged ({problem})"
+            raise UserError(f"{complaint}: repair it or move the file away") from problem
     return rows
 
 

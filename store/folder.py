@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -69,11 +69,9 @@ def new_folder(config: Config) -> Path:
     parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
     for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
         folder = Path("runs", "-".join(parts) + suffix)
-        try:
+        with suppress(FileExistsError):
             folder.mkdir(parents=True)  # of two runs that start at once, one makes it
             return folder
-        except FileExistsError:
-            continue
     raise UserError("runs/ is full of runs of this name: name another folder with --out")
 
 

@@ -32,9 +32,9 @@ def test_seeds_of_one_method_become_one_line_whatever_their_folders_are_called(t
         write_run(tmp_path / "gt", step, variant="gt"),
     ]
     assert {label: len(runs) for label, runs in histories_by_settings(folders).items()} == {
-        "II, lr 0.001": 2,
-        "II, lr 0.0001": 1,
-        "gt, lr 0.001": 1,
+        "II --lr 0.001": 2,
+        "II --lr 0.0001": 1,
+        "gt --lr 0.001": 1,
     }
     assert list(histories_by_settings([folders[0], folders[3]])) == ["II", "gt"], "what does not differ needs no words"
 
