@@ -1,7 +1,4 @@
-"""Curves of one run or a comparison of several, from metrics.jsonl to a PNG.
-
-Runs whose settings differ only in their seed are drawn as one line, their mean, inside a band from lowest to highest.
-"""
+"""Curves of one run or a comparison of several, from metrics.jsonl to a PNG."""
 
 import json
 from collections import defaultdict

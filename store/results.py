@@ -36,8 +36,9 @@ def versions() -> dict[str, str]:
     return found
 
 
-def estimate(values: Sequence[float]) -> Estimate:
-    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+def estimate(values: Sequence[float], of_mean: bool = True) -> Estimate:
+    """Their mean with its standard error, or with their standard deviation."""
+    error = stdev(values) / (math.sqrt(len(values)) if of_mean else 1) if len(values) > 1 else None
     return {"value": fmean(values), "error": error, "questions": len(values)}
 
 
@@ -116,14 +117,12 @@ def seeds(paths: Sequence[str]) -> str:
         for label, places in groups.items():
             of_seeds = [measured[i] for i in places if measured[i]]
             spread = {name: [numbers[name]["value"] for numbers in of_seeds if name in numbers] for name in names}
-            cells = [written(over_seeds(values), name) if values else "-" for name, values in spread.items()]
+            cells = [
+                written(estimate(values, of_mean=False), name) if values else "-" for name, values in spread.items()
+            ]
             rows.append([label, str(len(of_seeds)), *cells])
         lines.append(in_columns(rows))
     return "\n\n".join([*lines, "in percent, ± the standard deviation over seeds; tokens a response"])
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    return {"value": fmean(values), "error": stdev(values) if len(values) > 1 else None}
 
 
 def run_of(result: dict[str, Any], path: str) -> Path:
