@@ -66,15 +66,15 @@ class Group:
     tokens: list[int]
     finished: list[bool]
     vote: Vote  # of these rollouts themselves, and of those beside them that only vote
-    match: Match  # how an answer is compared with the label
+    match: Match  # how answers are compared with each other and with the label
     label: str | None = None  # from the vote or the gold answer that the variant's row names
-    label_share: float = 0.0  # that the label has in the vote which gave it; 1 for a gold answer, 0 without a label
+    label_share: float = 0.0  # of the commonest answer in the vote that labels; 1 for a gold answer, 0 without a label
     label_vote: Vote | None = None  # that gave the label; None for a gold answer, and without a label
     means: dict[str, list[float]] = field(default_factory=dict)  # of lm.scoring.TokenStats, if the row asks for them
 
 
 def read_groups(responses: Sequence[Response], votes: int, match: Match, kept: int | None = None) -> list[Group]:
-    """Q groups of Q * V responses, groups contiguous: answers are read, and every group of V = `votes` votes (Eqs.
+    """Q groups from Q * V responses, groups contiguous: answers are read, and every group of V = `votes` votes (Eqs.
     7-10). The first G = `kept` of each are those of the group (None: all)."""
     groups = []
     for start in range(0, len(responses), votes):
@@ -201,7 +201,7 @@ def label_groups(
     variant: Variant, voted: Mapping[tuple[Voter, View], Sequence[Group]], golds: Sequence[str | None]
 ) -> list[Group]:
     """The policy's groups by view, then by question, each with the label that the row names: the one place where a
-    label comes from. A gold answer becomes one where the row says so alone, and is compared as mathematics."""
+    label comes from. A gold answer becomes one only where the row says so, and is compared as mathematics."""
     labelled = []
     for view in variant.policy_views:
         voter, voted_view = variant.label_of.get(view, (None, view))

@@ -4,7 +4,7 @@
     python train.py --variant I --model Qwen3-8B-Base --data math
     torchrun --nproc-per-node 4 --shutdown-timeout 900 train.py --variant I --model Qwen3-8B-Base --data math
 
-A view is a wording of a question: x as written, x' rephrased. Every variant is a row of `rewards.VARIANTS`:
+A view is a wording of a question: x as written, x' rephrased. The paper's variants are rows of `rewards.VARIANTS`:
 
            policy answers   teacher answers   labels of x, of x'              KL term to
     I      x, x'            -                 policy's vote on x', on x       initial policy
@@ -20,8 +20,8 @@ One step of any of them:
     5. one optimizer step on the clipped surrogate plus KL to the reference           (Eqs. 4-6)
 
 What differs from the paper's equations and from the authors' code is said at the head of grpo.py, rewards.py and
-teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group), N = views x Q x G rollouts of the
-policy, always in this order: by view, by question, then those of a group.
+teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group; with --votes V of them vote, and the
+first G are trained on), N = views x Q x G rollouts of the policy, always by view, by question, then those of a group.
 """
 
 from config import Config, UserError, parse, told_in_a_sentence
@@ -66,7 +66,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     config, method, row, clock = run.config, run.config.method, run.variant, metrics.Clock()
     G, V = config.sampling.rollouts, config.votes  # V answers to a question vote, the first G of them are trained on
     questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
-    golds = [question.pair.gold for question in questions]  # in no prompt: they label `gt`, and measure the others
+    golds = [question.pair.gold for question in questions]  # in no prompt: only where the row says so a label
 
     # 1. The policy answers every question V times, in the row's views: {(who, view): Q * V rollouts}, on all ranks.
     said = ask(run.sampler, run.policy, "policy", row.policy_views, questions, step, config)
@@ -93,7 +93,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     advantages = group_advantages(torch.tensor(rewards).flatten(), G).to(run.device)  # (r - mean) / (std + 1e-6)
     clock.lap("reward")
 
-    # 5. One optimizer step on Eq. 4's loss, the mean over each view's tokens; M on a part each.           Eqs. 4-6
+    # 5. One optimizer step on Eq. 4's loss; with --mini-batches several, each on a part of the questions. Eqs. 4-6
     measured = learn(run, step, rollouts, advantages, clock)
 
     labels = ranks.on_first(lambda: metrics.label_records(step, row, questions, groups))
@@ -109,24 +109,24 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
 def learn(
     run: Run, step: int, rollouts: list[Rollout], advantages: torch.Tensor, clock: metrics.Clock
 ) -> dict[str, float]:
-    """M optimizer steps (`--mini-batches`, 1) on -min(c A, clip(c) A) + beta k3(policy, anchor), each on its share of
-    the questions (Eqs. 4-6). The ratio c to the policy that has answered is 1 on the first of them, and needs no pass
-    where there is one; the anchor is the initial policy, or the teacher as it answered."""
+    """M optimizer steps (`--mini-batches`, 1) on -min(c A, clip(c) A) + beta k3(policy, anchor), each on its part of
+    the questions (Eqs. 4-6). c is the ratio to the policy that has answered, whose log-probs take a pass of their own
+    if M > 1, and else are those at hand (c = 1). The anchor is the initial policy, or the teacher as it answered."""
     row, settings, sampling = run.variant, run.config.optimisation, run.config.sampling
     anchor = {"init": run.initial, "ema": run.teacher}[row.kl_reference] if row.kl_coef else None
     views, G, M = len(row.policy_views), sampling.rollouts, settings.mini_batches
     parts = mini_batches(len(rollouts) // views // G, G, views, M)
     trained = [with_gradient(part, None if anchor else advantages.tolist()) for part in parts]
-    shares = [micro_batches(rollouts, settings.tokens_per_micro_batch, run.device, rows) for rows in trained]
-    anchors = [score(anchor, share, sampling.temperature) if anchor else None for share in shares]
-    old = [score(run.policy, share, sampling.temperature) if M > 1 else None for share in shares]
+    batches = [micro_batches(rollouts, settings.tokens_per_micro_batch, run.device, of_part) for of_part in trained]
+    anchors = [score(anchor, each, sampling.temperature) if anchor else None for each in batches]
+    old = [score(run.policy, each, sampling.temperature) if M > 1 else None for each in batches]
     clock.lap("reference")
     counts = denominators(run.config.method.loss_agg, rollouts, list(chain(*parts)), sampling.max_response_tokens)
     policy, optimizer, counts = run.policy, run.optimizer, counts.to(run.device)
     rate = learning_rate(step, run.total_steps, settings)
     measured = [
-        optimizer_step(policy, optimizer, share, advantages, of_anchor, counts, row.kl_coef, rate, run.config, of_old)
-        for share, of_anchor, of_old in zip(shares, anchors, old, strict=True)
+        optimizer_step(policy, optimizer, each, advantages, of_anchor, counts, row.kl_coef, rate, run.config, of_old)
+        for each, of_anchor, of_old in zip(batches, anchors, old, strict=True)
     ]
     clock.lap("update")
     return {name: fmean(of_step[name] for of_step in measured) for name in measured[0]}
@@ -140,10 +140,10 @@ def read_logits(run: Run, groups: list[Group], rollouts: list[Rollout]) -> list[
 
 
 def with_gradient(part: list[range], advantages: list[float] | None) -> list[int]:
-    """Which rollouts of a mini-batch have a gradient: without a KL term those whose advantage is not 0 (given, or None:
-    all). One stays in any case: AdamW must see a gradient of 0, not none."""
-    rows = [row for of_view in part for row in of_view]
-    return rows if advantages is None else [row for row in rows if advantages[row]] or rows[:1]
+    """Which rollouts of a mini-batch have a gradient: all with a KL term (no `advantages` given), else those whose
+    advantage is not 0. If none has, the first stays: AdamW must see a gradient of 0, not none."""
+    places = [place for of_view in part for place in of_view]
+    return places if advantages is None else [place for place in places if advantages[place]] or places[:1]
 
 
 SKIPPED_AT_MOST = 9  # steps in a row without a finite gradient
@@ -190,7 +190,7 @@ def loop(run: Run, first_step: int, watch: ranks.Watch) -> None:
             bar.set_postfix(log.headline())
             for warning in log.warnings(metrics.signs(log.history, first=step == first_step)):
                 bar.write(f"step {step}: {warning}", file=sys.stderr)
-        skipped = skipped + 1 if seen["skipped_steps"] else 0
+        skipped = skipped + 1 if seen["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > SKIPPED_AT_MOST:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done, stop_signal = step + 1, int(ranks.largest(watch.signal))

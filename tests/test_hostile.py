@@ -149,6 +149,18 @@ def test_a_run_that_skips_every_step_ends_with_exit_code_0(tmp_path, monkeypatch
     assert len(metrics_of(tmp_path / "run")) == 10
 
 
+def test_one_mini_batch_without_a_gradient_counts_as_a_step_without_one(tmp_path, monkeypatch):
+    advantages = train.group_advantages
+
+    def half_broken(*how: Any) -> torch.Tensor:
+        whole = advantages(*how)
+        return whole * torch.where(torch.arange(len(whole)) < len(whole) // 2, float("inf"), 1.0)
+
+    monkeypatch.setattr(train, "group_advantages", half_broken)
+    run = train.train(small(tmp_path / "run", "--steps", "12", "--mini-batches", "2"))
+    assert [row["skipped_steps"] for row in metrics_of(run)] == [0.5] * 12
+
+
 def test_a_skipped_step_is_only_a_number(tmp_path, monkeypatch, capsys):
     """It is said once, and two of them do not end the run."""
     diverge(monkeypatch, lambda step: step in (1, 3))
