@@ -69,7 +69,7 @@ class Group:
     match: Match  # how answers are compared with each other and with the label
     label: str | None = None  # from the vote or the gold answer that the variant's row names
     label_share: float = 0.0  # of the commonest answer in the vote that labels; 1 for a gold answer, 0 without a label
-    label_vote: Vote | None = None  # that gave the label; None for a gold answer, and without a label
+    label_vote: Vote | None = None  # that the label was taken from; None for a gold answer, and without one
     means: dict[str, list[float]] = field(default_factory=dict)  # of lm.scoring.TokenStats, if the row asks for them
 
 
@@ -113,8 +113,8 @@ def classes(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str
 
 
 def shares(group: Group, vote: Vote) -> list[float]:
-    """Of each rollout, the share of the vote's rollouts that gave its answer: in its own vote (`group.vote`) or in the
-    one that labels it (`group.label_vote`). 0 without an answer."""
+    """Of each rollout, the share of all rollouts of the vote, those without an answer included, that gave its answer: in
+    its own vote (`group.vote`) or in the one that labels it (`group.label_vote`). 0 without an answer."""
     of_rollouts = classes(vote, group.boxed, group.match)
     return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in of_rollouts]
 
@@ -133,7 +133,7 @@ def negative_entropy(groups: Sequence[Group]) -> list[list[float]]:
 
 
 def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
-    """Intuitor (arXiv 2505.19590): the mean over response tokens of KL(uniform || policy) + log V, which is
+    """Intuitor (arXiv 2505.19590): the mean over response tokens of KL(uniform || policy) + log |vocabulary|, which is
     logsumexp(z) - mean(z) of the logits z; the constant vanishes among rewards of a group."""
     return [group.means["self_certainty"] for group in groups]
 
@@ -149,7 +149,7 @@ class Variant:
     kl_coef: float
     reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
     reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
-    elect: Callable[[Group], str | None] | None = None  # chooses the label, instead of the most frequent answer
+    elect: Callable[[Group], str | None] | None = None  # the label of the policy's group, instead of the commonest
     gold_where_known: bool = False  # semi-supervised: a gold answer takes the vote's place where the question has one
 
     def __post_init__(self) -> None:
@@ -173,7 +173,7 @@ class Variant:
 
     @property
     def is_baseline(self) -> bool:
-        """Each view that the policy answers is labelled by itself, if at all: no teacher, and no other view."""
+        """No teacher answers, and each view is labelled by itself (or by gold), if at all."""
         return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
 
 

@@ -13,15 +13,15 @@ A view is a wording of a question: x as written, x' rephrased. The paper's varia
 
 One step of any of them:
 
-    1. the policy answers every question G times, in the row's views
+    1. the policy answers every question V times, in the row's views (V = G unless --votes asks for more)
     2. the teacher, if there is one, moves towards that policy and answers too       (Eq. 11)
     3. majority votes become pseudo-labels, each for the view that the row says       (Eqs. 7-10)
     4. rewards compare answers with pseudo-labels, advantages compare rewards         (Eq. 3)
     5. one optimizer step on the clipped surrogate plus KL to the reference           (Eqs. 4-6)
 
 What differs from the paper's equations and from the authors' code is said at the head of grpo.py, rewards.py and
-teacher.py. Shapes: Q questions a step, G rollouts a question and view (a group; with --votes V of them vote, and the
-first G are trained on), N = views x Q x G rollouts of the policy, always by view, by question, then those of a group.
+teacher.py. Shapes: Q questions a step, V >= G rollouts a question and view, which all vote; the first G of them
+are the group that is trained on; N = views x Q x G rollouts of the policy, by view, by question, then those of a group.
 """
 
 from config import Config, UserError, parse, told_in_a_sentence
