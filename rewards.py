@@ -113,8 +113,8 @@ def classes(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str
 
 
 def shares(group: Group, vote: Vote) -> list[float]:
-    """Of each rollout, the share of all rollouts of the vote, those without an answer included, that gave its answer: in
-    its own vote (`group.vote`) or in the one that labels it (`group.label_vote`). 0 without an answer."""
+    """Of each rollout, the share of all rollouts of the vote, those without an answer included, that gave its answer:
+    in its own vote (`group.vote`) or in the one that labels it (`group.label_vote`). 0 without an answer."""
     of_rollouts = classes(vote, group.boxed, group.match)
     return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in of_rollouts]
 
