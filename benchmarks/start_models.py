@@ -182,12 +182,12 @@ def warm_up(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, student: St
         optimizer.zero_grad()
 
 
-def make(name: str, folder: Path) -> None:
+def make(name: str, folder: Path, seed: int = 0) -> None:
     """The start model of this name in Hugging Face format."""
     torch.set_num_threads(1)  # sums depend on how many threads share them, and the model must not
     tokenizer = train_tokenizer()
-    lm = new_model(tokenizer, seed=0)
-    warm_up(lm, tokenizer, STUDENTS[name], seed=0)
+    lm = new_model(tokenizer, seed)
+    warm_up(lm, tokenizer, STUDENTS[name], seed)
     lm.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -198,9 +198,9 @@ def largest_gap(one: Path, other: Path) -> float:
     return max(float((weight - second[name]).abs().max()) for name, weight in first.items())
 
 
-def main(out: Positional[Path], names: tuple[str, ...] = tuple(STUDENTS)) -> None:
+def main(out: Positional[Path], names: tuple[str, ...] = tuple(STUDENTS), seed: int = 0) -> None:
     for name in names:
-        make(name, out / name)
+        make(name, out / name, seed)
         print(f"{out / name}: weights differ by {largest_gap(out / name, Path(resolve(name))):.2g} at most")
 
 

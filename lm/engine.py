@@ -68,6 +68,7 @@ class Frozen(NamedTuple):
 
 
 def load_frozen(model: str, engine: Literal["auto", "vllm", "hf"], chat_template: str | None) -> Frozen:
+    """What --model, --sampler and --chat-template name; says in one line which engine it is."""
     chosen, device = choose_engine(engine), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))
     lm.to(device)  # type: ignore[arg-type]

@@ -15,7 +15,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +31,7 @@ from rollout import decode, request_seed
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from sources.pairs import Pair, Report, load_pairs
 from store.files import Row, fingerprint, to_lines, write_whole
-from store.parts import claim, make_parts, missing_parts, read_whole, split, stand_alone
+from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -159,8 +158,11 @@ def rephrase(settings: RephrasingSettings) -> None:
         model = load_frozen(settings.model, settings.sampler, settings.chat_template)
         tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
         with sampling_from(model, tokens, size) as sample:
-            rewrite = partial(rewrite_batch, settings, model=model, sample=sample)
-            make_parts("rephrasing", missing, lambda part: rewrite(parts[part]), "rephrased")
+
+            def rewrite(part: Part) -> list[Row]:
+                return rewrite_batch(settings, parts[part], model, sample)
+
+            make_parts("rephrasing", missing, rewrite, shown="rephrased")
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
         write_whole(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
