@@ -71,7 +71,7 @@ class Method:
 @dataclass(frozen=True)
 class Data:
     # file or folder of questions, or a published set: math, dapo, open-rs, amc
-    source: Annotated[str | None, arg(name="data")] = None
+    source: Annotated[str, arg(name="data")] = "math"
     question_column: str = "question"  # in a file of one's own
     rephrased_column: str = "rephrased"  # another wording with the same answer: for variants I and III
     answer_column: str = "answer"  # gold answers: for metrics, and for the reward of variant gt alone
@@ -260,8 +260,6 @@ def validated(config: Config, default: Config) -> Config:
     if optimisation.mini_batches > data.questions_per_step:
         few = f"--questions-per-step {data.questions_per_step}"
         raise UserError(f"--mini-batches {optimisation.mini_batches} of {few}: raise that over it, steps differ by one")
-    if data.source is None:
-        raise UserError("--data is missing: a file of questions, a folder, or math, dapo, open-rs, amc")
     if config.model.name is None:
         if data.source != EMBEDDED.data.source:
             raise UserError(f"--data {data.source} without --model: name one, or --model embedded for the built-in toy")

@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, UserError, flag, read_options
+from config import EMBEDDED_MODELS, Config, Data, UserError, flag, read_options
 from data import PromptedPair, prompt_pairs, steps_per_epoch
 from grpo import build_optimizer
 from lm import ranks
@@ -105,7 +105,9 @@ def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
     """Training questions, what was wrong with them, and the benchmark."""
     data, report = config.data, Report()
     columns = Columns(data.question_column, data.rephrased_column, data.answer_column)._asdict()
-    pairs = load_pairs(str(data.source), **columns, keep_bad_rewrites=data.keep_bad_rewrites, report=report)
+    if data.source == Data().source:
+        print(f"data: {data.source} (the default for real models; --data names another)")
+    pairs = load_pairs(data.source, **columns, keep_bad_rewrites=data.keep_bad_rewrites, report=report)
 
     def benchmark(name: str) -> Benchmark:
         return load_benchmark(name, data.data_dir, data.eval_question_column, data.eval_answer_column)

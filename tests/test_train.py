@@ -216,7 +216,6 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
     [
         (["--variant", "IV"], "--variant IV is not known: choose from I, II, III"),
         (["--variant", "II", "--views", "both"], "--views both is for baselines"),
-        (["--model", "Qwen3-8B-Base"], "--data is missing"),
         (["--rollouts", "1"], "--rollouts 1 must be at least 2: an advantage compares rollouts"),
         (["--temperature", "0"], "--temperature 0.0 must be 0.01 to 100"),
         (["--ema-start", "1.5"], "--ema-start 1.5 must be 0 to 1"),

@@ -33,7 +33,7 @@ TRAIN = {
     "no number": ("--lr much", "much"),
     "an unknown variant": ("--variant IV", "--variant IV is not known: choose from I, II, III"),
     "views of a variant that fixes its own": ("--variant II --views both", "--views both is for baselines"),
-    "a real model without questions": ("--model Qwen3-8B-Base", "--data is missing"),
+    "a real model where its default questions are not": ("--model Qwen3-8B-Base", "or give its path"),
     "questions without a model": ("--data questions.jsonl", "without --model: name one"),
     "a model that is no name": ("--model nonsense --data questions.jsonl", "neither a folder nor a hub name"),
     "a model folder without a model": ("--model empty --data questions.jsonl", "no config.json"),
@@ -188,7 +188,7 @@ CURES = {
     "--mini-batches 3": ("raise that over it", "--mini-batches 3 --questions-per-step 4"),
     "--resume auto": ("with --out runs/NAME", "--resume auto --out runs/mine"),
     "--temperature 0": ("must be 0.01 to 100", "--temperature 0.01"),
-    "--model model": ("--data is missing: a file of questions", "--model model --data questions.jsonl"),
+    "--model model": ("or give its path", "--model model --data questions.jsonl"),
     "--model empty --data questions.jsonl": (
         "give one written by save_pretrained",
         "--model model --data questions.jsonl",
