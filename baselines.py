@@ -1,12 +1,12 @@
 """Label-free rewards of other papers, as rows beside those of rewards.py: one loop, one recipe, other rewards.
 
-p_i is the share of rollout i's answer among all rollouts of a vote, those without an answer included (`shares`).
+p_i is the share of rollout i's answer among all rollouts of a vote, those without an answer included (`vote_shares`).
 
     random          1 or 0 by a coin                                          Spurious Rewards, arXiv 2506.10947
     format          1 where an answer is boxed                                the same
     soft-majority   p_i; 0 without an answer                                  the vote's whole distribution
     empo            p_i; 1/V without an answer, a class of its own            EMPO, arXiv 2504.05812
-    scrl            +1, -1 or 0, see `selective`                              SCRL, arXiv 2603.19880
+    scrl            +1, -1 or 0, see `scrl_reward`                            SCRL, arXiv 2603.19880
     soft-I          p_i in the vote on the other wording                      Co-rewarding-I, with soft labels
     soft-II         p_i in the teacher's vote                                 Co-rewarding-II, with soft labels
     self-harmony    agreement with `harmonic_winner`                          Self-Harmony, arXiv 2511.01191
@@ -18,38 +18,41 @@ each, the flags that come nearest to its published recipe, what then still diffe
 """
 
 import random
-from collections.abc import Sequence
+from collections import defaultdict
 from statistics import fmean
 
-from rewards import BOTH, VARIANTS, Group, Variant, X, classes, shares
+from rewards import BOTH, VARIANTS, Group, Variant, X, match_to_vote, vote_shares
 
 
-def coin(groups: Sequence[Group]) -> list[list[float]]:
-    """1 or 0, each as often. Thrown by what the whole group says, so that every rank and every resumed run throws the
-    same, while the same text beside other texts is paid by chance again."""
-    coins = [random.Random("\0".join(group.texts)) for group in groups]
-    return [[float(c.random() < 0.5) for _ in group.texts] for c, group in zip(coins, groups, strict=True)]
+def random_reward(group: Group) -> list[float]:
+    """Pay 1 or 0 by a fair coin.
+
+    All texts of the group seed the coin: every rank and every resumed run toss alike, and one text gets another reward
+    beside other texts.
+    """
+    coin = random.Random("\0".join(rollout.text for rollout in group.rollouts))
+    return [float(coin.random() < 0.5) for _ in group.rollouts]
 
 
-def has_answer(groups: Sequence[Group]) -> list[list[float]]:
-    return [[float(answer is not None) for answer in group.boxed] for group in groups]
+def format_reward(group: Group) -> list[float]:
+    """Pay 1 for a boxed answer, else 0."""
+    return [float(answer is not None) for answer in group.answers]
 
 
-def soft_majority(groups: Sequence[Group]) -> list[list[float]]:
-    return [shares(group, group.vote) for group in groups]
+def soft_majority(group: Group) -> list[float]:
+    """Pay p_i in the group's own vote."""
+    return vote_shares(group, group.vote)
 
 
-def semantic_share(groups: Sequence[Group]) -> list[list[float]]:
-    """EMPO: minus semantic entropy is the mean of log p; its reward is p, the share of one's own class of meaning."""
-    return [
-        [share if answer is not None else 1 / group.vote.rollouts for share, answer in zip(p, group.boxed, strict=True)]
-        for group, p in zip(groups, soft_majority(groups), strict=True)
-    ]
+def empo_reward(group: Group) -> list[float]:
+    """Pay p_i, the share of one's own class of meaning: minus semantic entropy is the mean of log p (EMPO)."""
+    shares = zip(soft_majority(group), group.answers, strict=True)
+    return [share if answer is not None else 1 / group.vote.rollouts for share, answer in shares]
 
 
-def soft_label(groups: Sequence[Group]) -> list[list[float]]:
-    """The labelling vote's whole distribution instead of its winner."""
-    return [shares(group, group.label_vote) if group.label_vote else [0.0] * len(group.boxed) for group in groups]
+def soft_label(group: Group) -> list[float]:
+    """Pay p_i in the vote that labels the group, instead of agreement with its winner."""
+    return vote_shares(group, group.label_vote) if group.label_vote else [0.0] * len(group.rollouts)
 
 
 # SCRL's thresholds: what a majority must have, what it must be ahead by, and below what an answer is rare.
@@ -57,39 +60,49 @@ MAJORITY, MARGIN, RARE = 0.5, 0.15, 0.15
 
 
 def clear_winner(group: Group) -> str | None:
-    """SCRL: the most frequent answer if half of all rollouts gave it, and clearly more than gave the next one."""
-    of_answers = [count / group.vote.rollouts for count in group.vote.counts.values()]
-    first, second, *_ = [*sorted(of_answers, reverse=True), 0.0, 0.0]
+    """Return the most frequent answer if half of all rollouts gave it, clearly more than gave the next one (SCRL)."""
+    shares = sorted((count / group.vote.rollouts for count in group.vote.counts.values()), reverse=True)
+    first, second, *_ = [*shares, 0.0, 0.0]
     return group.vote.label if first >= MAJORITY and first - second > MARGIN else None
 
 
-def selective(groups: Sequence[Group]) -> list[list[float]]:
-    """SCRL: +1 for `clear_winner`; -1 without an answer, or for one that is rare and whose rollouts are less certain
-    than the group's mean; else 0."""
+def scrl_reward(group: Group) -> list[float]:
+    """Pay 1 for `clear_winner`; -1 for no answer, or for a rare and uncertain one; else 0 (SCRL).
+
+    An answer is uncertain if its rollouts have at least the group's mean entropy.
+    """
+    names = match_to_vote(group.vote, group.answers, group.match)
+    entropies: dict[str | None, list[float]] = defaultdict(list)
+    for name, rollout in zip(names, group.rollouts, strict=True):
+        entropies[name].append(rollout.token_stats["entropy"])
+    group_mean = fmean(rollout.token_stats["entropy"] for rollout in group.rollouts)
+    uncertain = {name for name, values in entropies.items() if fmean(values) >= group_mean}
+    rare = {name for name, count in group.vote.counts.items() if count / group.vote.rollouts < RARE}
+    winner = clear_winner(group)
     rewards = []
-    for group in groups:
-        entropy, named = group.means["entropy"], classes(group.vote, group.boxed, group.match)
-        winner, of_group = clear_winner(group), fmean(entropy)
-        rare = {name for name, count in group.vote.counts.items() if count / group.vote.rollouts < RARE}
-        of_class = {name: fmean(h for h, n in zip(entropy, named, strict=True) if n == name) for name in named}
-        rewards.append(
-            [
-                -1.0 if name is None else 1.0 if name == winner else -float(name in rare and of_class[name] >= of_group)
-                for name in named
-            ]
-        )
+    for name in names:
+        if name is None:
+            rewards.append(-1.0)
+        elif name == winner:
+            rewards.append(1.0)
+        else:
+            rewards.append(-float(name in rare and name in uncertain))
     return rewards
 
 
 def harmonic_winner(group: Group) -> str | None:
-    """Self-Harmony: of the answers to either wording that with the highest harmonic mean of its two counts, n m / (n +
-    m); of equals, for example where no answer was given to both, the most frequent one."""
-    own, other = group.vote.counts, group.label_vote
-    if other is None:
+    """Return the answer with the highest harmonic mean n m / (n + m) of its counts n, m in two votes (Self-Harmony).
+
+    The votes are the group's own and the one on the other wording. Of equals, for example where no answer was given to
+    both, the most frequent one wins.
+    """
+    if group.label_vote is None:
         return None
-    named = dict(zip(own, classes(other, list(own), group.match), strict=True))
-    counts = {answer: (n, other.counts.get(str(named[answer]), 0)) for answer, n in own.items()}
-    counts |= {answer: (0, m) for answer, m in other.counts.items() if answer not in named.values()}
+    own = group.vote.counts
+    other = group.label_vote.counts
+    names = dict(zip(own, match_to_vote(group.label_vote, list(own), group.match), strict=True))
+    counts = {answer: (n, other.get(str(names[answer]), 0)) for answer, n in own.items()}
+    counts |= {answer: (0, m) for answer, m in other.items() if answer not in names.values()}
     scores = {answer: (n * m / (n + m), n + m) for answer, (n, m) in counts.items()}
     return max(scores, key=scores.__getitem__, default=None)
 
@@ -98,16 +111,16 @@ CROSSED = VARIANTS["I"].label_of
 
 # fmt: off
 BASELINES: dict[str, Variant] = {
-    "random":        Variant(X,    (), {}, "init", 0.005, coin),
-    "format":        Variant(X,    (), {}, "init", 0.005, has_answer),
+    "random":        Variant(X,    (), {}, "init", 0.005, random_reward),
+    "format":        Variant(X,    (), {}, "init", 0.005, format_reward),
     "soft-majority": Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, soft_majority),
-    "empo":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, semantic_share),
-    "scrl":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, selective, reward_reads_logits=True,
-                             elect=clear_winner),
+    "empo":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, empo_reward),
+    "scrl":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, scrl_reward, needs_token_stats=True,
+                             select_label=clear_winner),
     "soft-I":        Variant(BOTH, (), CROSSED,                 "init", 0.005, soft_label),
     "soft-II":       Variant(X,    X,  {"x": ("teacher", "x")}, "ema",  0.001, soft_label),
-    "self-harmony":  Variant(BOTH, (), CROSSED,                 "init", 0.005, elect=harmonic_winner),
-    "semi":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, gold_where_known=True),
+    "self-harmony":  Variant(BOTH, (), CROSSED,                 "init", 0.005, select_label=harmonic_winner),
+    "semi":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, semi_supervised=True),
     "ttrl":          VARIANTS["majority"],
     "intuitor":      VARIANTS["self-certainty"],
     "rent":          VARIANTS["entropy"],

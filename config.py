@@ -1,6 +1,6 @@
 """Every setting of a training run, one line each; defaults are the paper's (arXiv 2508.00410, Table 5).
 
-Without --model the embedded task runs, on defaults of its own (EMBEDDED): a model of 0.2M parameters wants other ones.
+Without --model the embedded task runs, with EMBEDDED_DEFAULTS: a model of 0.2M parameters wants other ones.
 """
 
 import argparse
@@ -27,7 +27,7 @@ class UserError(ValueError):
 
 
 @contextmanager
-def told_in_a_sentence(when_stopped: str = "stopped") -> Iterator[None]:
+def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
     """What every command does with what a person has caused: bad input and a full disk end it with exit code 2, Ctrl-C
     with 130, each in one line."""
     try:
@@ -169,7 +169,7 @@ class Config:
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
 
 
-EMBEDDED = Config(
+EMBEDDED_DEFAULTS = Config(
     data=Data(
         source="embedded",
         eval_data="embedded:held-out",
@@ -185,7 +185,7 @@ EMBEDDED = Config(
 
 
 # The lowest and the highest value of each number, and what is wrong with others.
-LIMITS: dict[str, tuple[float, float, str]] = {
+RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("questions_per_step", "max_prompt_tokens", "max_response_tokens"), (1, 10**9, "")),
     **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs", "mini_batches"), (1, 10**9, "")),
     **dict.fromkeys(("save_every", "keep", "keep_every", "eval_every"), (0, 10**9, "0 switches it off")),
@@ -215,22 +215,22 @@ def parse(arguments: list[str] | None = None) -> Config:
     early.add_argument("--model")
     defaults_of, _ = early.parse_known_args(given)
     if known.config:
-        default = settings_in(known.config)
+        default = load_config(known.config)
         default = replace(default, run=replace(default.run, out=None, resume=None))
     elif (resume := defaults_of.resume) and str(resume) != "auto":
-        default = settings_in(resume / ("trainer.json" if (resume / "trainer.json").is_file() else "config.json"))
+        default = load_config(resume / ("trainer.json" if (resume / "trainer.json").is_file() else "config.json"))
         default = replace(default, run=replace(default.run, out=None))
     else:
-        default = EMBEDDED if defaults_of.model in (None, *EMBEDDED_MODELS) else Config()
+        default = EMBEDDED_DEFAULTS if defaults_of.model in (None, *EMBEDDED_MODELS) else Config()
     about = (
         "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
     )
     about += "with --model NAME those of real models, with --config FILE those of another run's config.json."
     how = (tyro.conf.FlagCreatePairsOff,)
-    return validated(tyro.cli(Config, args=given, default=default, description=about, config=how), default)
+    return validate(tyro.cli(Config, args=given, default=default, description=about, config=how), default)
 
 
-def settings_in(file: Path) -> Config:
+def load_config(file: Path) -> Config:
     """Of a run's config.json, or of a checkpoint's trainer.json."""
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
@@ -242,15 +242,15 @@ def settings_in(file: Path) -> Config:
         raise UserError(f"{file} holds no settings of a run of this version ({problem})") from problem
 
 
-def validated(config: Config, default: Config) -> Config:
+def validate(config: Config, default: Config) -> Config:
     """The settings, refused before anything is loaded if they could only fail or mislead later."""
     data, optimisation = config.data, config.optimisation
     values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
-    for name, (lowest, highest, why) in LIMITS.items():
+    for name, (lowest, highest, why) in RANGES.items():
         value = values[name]
         if value is not None and not (isinstance(value, int | float) and lowest <= value <= highest):
             range_of = f"must be at least {lowest}" if highest >= 10**6 else f"must be {lowest} to {highest}"
-            raise UserError(f"{flag(name)} {value} {range_of}{': ' if why else ''}{why}")
+            raise UserError(f"{flag_name(name)} {value} {range_of}{': ' if why else ''}{why}")
     if optimisation.epochs is not None:
         if optimisation.steps not in (None, default.optimisation.steps):
             raise UserError("--steps and --epochs say the same thing twice: give one of them")
@@ -261,19 +261,19 @@ def validated(config: Config, default: Config) -> Config:
         few = f"--questions-per-step {data.questions_per_step}"
         raise UserError(f"--mini-batches {optimisation.mini_batches} of {few}: raise that over it, steps differ by one")
     if config.model.name is None:
-        if data.source != EMBEDDED.data.source:
+        if data.source != EMBEDDED_DEFAULTS.data.source:
             raise UserError(f"--data {data.source} without --model: name one, or --model embedded for the built-in toy")
         config = replace(config, model=replace(config.model, name="embedded"))
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
-    read_options(config.model.template_options)
+    parse_template_options(config.model.template_options)
     for name, package in {"tensorboard": "tensorboard", "wandb": "wandb"}.items():
         if values[name] and find_spec(package) is None:
-            raise UserError(f"{flag(name)}: pip install {package}, it is not installed")
+            raise UserError(f"{flag_name(name)}: pip install {package}, it is not installed")
     return config
 
 
-def read_options(template_options: str) -> dict[str, Any]:
+def parse_template_options(template_options: str) -> dict[str, Any]:
     """What the chat template gets."""
     try:
         return dict(json.loads(template_options))
@@ -281,6 +281,6 @@ def read_options(template_options: str) -> dict[str, Any]:
         raise UserError(f"--template-options {template_options} is no JSON object") from None
 
 
-def flag(name: str) -> str:
+def flag_name(name: str) -> str:
     """Of a setting."""
     return "--" + {"source": "data", "name": "model"}.get(name, name).replace("_", "-")

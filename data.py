@@ -4,49 +4,42 @@ python data.py math                                             # what is in a s
 python data.py mine.jsonl --question-column problem --pairs 20
 """
 
-from __future__ import annotations
-
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TypeVar
 
 import tyro
 from tyro.conf import Positional
 
-from config import told_in_a_sentence
-from lm.prompts import prompt_ids
+from config import exit_on_user_error
 from sources.files import Columns
 from sources.pairs import Pair as Pair
 from sources.pairs import Report, min_median_max
 from sources.pairs import load_pairs as load_pairs
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class PromptedPair:
+    """A pair with the tokens of its prompts."""
+
     pair: Pair
     prompts: dict[str, list[int]]  # view, x or x' -> token ids
 
 
-def prompt_pairs(
+def tokenize_pairs(
     pairs: list[Pair],
-    tokenizer: PreTrainedTokenizerBase,
+    encode: Callable[[str], list[int]],
     max_prompt_tokens: int,
-    *,
     views: Sequence[str] = ("x",),
     needs_gold: bool = False,
-    chat_template: str | None = None,
-    template_options: Mapping[str, Any] | None = None,
     report: Report | None = None,
 ) -> list[PromptedPair]:
-    """The pairs that a run on these views can use, with their prompts.
+    """Turn the pairs that a run on these views can use into prompts; `encode` makes a question's tokens.
 
     Raises:
         UserError: no pair can be used, or the chat template cannot.
@@ -59,11 +52,7 @@ def prompt_pairs(
         labelled = [pair for pair in pairs if pair.gold]
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
         pairs = report.usable(labelled, pairs, "no gold", cure)
-    prompted = []
-    for pair in pairs:
-        how = template_options or {}
-        ids = {view: prompt_ids(tokenizer, str(pair.wording(view)), chat_template, **how) for view in views}
-        prompted.append(PromptedPair(pair, ids))
+    prompted = [PromptedPair(pair, {view: encode(str(pair.wording(view))) for view in views}) for pair in pairs]
     report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
     fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
     lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())
@@ -76,7 +65,7 @@ def prompt_pairs(
 
 @lru_cache(maxsize=4)
 def epoch_order(questions: int, seed: int, epoch: int) -> tuple[int, ...]:
-    """A permutation of range(questions): question i goes where the hash of (seed, epoch, i) puts it.
+    """Permute range(questions): question i goes where the hash of (seed, epoch, i) puts it.
 
     A hash, because neither numpy nor `random` promises the same shuffle in its next version.
     """
@@ -85,14 +74,17 @@ def epoch_order(questions: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(questions: int, per_step: int) -> int:
+    """Return how many steps ask every question once."""
     return math.ceil(questions / per_step)
 
 
 def questions_of_step(questions: Sequence[T], per_step: int, seed: int, step: int) -> list[T]:
-    """Those that step 0, 1, ... asks: each exactly once an epoch, in steps that differ in size by at most one."""
-    count, steps = len(questions), steps_per_epoch(len(questions), per_step)
+    """Return the questions of step 0, 1, ...: each once an epoch, in steps that differ in size by at most one."""
+    count = len(questions)
+    steps = steps_per_epoch(count, per_step)
     epoch, k = divmod(step, steps)
-    return [questions[i] for i in epoch_order(count, seed, epoch)[k * count // steps : (k + 1) * count // steps]]
+    order = epoch_order(count, seed, epoch)
+    return [questions[i] for i in order[k * count // steps : (k + 1) * count // steps]]
 
 
 # ---------------------------------------------------------------- command line
@@ -107,7 +99,8 @@ def show(
     pairs: int = 3,
 ) -> None:
     """Print what is in a set: rows and faults, gold answers, a few pairs."""
-    report, columns = Report(), Columns(question_column, rephrased_column, answer_column)
+    report = Report()
+    columns = Columns(question_column, rephrased_column, answer_column)
     loaded = load_pairs(source, **columns._asdict(), keep_bad_rewrites=keep_bad_rewrites, report=report)
     print(report)
     print(f"  with a gold answer  {sum(pair.gold is not None for pair in loaded):,}")
@@ -116,5 +109,5 @@ def show(
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_user_error():
         tyro.cli(show, description=__doc__)

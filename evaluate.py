@@ -26,6 +26,7 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -33,19 +34,15 @@ from typing import Any, Literal
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, flag, read_options, told_in_a_sentence
-from lm import ranks
-from lm.decoding import Sample
-from lm.engine import load_frozen, sampling_from
+from config import UserError, exit_on_user_error, flag_name, parse_template_options
+from lm.decoding import Capacity, Sample, request_seed
+from lm.engine import load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
-from metrics import Clock
-from prepare import Run
-from rewards import are_equal, extract_boxed, majority_vote
-from rollout import decode, request_seed
+from rewards import majority_vote, matches, read_answers
 from sources.pairs import Benchmark, Pair, load_benchmark
-from store.files import Row, fingerprint, to_lines, write_whole
-from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
+from store.jsonl import Record, fingerprint, to_lines, write_atomic
+from store.parts import Part, claim, leave_torchrun, make_parts, missing_parts, read_whole, split
 from store.results import compare, estimate, seeds, table, versions
 
 GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
@@ -82,25 +79,24 @@ def ask_questions(
     asked: Asked,
     prompts: Sequence[list[int]],
     settings: EvaluationSettings,
-) -> list[Row]:
+) -> list[Record]:
     """The greedy and then the k sampled answers to each question, question by question: lines of BENCHMARK.jsonl.
 
     The seeds depend on the question alone, so that two evaluations differ by the model alone.
     """
     seeds = [request_seed(settings.seed, "evaluation", place) for place, _ in asked]
-    answered: list[list[Row]] = [[] for _ in asked]
+    answered: list[list[Record]] = [[] for _ in asked]
     for n, temperature in ((1, 0.0), (settings.k, settings.temperature)):
         if n == 0:
             continue
         rollouts = sample(prompts, seeds, n=n, temperature=temperature, max_tokens=settings.max_response_tokens)
-        responses = decode(rollouts, tokenizer)
-        boxed = [extract_boxed(response.text) for response in responses]
-        pairs = [pair for _, pair in asked for _ in range(n)]
-        correct = are_equal([pair.gold for pair in pairs], boxed, "math")
-        for j, (pair, (text, tokens, finished)) in enumerate(zip(pairs, responses, strict=True)):
+        read_answers(rollouts, tokenizer)
+        pairs = list(chain.from_iterable(repeat(pair, n) for _, pair in asked))
+        correct = matches([pair.gold for pair in pairs], [rollout.answer for rollout in rollouts], "math")
+        for j, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True)):
             row = {"id": pair.id, "question": pair.question, "gold": str(pair.gold), "greedy": temperature == 0}
-            row |= {"answer": boxed[j], "correct": correct[j], "tokens": tokens, "truncated": not finished}
-            answered[j // n].append(row | {"text": text})
+            row |= {"answer": rollout.answer, "correct": correct[j], "tokens": len(rollout.response_ids)}
+            answered[j // n].append(row | {"truncated": not rollout.finished, "text": rollout.text})
     return [each for group in answered for each in group]
 
 
@@ -112,7 +108,7 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
     return 1 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
-def question_values(answered: Sequence[Row]) -> dict[str, float]:
+def question_values(answered: Sequence[Record]) -> dict[str, float]:
     """What the answers to one question, the greedy one first, add to each number."""
     greedy, *sampled = answered
     values = {"greedy": float(greedy["correct"])}
@@ -139,7 +135,7 @@ def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[fl
     return dict(sorted(groups.items()))
 
 
-def result_of(benchmark: Benchmark, answered: Sequence[Row]) -> dict[str, Any]:
+def result_of(benchmark: Benchmark, answered: Sequence[Record]) -> dict[str, Any]:
     """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
     n = len(answered) // len(benchmark.pairs)
     each = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
@@ -155,37 +151,13 @@ def result_of(benchmark: Benchmark, answered: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def accuracy_of(run: Run) -> dict[str, float]:
-    """What training logs of an evaluation, if the run has a benchmark: the mean accuracy of k sampled answers (avg@k)
-    and that of a greedy one, over all questions and by group of questions."""
-    if run.benchmark is None:
-        return {}
-    sampling, clock = run.config.sampling, Clock()
-    settings = EvaluationSettings(
-        k=run.config.data.eval_samples,
-        temperature=sampling.temperature,
-        max_response_tokens=sampling.max_response_tokens,
-        seed=run.config.run.seed,
-    )
-    asked = list(enumerate(run.benchmark.pairs))
-    with run.sampler.holding(run.policy.lm) as sample:
-        answered = ask_questions(ranks.shared_out(sample), run.tokenizer, asked, run.eval_prompts, settings)
-    values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
-    logged = {"eval_truncated": fmean(values["truncated"])}
-    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
-        logged |= {name: fmean(each)}
-        logged |= {f"{name}/{group}": fmean(part) for group, part in by_group(run.benchmark, each).items()}
-    clock.lap("evaluation")
-    return logged | clock.seconds
-
-
 def evaluate_model(settings: EvaluationSettings) -> Path | None:
     """Ask, score, show; returns the path of result.json, or None where other processes are still making their parts.
 
     Raises:
         UserError: a benchmark, the model or the folder cannot be used.
     """
-    process, folder = stand_alone(), Path(str(settings.out))
+    process, folder = leave_torchrun(), Path(str(settings.out))
     columns = {"question_column": settings.question_column, "answer_column": settings.answer_column}
     loaded = [load_benchmark(name, **columns) for name in settings.benchmarks]
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in loaded]
@@ -204,26 +176,27 @@ def evaluate_model(settings: EvaluationSettings) -> Path | None:
     for each in benchmarks:
         if (rows := read_whole(parts[each.name])) is None:
             return None
-        write_whole(folder / f"{each.name}.jsonl", to_lines(rows))
+        write_atomic(folder / f"{each.name}.jsonl", to_lines(rows))
         results[each.name] = result_of(each, rows)
     result = {"settings": made_with, "versions": versions(), "benchmarks": results}
-    write_whole(folder / "result.json", json.dumps(result, indent=2) + "\n")
+    write_atomic(folder / "result.json", json.dumps(result, indent=2) + "\n")
     print(table(results), f"kept in {folder / 'result.json'}", sep="\n")
     return folder / "result.json"
 
 
 def answer(jobs: dict[Part, Asked], settings: EvaluationSettings) -> None:
     """Load the model and ask for these parts."""
-    model = load_frozen(str(settings.model), settings.sampler, settings.chat_template)
-    options = read_options(settings.template_options)
+    model = load_inference_model(str(settings.model), settings.sampler, settings.chat_template)
+    options = parse_template_options(settings.template_options)
     prompts = {
         part: [prompt_ids(model.tokenizer, pair.question, model.template, **options) for _, pair in asked]
         for part, asked in jobs.items()
     }
     tokens = max(len(prompt) for each in prompts.values() for prompt in each) + settings.max_response_tokens
-    with sampling_from(model, tokens, rows=settings.questions_per_batch * max(settings.k, 1)) as sample:
+    capacity = Capacity(tokens, sequences=settings.questions_per_batch * max(settings.k, 1))
+    with sampling_from(model, capacity) as sample:
 
-        def ask(part: Part) -> list[Row]:
+        def ask(part: Part) -> list[Record]:
             return ask_questions(sample, model.tokenizer, jobs[part], prompts[part], settings)
 
         make_parts("evaluating", list(jobs), ask, shown="correct")
@@ -237,8 +210,8 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
         raise UserError(f"--temperature {settings.temperature} must be over 0; the greedy answer is extra")
     for name, least in {"k": 0, "max_response_tokens": 1, "questions_per_batch": 1, "limit": 1}.items():
         if (given := getattr(settings, name)) is not None and given < least:
-            raise UserError(f"{flag(name)} {given} must be at least {least}")
-    read_options(settings.template_options)
+            raise UserError(f"{flag_name(name)} {given} must be at least {least}")
+    parse_template_options(settings.template_options)
     model = newest_policy(settings.model)
     name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
     return replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))
@@ -246,7 +219,7 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
 
 def main() -> None:
     settings = tyro.cli(EvaluationSettings, description=__doc__)
-    with told_in_a_sentence("stopped; the same command goes on from the answers kept so far"):
+    with exit_on_user_error("stopped; the same command goes on from the answers kept so far"):
         if settings.compare:
             print(compare(*settings.compare))
         elif settings.seeds:

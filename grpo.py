@@ -14,25 +14,39 @@ Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T respo
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from config import Config, Method, Optimisation
-from lm import ranks
-from lm.packing import MicroBatch, Rollout
+from config import Config, Method
+from lm import distributed
+from lm.packing import MicroBatch
+from lm.record import Rollout
 from lm.scoring import PackedLM, TokenStats
+from rewards import Group, rollouts_of
 
 Aggregation = Literal["token", "sequence", "dr-grpo"]
 
+# ---------------------------------------------------------------- advantages, Eq. 3
+
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Advantage [N] of each rollout within its group of `group_size` (Eq. 3); groups are contiguous.
+    """Compute the advantage of each rollout within its group (Eq. 3).
 
     The standard deviation is the unbiased one (n-1), as in the authors' code. A group whose rewards are all equal
     teaches nothing: its advantages are exactly 0, whatever rounding leaves of its mean.
+
+    Args:
+        rewards: [N], groups of `group_size` contiguous.
+
+    Returns:
+        [N]
+
+    Raises:
+        ValueError: the rewards are not whole groups.
     """
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(f"{tuple(rewards.shape)} rewards are not whole groups of {group_size}")
@@ -44,15 +58,27 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True
     return centred.masked_fill(all_equal, 0.0).flatten()
 
 
-def k3(logp: Tensor, ref_logp: Tensor, cap: float = 0.0) -> Tensor:
-    """Estimate of KL(policy || reference) per sampled token (Eq. 5), never negative; shape of its input.
+def assign_advantages(groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> None:
+    """Give each rollout its reward, and its advantage within its group; `rewards` has G numbers for each group."""
+    flat = list(chain.from_iterable(rewards))
+    advantages = group_advantages(torch.tensor(flat), group_size=len(rewards[0])).tolist()
+    for rollout, reward, advantage in zip(rollouts_of(groups), flat, advantages, strict=True):
+        rollout.reward = reward
+        rollout.advantage = advantage
 
-    With a `cap` it is at most that, and a token beyond it has no gradient: the authors' 10 leaves d in [-11.0, 2.61].
+
+# ---------------------------------------------------------------- the loss of a token, Eqs. 4 and 5
+
+
+def k3(logp: Tensor, ref_logp: Tensor, cap: float = 0.0) -> Tensor:
+    """Estimate KL(policy || reference) for each sampled token (Eq. 5): never negative, in the shape of its input.
+
+    With a `cap` it is at most that, and a token beyond has no gradient: the authors' 10 leaves d in [-11.0, 2.61].
     """
     d = ref_logp - logp
     if not cap:
         return torch.expm1(d) - d
-    d = d.clamp(max=2 * cap)  # or exp overflows, and its gradient times 0 is no number
+    d = d.clamp(max=2 * cap)  # or exp overflows, and its gradient times 0 is not a number
     return (torch.expm1(d) - d).clamp(max=cap)
 
 
@@ -65,10 +91,16 @@ def policy_loss(
     weights: Tensor | None = None,
     clip_high: float | None = None,
 ) -> Tensor:
-    """Clipped surrogate per token [B, T], to be minimised (Eq. 4 without its KL term); 0 where `mask` is 0.
+    """Compute the clipped surrogate of each token, to be minimised (Eq. 4 without its KL term).
 
-    advantages is [B], everything else [B, T]. `weights` (detached) multiplies each token's term. `clip_high` bounds the
-    ratio above 1 where it differs from the bound below (DAPO, arXiv 2503.14476).
+    Args:
+        logp, old_logp, mask: [B, T]
+        advantages: [B]
+        weights: [B, T], detached; multiplies each token's term.
+        clip_high: bounds the ratio above 1 where it differs from the bound below (DAPO, arXiv 2503.14476).
+
+    Returns:
+        [B, T], 0 where `mask` is 0.
     """
     ratio = torch.exp(logp - old_logp)
     gain = advantages[:, None] * ratio
@@ -80,119 +112,121 @@ def policy_loss(
 
 
 def truncated_importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """min(pi(y_t) / pi_sampler(y_t), cap), detached, shape of its input: the sampler computes in other kernels, often
-    in a lower precision, so its rollouts come from a slightly different distribution than the one being trained."""
+    """Compute min(pi(y_t) / pi_sampler(y_t), cap), detached, in the shape of its input.
+
+    The sampler computes in other kernels, often in a lower precision: its rollouts come from a slightly different
+    distribution than the one that is trained.
+    """
     return torch.exp(logp.detach() - sampler_logp).clamp(max=cap)
 
 
-def mini_batches(questions: int, group_size: int, views: int, count: int) -> list[list[range]]:
-    """Which rollouts [N] each of `count` optimizer steps is on: the same questions in all views, a range in each."""
-    size, cuts = questions * group_size, [group_size * (questions * m // count) for m in range(count + 1)]
-    return [[range(v * size + cuts[m], v * size + cuts[m + 1]) for v in range(views)] for m in range(count)]
+def token_loss(logp: Tensor, old_logp: Tensor, batch: MicroBatch, kl_coef: float, method: Method) -> Tensor:
+    """Compute Eq. 4 for each token [B, T]; a batch without log-probs of a reference has no KL term."""
+    weights = None
+    if method.tis_cap:
+        weights = truncated_importance_weight(old_logp, batch.sampler_logp, method.tis_cap)
+    loss = policy_loss(logp, old_logp, batch.advantages, batch.mask, method.clip, weights, method.clip_high)
+    if batch.reference_logp is not None:
+        loss = loss + kl_coef * k3(logp, batch.reference_logp, method.kl_cap)
+    return loss
 
 
-def denominators(how: Aggregation, rollouts: Sequence[Rollout], parts: Sequence[range], max_tokens: int) -> Tensor:
-    """What `aggregate` divides each rollout by [N]: a count of its whole part, a view's share in an optimizer step. It
-    is known before the first backward pass, so that the gradient does not depend on how a step is cut into
-    micro-batches or spread over processes. The views' means are added (Eq. 6)."""
-    counts = torch.zeros(len(rollouts))
-    for part in parts:
-        tokens = sum(len(rollouts[row].response_ids) for row in part)
-        of_part = {"token": max(tokens, 1), "sequence": len(part), "dr-grpo": len(part) * max_tokens}[how]
-        counts[part.start : part.stop] = of_part
-    return counts
+# ---------------------------------------------------------------- from tokens to the loss of a step, Eq. 6
+
+
+def split_mini_batches(groups: Sequence[Group], count: int) -> Iterator[list[Group]]:
+    """Split the groups into `count` mini-batches by question: the views of a question stay together."""
+    questions = max(group.place for group in groups) + 1
+    for m in range(count):
+        part = range(questions * m // count, questions * (m + 1) // count)
+        yield [group for group in groups if group.place in part]
+
+
+def assign_denominators(groups: Sequence[Group], how: Aggregation, max_tokens: int) -> None:
+    """Give each rollout of a mini-batch the number that `aggregate` divides its loss by: a count over its whole view.
+
+    The number is known before the first backward pass, so the gradient does not depend on micro-batches or processes.
+    Each view has its own, so that the views' means add up (Eq. 6).
+    """
+    for view in {group.view for group in groups}:
+        rollouts = rollouts_of(group for group in groups if group.view == view)
+        if how == "token":
+            count = max(sum(len(rollout.response_ids) for rollout in rollouts), 1)
+        elif how == "sequence":
+            count = len(rollouts)
+        else:
+            count = len(rollouts) * max_tokens
+        for rollout in rollouts:
+            rollout.denominator = float(count)
+
+
+def select_with_gradient(rollouts: list[Rollout]) -> list[Rollout]:
+    """Select the rollouts that have a gradient where there is no KL term: their advantage is not 0.
+
+    If none has, the first stays: AdamW must see a gradient of 0, not none.
+    """
+    return [rollout for rollout in rollouts if rollout.advantage] or rollouts[:1]
 
 
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
-    """Scalar share of these sequences [B, T] in the step's loss.
+    """Add up the losses of a micro-batch's tokens to its share of the step's loss, a scalar.
 
-    "token": every response token of the step weighs the same; "sequence": every rollout does (Eq. 4 as printed);
-    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `denominator` is one number, or
-    one for each sequence [B] where they belong to different views, see `denominators`.
+    "token": every response token of the step weighs the same. "sequence": every rollout does (Eq. 4 as printed).
+    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783).
+
+    Args:
+        per_token, mask: [B, T]
+        denominator: one number, or [B] as `assign_denominators` gives it.
     """
     sums = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)  # [B]
     length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else 1
     return (sums / (length * denominator)).sum()
 
 
-def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
-    """Rate of step 0 .. total_steps-1: linear over the first `warmup` (a share of all steps), then cosine towards 0.
-
-    The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
-    """
-    warmup_steps = round(settings.warmup * total_steps)
-    if step < warmup_steps:
-        return settings.lr * (step + 1) / warmup_steps
-    if settings.lr_schedule == "constant":
-        return settings.lr
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """AdamW on the float32 master weights; the learning rate is set at every step."""
-    return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
-
-
-def loss_of(
-    logp: Tensor,
-    old_logp: Tensor,
-    anchor_logp: Tensor | None,
-    batch: MicroBatch,
-    advantages: Tensor,
-    kl_coef: float,
-    method: Method,
-) -> Tensor:
-    """Eq. 4 per token [B, T]; advantages are the step's [N], `anchor_logp` [B, T] is None without a KL term."""
-    weights = truncated_importance_weight(old_logp, batch.sampler_logp, method.tis_cap) if method.tis_cap else None
-    loss = policy_loss(logp, old_logp, advantages[batch.rows], batch.mask, method.clip, weights, method.clip_high)
-    return loss if anchor_logp is None else loss + kl_coef * k3(logp, anchor_logp, method.kl_cap)
+# ---------------------------------------------------------------- the optimizer step
 
 
 def optimizer_step(
     policy: PackedLM,
     optimizer: torch.optim.Optimizer,
     batches: Sequence[MicroBatch],
-    advantages: Tensor,
-    anchors: Sequence[TokenStats] | None,
-    denominator: Tensor,
-    kl_coef: float,
     rate: float,
+    kl_coef: float,
     config: Config,
-    old: Sequence[TokenStats] | None = None,
 ) -> dict[str, float]:
-    """One step on the loss of all ranks' micro-batches (Eqs. 4-6). `advantages` and `denominator` are the step's [N],
-    `anchors` the reference's log-probs of each micro-batch, None without a KL term; `old` those of the policy that has
-    answered, None where that is the policy at hand.
+    """Take one optimizer step on the loss of a mini-batch, whose micro-batches are spread over the ranks (Eqs. 4-6).
 
-    A gradient that is not finite leaves the policy and the optimizer as they were, and is counted.
+    A gradient that is not finite leaves policy and optimizer as they were, and is counted in `skipped_steps`.
+
+    Returns:
+        Metrics: means over the mini-batch's response tokens, the gradient's norm, the learning rate.
     """
-    seen: list[dict[str, Tensor]] = []
-    for i, batch in enumerate(ranks.bar(batches, "updating", "micro-batch")):
-        anchor_logp = anchors[i].logp if anchors else None
+    per_batch: list[dict[str, Tensor]] = []
+    for batch in distributed.progress_bar(batches, "updating", "micro-batch"):
         stats = policy(batch, config.sampling.temperature)
-        old_logp = old[i].logp if old else stats.logp.detach()
-        loss = loss_of(stats.logp, old_logp, anchor_logp, batch, advantages, kl_coef, config.method)  # [B, T]
-        aggregate(loss, batch.mask, config.method.loss_agg, denominator[batch.rows]).backward()
-        seen.append(token_metrics(stats, old_logp, anchor_logp, batch))
+        old_logp = stats.logp.detach() if batch.old_logp is None else batch.old_logp
+        loss = token_loss(stats.logp, old_logp, batch, kl_coef, config.method)  # [B, T]
+        aggregate(loss, batch.mask, config.method.loss_agg, batch.denominators).backward()
+        per_batch.append(token_metrics(stats, old_logp, batch))
         del stats, loss  # or their graph would outlive the next forward pass
-    grad_norm = ranks.full(torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimisation.max_grad_norm))
-    if finite := math.isfinite(grad_norm.item()):
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimisation.max_grad_norm)
+    grad_norm = distributed.full_tensor(norm).item()
+    is_finite = math.isfinite(grad_norm)
+    if is_finite:
+        for settings in optimizer.param_groups:
+            settings["lr"] = rate
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    metrics = {name: ranks.mean(torch.cat([each[name] for each in seen])) for name in seen[0]}
-    mismatch = torch.cat([each["mismatch_mean"] for each in seen])
-    metrics["mismatch_max"] = ranks.largest(mismatch.max().item() if len(mismatch) else 0.0)
-    return metrics | {"grad_norm": grad_norm.item(), "lr": rate, "skipped_steps": float(not finite)}
+    tokens = {name: torch.cat([each[name] for each in per_batch]) for name in per_batch[0]}
+    metrics = {name: distributed.all_reduce_mean(values) for name, values in tokens.items()}
+    mismatch = tokens["mismatch_mean"]
+    metrics["mismatch_max"] = distributed.all_reduce_max(mismatch.max().item() if len(mismatch) else 0.0)
+    return metrics | {"grad_norm": grad_norm, "lr": rate, "skipped_steps": float(not is_finite)}
 
 
-def token_metrics(
-    stats: TokenStats, old_logp: Tensor, anchor_logp: Tensor | None, batch: MicroBatch
-) -> dict[str, Tensor]:
-    """What is logged of the micro-batch's response tokens, without padding and gradient."""
+def token_metrics(stats: TokenStats, old_logp: Tensor, batch: MicroBatch) -> dict[str, Tensor]:
+    """Return what is logged of a micro-batch, for each of its response tokens, without gradient."""
     metrics = {"entropy": stats.entropy, "mismatch_mean": (old_logp - batch.sampler_logp).abs()}
-    if anchor_logp is not None:
-        metrics["kl"] = k3(stats.logp.detach(), anchor_logp)
+    if batch.reference_logp is not None:
+        metrics["kl"] = k3(stats.logp.detach(), batch.reference_logp)
     return {name: values[batch.mask] for name, values in metrics.items()}

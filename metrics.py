@@ -8,18 +8,19 @@ any, are only ever used for measuring.
 import resource
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping, Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from statistics import fmean
-from typing import Any, TypeVar
 
 import torch
 
 from data import Pair, PromptedPair
-from rewards import Group, Variant, View, Voter, are_equal
-from store.files import Row
-
-Item = TypeVar("Item")
+from evaluate import EvaluationSettings, ask_questions, by_group, result_of
+from lm import distributed
+from lm.record import Rollout
+from rewards import Group, Variant, matches, rollouts_of
+from rollout import Run
+from store.jsonl import Record
+from store.log import Records
 
 # ---------------------------------------------------------------- time and memory
 
@@ -52,113 +53,146 @@ def peak_memory_gb(sleeping_bytes: int = 0) -> float:
 
 def commonest_answer(groups: Sequence[Group]) -> float:
     """Share of the most frequent answer among all that are given, to whatever question."""
-    given = Counter(answer for group in groups for answer in group.boxed if answer is not None)
+    given = Counter(rollout.answer for rollout in rollouts_of(groups) if rollout.answer is not None)
     return max(given.values(), default=0) / max(given.total(), 1)
 
 
 # One row a statistic of groups; each is logged of all, and by view and of the teacher where there are several.
 STATISTICS: dict[str, Callable[[Sequence[Group]], float]] = {
-    "response_tokens": lambda groups: fmean(tokens for group in groups for tokens in group.tokens),
-    "truncated": lambda groups: fmean(not finished for group in groups for finished in group.finished),
-    "answered": lambda groups: fmean(answer is not None for group in groups for answer in group.boxed),
+    "response_tokens": lambda groups: fmean(len(rollout.response_ids) for rollout in rollouts_of(groups)),
+    "truncated": lambda groups: fmean(not rollout.finished for rollout in rollouts_of(groups)),
+    "answered": lambda groups: fmean(rollout.answer is not None for rollout in rollouts_of(groups)),
     "vote_share": lambda groups: fmean(group.vote.share for group in groups),
     "distinct_answers": lambda groups: fmean(group.vote.distinct for group in groups),
     "commonest_answer": commonest_answer,
 }
 
 
-def step_metrics(
-    variant: Variant,
-    voted: Mapping[tuple[Voter, View], Sequence[Group]],
-    groups: Sequence[Group],
-    golds: Sequence[str | None],
-    rewards: Sequence[Sequence[float]],
-    labels: Sequence[Row],
-) -> dict[str, float]:
-    """Means over the policy's `groups` of a step; /x and /x' by view where there are two, /teacher for the teacher."""
-    of_view = by_view(variant, groups)
-    parts: dict[str, Sequence[Group]] = {"": groups}
-    metrics = {"reward": fmean(r for group in rewards for r in group)}
-    metrics["zero_std_groups"] = fmean(len(set(group)) == 1 for group in rewards)
-    if len(of_view) > 1:
-        parts |= {f"/{view}": part for view, part in of_view.items()}
-        metrics |= {
-            f"reward/{view}": fmean(r for group in part for r in group)
-            for view, part in by_view(variant, rewards).items()
-        }
-    if variant.teacher_views:
-        parts["/teacher"] = [group for view in variant.teacher_views for group in voted["teacher", view]]
+def describe_step(
+    run: Run, step: int, questions: Sequence[PromptedPair], groups: Sequence[Group], teacher_groups: Sequence[Group]
+) -> tuple[dict[str, float], Records]:
+    """Measure a step's groups, and record its labels and the rollouts to its first question; rank 0 does it for all."""
+
+    def describe() -> tuple[dict[str, float], Records]:
+        gold_answers = [question.pair.gold for question in questions]
+        labels = label_records(step, groups, gold_answers)
+        measured = gold_metrics(groups, gold_answers) | label_metrics(labels)
+        measured |= group_metrics(run.variant, groups, teacher_groups)
+        shown = rollout_records(step, run.variant, questions[0].pair, groups, teacher_groups)
+        return measured, {"labels": labels, "rollouts": shown}
+
+    return distributed.run_on_rank0(describe)
+
+
+def group_metrics(variant: Variant, groups: Sequence[Group], teacher_groups: Sequence[Group]) -> dict[str, float]:
+    """Average over the policy's groups: /x and /x' by view where there are two, /teacher for the teacher's groups."""
+    parts = {"": groups}
+    if len(variant.policy_views) > 1:
+        parts |= {f"/{view}": [group for group in groups if group.view == view] for view in variant.policy_views}
+    metrics = {f"reward{suffix}": fmean(each.reward for each in rollouts_of(part)) for suffix, part in parts.items()}
+    metrics["zero_std_groups"] = fmean(len({each.reward for each in group.rollouts}) == 1 for group in groups)
+    if teacher_groups:
+        parts["/teacher"] = teacher_groups
     for suffix, part in parts.items():
         metrics |= {f"{name}{suffix}": statistic(part) for name, statistic in STATISTICS.items()}
-    return metrics | label_metrics(labels) | gold_metrics(groups, golds, rewards)
-
-
-def by_view(variant: Variant, items: Sequence[Item]) -> dict[View, Sequence[Item]]:
-    size = len(items) // len(variant.policy_views)
-    return {view: items[i * size : (i + 1) * size] for i, view in enumerate(variant.policy_views)}
-
-
-def label_records(step: int, variant: Variant, questions: Sequence[PromptedPair], groups: Sequence[Group]) -> list[Row]:
-    """Of each label by a vote: whether it is equivalent to the gold answer, where there is one (a missing label is
-    not), and whether the policy's own vote on the same view agrees (under plain majority it does)."""
-    of_views = by_view(variant, groups).items()
-    asked = [(view, q.pair, group) for view, of_view in of_views for q, group in zip(questions, of_view, strict=True)]
-    voted = [(view, pair, group) for view, pair, group in asked if group.label_vote is not None]
-    right = are_equal([pair.gold for _, pair, _ in voted], [group.label for _, _, group in voted], "math")
-    records = []
-    for (view, pair, group), is_right in zip(voted, right, strict=True):
-        record = {"step": step, "id": pair.id, "view": view, "label": group.label, "share": group.label_share}
-        record |= {"agrees": group.vote.label == group.label}
-        records.append(record | ({} if pair.gold is None else {"right": is_right}))
-    return records
-
-
-def label_metrics(labels: Sequence[Row]) -> dict[str, float]:
-    """label_accuracy: share of labels that are right, of those whose gold answer is known. label_agreement: with the
-    policy's own vote on the same view."""
-    views = dict.fromkeys(label["view"] for label in labels)
-    known = [label for label in labels if "right" in label]
-    shares = {"label_agreement": [label["agrees"] for label in labels]}
-    shares["label_accuracy"] = [label["right"] for label in known]
-    for view in views if len(views) > 1 else ():
-        shares[f"label_accuracy/{view}"] = [label["right"] for label in known if label["view"] == view]
-    return {key: fmean(part) for key, part in shares.items() if part}
-
-
-def gold_metrics(
-    groups: Sequence[Group], golds: Sequence[str | None], rewards: Sequence[Sequence[float]]
-) -> dict[str, float]:
-    """Where the gold answer is known: rollout_accuracy, the share of the policy's rollouts that are right, and for
-    rewards of 0 or 1 reward_accuracy, the share of them that gold would have given alike."""
-    known = [each for each in zip(cycle(golds), groups, rewards, strict=False) if each[0] is not None]
-    answers = [answer for _, group, _ in known for answer in group.boxed]
-    right = are_equal([gold for gold, group, _ in known for _ in group.boxed], answers, "math")
-    paid = [reward for _, _, of_group in known for reward in of_group]
-    metrics = {"rollout_accuracy": fmean(right)} if right else {}
-    if right and set(paid) <= {0.0, 1.0}:
-        metrics["reward_accuracy"] = fmean(r == float(is_right) for r, is_right in zip(paid, right, strict=True))
     return metrics
 
 
-def readable_sample(
-    step: int,
-    variant: Variant,
-    question: Pair,
-    voted: Mapping[tuple[Voter, View], Sequence[Group]],
-    groups: Sequence[Group],
-    rewards: Sequence[Sequence[float]],
-) -> list[dict[str, Any]]:
-    """The step's first question in each of the policy's views: for rollouts.jsonl, which tools/look.py shows."""
-    sample = []
-    rewards_of = by_view(variant, rewards)
-    votes = {f"{who} on {view}": said[0].boxed for (who, view), said in voted.items()}
-    for view, (group, *_) in by_view(variant, groups).items():
-        voter, voted_view = variant.label_of.get(view, (None, None))
-        row = {"step": step, "id": question.id, "view": view, "question": question.wording(view), "gold": question.gold}
-        row |= {"label": group.label, "label_from": f"{voter} on {voted_view}" if voter else None}
-        row |= {"label_share": group.label_share, "votes": votes, "answers": group.boxed}
-        sample.append(row | {"rewards": rewards_of[view][0], "texts": group.texts})
-    return sample
+def label_records(step: int, groups: Sequence[Group], gold_answers: Sequence[str | None]) -> list[Record]:
+    """Record each label that a vote gave: whether it is right, if gold is known, and whether the group's vote agrees.
+
+    A missing label is not right. Under plain majority voting the group's vote always agrees.
+    """
+    voted = [group for group in groups if group.label_vote is not None]
+    golds = [gold_answers[group.place] for group in voted]
+    right = matches(golds, [group.label for group in voted], "math")
+    records = []
+    for group, gold, is_right in zip(voted, golds, right, strict=True):
+        record: Record = {"step": step, "id": group.question_id, "view": group.view, "label": group.label}
+        record |= {"share": group.label_share, "agrees": group.vote.label == group.label}
+        if gold is not None:
+            record["right"] = is_right
+        records.append(record)
+    return records
+
+
+def label_metrics(labels: Sequence[Record]) -> dict[str, float]:
+    """Compute label_agreement with the group's own vote, and label_accuracy where gold is known, also by view."""
+    known = [label for label in labels if "right" in label]
+    shares = {"label_agreement": [label["agrees"] for label in labels]}
+    shares["label_accuracy"] = [label["right"] for label in known]
+    views = dict.fromkeys(label["view"] for label in labels)
+    if len(views) > 1:
+        for view in views:
+            shares[f"label_accuracy/{view}"] = [label["right"] for label in known if label["view"] == view]
+    return {key: fmean(part) for key, part in shares.items() if part}
+
+
+def gold_metrics(groups: Sequence[Group], gold_answers: Sequence[str | None]) -> dict[str, float]:
+    """Compare the policy's rollouts with gold, where it is known.
+
+    rollout_accuracy is the share of them that are right. reward_accuracy, for rewards of 0 or 1, is the share of
+    rewards that match those from the gold answer.
+    """
+    rollouts: list[Rollout] = []
+    golds: list[str | None] = []
+    for group in groups:
+        gold = gold_answers[group.place]
+        if gold is not None:
+            rollouts += group.rollouts
+            golds += [gold] * len(group.rollouts)
+    right = matches(golds, [rollout.answer for rollout in rollouts], "math")
+    metrics = {"rollout_accuracy": fmean(right)} if right else {}
+    if right and {rollout.reward for rollout in rollouts} <= {0.0, 1.0}:
+        paid = zip(rollouts, right, strict=True)
+        metrics["reward_accuracy"] = fmean(rollout.reward == float(is_right) for rollout, is_right in paid)
+    return metrics
+
+
+def rollout_records(
+    step: int, variant: Variant, question: Pair, groups: Sequence[Group], teacher_groups: Sequence[Group]
+) -> list[Record]:
+    """Record the rollouts to the step's first question, a record for each view: tools/look.py shows them."""
+    shown = [group for group in groups if group.place == 0]
+    votes = {f"policy on {group.view}": group.answers for group in shown}
+    votes |= {f"teacher on {group.view}": group.answers for group in teacher_groups if group.place == 0}
+    records = []
+    for group in shown:
+        voter, voted_view = variant.label_of.get(group.view, (None, None))
+        record: Record = {"step": step, "id": question.id, "view": group.view}
+        record |= {"question": question.wording(group.view), "gold": question.gold}
+        record |= {"label": group.label, "label_from": f"{voter} on {voted_view}" if voter else None}
+        record |= {"label_share": group.label_share, "votes": votes, "answers": group.answers}
+        record["rewards"] = [rollout.reward for rollout in group.rollouts]
+        record["texts"] = [rollout.text for rollout in group.rollouts]
+        records.append(record)
+    return records
+
+
+def evaluate_policy(run: Run) -> dict[str, float]:
+    """Measure the policy on the run's benchmark, if it has one: mean accuracy, sampled and greedy, also by group."""
+    if run.benchmark is None:
+        return {}
+    clock = Clock()
+    config = run.config
+    settings = EvaluationSettings(
+        k=config.data.eval_samples,
+        temperature=config.sampling.temperature,
+        max_response_tokens=config.sampling.max_response_tokens,
+        seed=config.run.seed,
+    )
+    asked = list(enumerate(run.benchmark.pairs))
+    with run.sampler.loaded(run.policy.lm) as sample:
+        shared = distributed.shard_prompts(sample)
+        answered = ask_questions(shared, run.tokenizer, asked, run.eval_prompts, settings)
+    values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
+    measured = {"eval_truncated": fmean(values["truncated"])}
+    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
+        measured[name] = fmean(each)
+        for group, part in by_group(run.benchmark, each).items():
+            measured[f"{name}/{group}"] = fmean(part)
+    clock.lap("evaluation")
+    return measured | clock.seconds
 
 
 # ---------------------------------------------------------------- the alarm
@@ -174,7 +208,7 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
-def first_step_signs(seen: dict[str, float]) -> dict[str, str]:
+def first_step_warnings(seen: dict[str, float]) -> dict[str, str]:
     """What the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
     signs = {}
     if seen["answered"] < 0.1:
@@ -189,7 +223,7 @@ def first_step_signs(seen: dict[str, float]) -> dict[str, str]:
     return signs
 
 
-def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
+def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
     """Signs that the policy games its reward, comparing the last steps with the first: {sign: what was seen}.
 
     Sharpening alone raises the vote share and lowers entropy in healthy runs too; what gives collapse away is the same
@@ -205,9 +239,9 @@ def collapse_signs(history: Sequence[dict[str, float]]) -> dict[str, str]:
     return seen
 
 
-def signs(history: Sequence[dict[str, float]], first: bool) -> dict[str, str]:
+def step_warnings(history: Sequence[dict[str, float]], first: bool) -> dict[str, str]:
     """What is to be warned of after a step: of the `first` one what it shows at once, of all signs of collapse."""
-    seen = first_step_signs(history[-1]) if first else {}
+    seen = first_step_warnings(history[-1]) if first else {}
     if history[-1]["skipped_steps"]:
         seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
-    return seen | {sign: f"collapse? {sign} ({what})" for sign, what in collapse_signs(history).items()}
+    return seen | {sign: f"collapse? {sign} ({what})" for sign, what in detect_collapse(history).items()}

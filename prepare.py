@@ -1,54 +1,37 @@
 """From settings to a run that is ready for its first step: questions, models, optimizer, sampler."""
 
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+import math
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, Data, UserError, flag, read_options
-from data import PromptedPair, prompt_pairs, steps_per_epoch
-from grpo import build_optimizer
-from lm import ranks
-from lm.decoding import Sampler
+from config import EMBEDDED_MODELS, Config, Data, Optimisation, UserError, flag_name, parse_template_options
+from data import PromptedPair, steps_per_epoch, tokenize_pairs
+from lm import distributed
+from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
-from lm.model import checkpoint_activations, frozen_copy, load_policy, stop_token_ids
-from lm.prompts import read_chat_template
+from lm.model import checkpoint_activations, frozen_copy, load_policy
+from lm.prompts import prompt_ids, read_chat_template
 from lm.scoring import PackedLM
-from rewards import VARIANTS, VIEWS, Variant, on_views
+from rewards import VARIANTS, VIEWS, Variant, with_views
+from rollout import Run
 from sources.files import Columns
 from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
 from store import checkpoint
-from store.files import fingerprint
-
-
-@dataclass
-class Run:
-    """Everything that a training step reads and changes."""
-
-    config: Config
-    folder: Path
-    variant: Variant  # the row of the table, with what the command line changes in it
-    questions: list[PromptedPair]
-    fingerprint: str  # of the questions
-    benchmark: Benchmark | None  # those of its questions whose prompts are short enough
-    eval_prompts: list[list[int]]  # of these questions
-    total_steps: int
-    device: torch.device
-    tokenizer: PreTrainedTokenizerBase
-    policy: PackedLM
-    teacher: PackedLM | None  # moves towards the policy; if the row asks for one
-    initial: PackedLM | None  # the policy as it began, frozen; if the KL term is anchored to it
-    optimizer: torch.optim.Optimizer
-    sampler: Sampler
+from store.jsonl import fingerprint
 
 
 def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[Run, int]:
-    """Check and load everything, cheap checks first; returns the run and its first step."""
-    device, variant, engine = ranks.start(), chosen_variant(config), choose_engine(config.sampling.sampler)
-    refuse_offloading(config)
+    """Check and load everything, cheap checks first; return the run and its first step."""
+    device = distributed.start()
+    variant = choose_variant(config)
+    engine = choose_engine(config.sampling.sampler)
+    check_offload(config)
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
@@ -56,31 +39,24 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     policy, tokenizer = load_policy(
         str(config.model.name), device, config.model.compute_dtype, config.memory.offload_optimizer
     )
-    questions = to_questions(config, variant, tokenizer, pairs, report)
-    fewest = len(questions) // steps_per_epoch(len(questions), config.data.questions_per_step)
-    if config.optimisation.mini_batches > fewest:
-        raise UserError(
-            f"--mini-batches {config.optimisation.mini_batches}, but some steps ask {fewest} questions: lower it"
-        )
-    eval_questions = to_questions(config, variant, tokenizer, benchmark.pairs) if benchmark else []
+    encode = prompt_encoder(config, tokenizer)
+    questions = build_prompts(config, variant, encode, pairs, report)
+    eval_questions = []
     if benchmark:
+        eval_questions = tokenize_pairs(benchmark.pairs, encode, config.data.max_prompt_tokens)
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
         benchmark = replace(benchmark, pairs=[question.pair for question in eval_questions])
-    longest_prompt = max(len(prompt) for each in questions + eval_questions for prompt in each.prompts.values())
+    prompts = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
+    capacity = Capacity(
+        sequence_tokens=max(map(len, prompts)) + config.sampling.max_response_tokens,
+        sequences=len(variant.policy_views) * config.data.questions_per_step * config.votes,
+        engine_memory=config.sampling.engine_memory,
+    )
 
     teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
     initial = frozen_copy(policy, config.memory.offload_teacher) if variant.has_frozen_reference else None
     if config.memory.activation_checkpointing == "on":
         checkpoint_activations(policy)
-    sampler = open_sampler(
-        engine,
-        policy.lm,
-        ranks.on_first(partial(stop_token_ids, policy.lm, tokenizer)),
-        policy.compute_dtype,
-        max_sequence_tokens=longest_prompt + config.sampling.max_response_tokens,
-        rows=len(variant.policy_views) * config.data.questions_per_step * config.votes,
-        engine_memory=config.sampling.engine_memory,
-    )
     run = Run(
         config=config,
         folder=folder,
@@ -96,17 +72,18 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         teacher=teacher,
         initial=initial,
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
-        sampler=sampler,
+        sampler=open_sampler(engine, policy.lm, tokenizer, policy.compute_dtype, capacity),
     )
-    return run, checkpoint.restore(resumed, to_save(run)) if resumed else 0
+    return run, checkpoint.restore(resumed, train_state(run)) if resumed else 0
 
 
 def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
-    """Training questions, what was wrong with them, and the benchmark."""
-    data, report = config.data, Report()
-    columns = Columns(data.question_column, data.rephrased_column, data.answer_column)._asdict()
+    """Read the training questions, what was wrong with them, and the benchmark."""
+    data = config.data
+    report = Report()
     if data.source == Data().source:
         print(f"data: {data.source} (the default for real models; --data names another)")
+    columns = Columns(data.question_column, data.rephrased_column, data.answer_column)._asdict()
     pairs = load_pairs(data.source, **columns, keep_bad_rewrites=data.keep_bad_rewrites, report=report)
 
     def benchmark(name: str) -> Benchmark:
@@ -117,66 +94,88 @@ def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
     return pairs, report, benchmark(data.eval_data) if data.eval_data else None
 
 
-def to_questions(
-    config: Config,
-    variant: Variant,
-    tokenizer: PreTrainedTokenizerBase,
-    pairs: list[Pair],
-    report: Report | None = None,
-) -> list[PromptedPair]:
-    """Pairs whose prompts are short enough: for training, with a `report` that is printed, in all views of the variant;
-    for evaluation in the original wording."""
+def prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
+    """Return the function that makes the tokens of a question's prompt."""
     template = read_chat_template(config.model.chat_template) if config.model.chat_template else None
-    to_prompts = partial(
-        prompt_pairs,
-        pairs,
-        tokenizer,
-        config.data.max_prompt_tokens,
-        chat_template=template,
-        template_options=read_options(config.model.template_options),
-    )
-    if report is None:
-        return to_prompts()
+    options = parse_template_options(config.model.template_options)
+    return lambda question: prompt_ids(tokenizer, question, template, **options)
+
+
+def build_prompts(
+    config: Config, variant: Variant, encode: Callable[[str], list[int]], pairs: list[Pair], report: Report
+) -> list[PromptedPair]:
+    """Make the prompts of the pairs in all views of the variant, and print what became of the set's rows.
+
+    Raises:
+        UserError: no pair can be used, or fewer questions in a step than mini-batches.
+    """
     views = tuple(dict.fromkeys(variant.policy_views + variant.teacher_views))
     needs_gold = any(voter == "gold" for voter, _ in variant.label_of.values())
-    questions = to_prompts(views=views, needs_gold=needs_gold, report=report)
+    questions = tokenize_pairs(pairs, encode, config.data.max_prompt_tokens, views, needs_gold, report)
     print(report)
+    fewest = len(questions) // steps_per_epoch(len(questions), config.data.questions_per_step)
+    if config.optimisation.mini_batches > fewest:
+        raise UserError(
+            f"--mini-batches {config.optimisation.mini_batches}, but some steps ask {fewest} questions: lower it"
+        )
     return questions
 
 
-def chosen_variant(config: Config) -> Variant:
-    """The row of the table, with what the command line changes in it."""
+def choose_variant(config: Config) -> Variant:
+    """Look the variant up in its table, and change what the command line changes in it."""
     method = config.method
-    rows = VARIANTS | BASELINES
-    if str(method.variant) not in rows:  # a config.json can hold anything
-        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(rows)}")
-    variant = rows[method.variant]
-    if method.views is not None and not variant.is_baseline:
-        raise UserError(
-            f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
-            "try --variant majority"
-        )
+    variants = VARIANTS | BASELINES
+    if str(method.variant) not in variants:  # a config.json can hold anything
+        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(variants)}")
+    variant = variants[method.variant]
     if method.views is not None:
-        variant = on_views(variant, VIEWS[method.views])
+        if not variant.is_baseline:
+            raise UserError(
+                f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
+                "try --variant majority"
+            )
+        variant = with_views(variant, VIEWS[method.views])
     if method.kl_coef is not None:
         variant = replace(variant, kl_coef=method.kl_coef)
-    return variant if method.kl_ref is None else replace(variant, kl_reference=method.kl_ref)
+    if method.kl_ref is not None:
+        variant = replace(variant, kl_reference=method.kl_ref)
+    return variant
 
 
-def refuse_offloading(config: Config) -> None:
-    """Where a model is not sharded, on a CPU alone, it would do nothing; a run of a GPU may be resumed there."""
+def check_offload(config: Config) -> None:
+    """Refuse off-loading without a GPU, where it would do nothing; a run of a GPU may be resumed there."""
     for name in ("offload_optimizer", "offload_teacher"):
-        if getattr(config.memory, name) and not ranks.in_group() and not config.run.resume:
-            raise UserError(f"{flag(name)}: here all is in the CPU's memory, leave it out")
+        if getattr(config.memory, name) and not distributed.in_group() and not config.run.resume:
+            raise UserError(f"{flag_name(name)} has no effect on a CPU: leave it out")
 
 
 def total_steps(config: Config, questions: int) -> int:
-    """K."""
+    """Return K, the number of optimizer steps, or of steps where each has several mini-batches."""
     epochs = config.optimisation.epochs or 3
     return config.optimisation.steps or epochs * steps_per_epoch(questions, config.data.questions_per_step)
 
 
-def to_save(run: Run) -> checkpoint.Training:
+def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
+    """Build AdamW on the float32 master weights; every step sets its learning rate."""
+    return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
+
+
+def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
+    """Compute the rate of step 0 .. total_steps-1: it rises over the first `warmup` (a share), then falls as a cosine.
+
+    The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
+    """
+    warmup_steps = round(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def train_state(run: Run) -> checkpoint.Training:
+    """Return what a checkpoint of the run holds."""
     return checkpoint.Training(
         run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), run.fingerprint
     )

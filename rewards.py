@@ -1,20 +1,28 @@
-"""Votes, pseudo-labels, rewards, and the table of variants (arXiv 2508.00410, Section 4): pure functions.
+"""Answers -> votes -> pseudo-labels -> rewards, and the table of variants (arXiv 2508.00410, Section 4).
 
-A view is one wording of a question: x as written, x' rephrased. A group is the G rollouts on one view of one question.
-Every variant is a row of VARIANTS: which views the policy and the teacher answer, whose vote labels which view, and
-what the KL term anchors to. The training loop knows rows, not names; baselines.py has rows of other papers. Labels from
-another view, or from a teacher that lags behind, are what keeps a policy from agreeing with itself on wrong answers.
+A view is a wording of a question: x as written, x' rephrased. A group is G rollouts to one question in one view, and a
+reward is a function of one group that returns G numbers. A variant is a row of VARIANTS: which views the policy and the
+teacher answer, whose vote labels which view, and what the KL term refers to. The training loop reads these fields and
+knows no names; baselines.py has rows of other papers. Labels from another view, or from a teacher that lags behind, are
+what keeps a policy from agreeing with itself on wrong answers.
 
-Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere; votes and
-pseudo-labels compare raw strings as in that code, unless match="math" is asked for.
+Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere. Votes and
+pseudo-labels compare strings, as that code does, unless match="math" is asked for.
 """
 
+from __future__ import annotations
+
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from itertools import chain
+from typing import TYPE_CHECKING, Literal
 
 from answers.equivalence import equivalent, equivalent_many, extract_boxed, vote_classes
+from lm.record import Rollout
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["equivalent", "extract_boxed"]  # part of the contract under this name, defined in answers/
 
@@ -38,8 +46,53 @@ class Vote:
     rollouts: int = field(default=0, compare=False)  # that could vote, those without an answer included
 
 
+@dataclass
+class Group:
+    """The rollouts to one question in one view, their vote and, once labelled, their label.
+
+    No gold answer is in it: a reward sees one group, so it cannot read gold that `label_groups` did not make a label.
+    """
+
+    place: int  # of the question in the step
+    question_id: str
+    view: View
+    rollouts: list[Rollout]  # G, which are trained on
+    votes_only: list[Rollout]  # V - G, which only vote (--votes)
+    vote: Vote  # of all V
+    match: Match  # how answers are compared with each other and with the label
+    label: str | None = None  # None: nobody voted, or the variant has no labels
+    label_share: float = 0.0  # of the label in the vote that gave it; 1 for a gold answer
+    label_vote: Vote | None = None  # the vote that gave the label; None for a gold answer
+
+    @property
+    def answers(self) -> list[str | None]:
+        """Return the G answers."""
+        return [rollout.answer for rollout in self.rollouts]
+
+    @property
+    def sampled_tokens(self) -> int:
+        """Return the response tokens of all V rollouts."""
+        return sum(len(rollout.response_ids) for rollout in self.rollouts + self.votes_only)
+
+
+def rollouts_of(groups: Iterable[Group]) -> list[Rollout]:
+    """Return the N rollouts of the groups that are trained on, in order."""
+    return list(chain.from_iterable(group.rollouts for group in groups))
+
+
+def read_answers(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give each rollout its text, and the answer in the text's last box."""
+    texts = tokenizer.batch_decode([rollout.response_ids for rollout in rollouts], skip_special_tokens=True)
+    for rollout, text in zip(rollouts, texts, strict=True):
+        rollout.text = text
+        rollout.answer = extract_boxed(text)
+
+
+# ---------------------------------------------------------------- votes
+
+
 def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote:
-    """The most frequent answer; missing ones (None) do not vote, and ties go to the answer that was seen first."""
+    """Find the most frequent answer. Missing ones (None) do not vote; ties go to the answer that was seen first."""
     given = [answer for answer in answers if answer is not None]
     if not given:
         return Vote(label=None, share=0.0, distinct=0, answered=0, rollouts=len(answers))
@@ -48,111 +101,84 @@ def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote
     return Vote(label, count / len(given), len(counts), len(given), dict(counts), len(answers))
 
 
-class Response(NamedTuple):
-    """What one rollout says."""
-
-    text: str
-    tokens: int  # the stop token included
-    finished: bool  # by itself; False: cut at the limit
+def vote_of(rollouts: Sequence[Rollout], match: Match) -> Vote:
+    """Let rollouts vote with their answers."""
+    return majority_vote([rollout.answer for rollout in rollouts], match)
 
 
-@dataclass(frozen=True)
-class Group:
-    """G rollouts on one view of one question: what they say, how they vote and, once labelled, what they should say.
-    With `--votes` more than these G have voted."""
-
-    texts: list[str]
-    boxed: list[str | None]
-    tokens: list[int]
-    finished: list[bool]
-    vote: Vote  # of these rollouts themselves, and of those beside them that only vote
-    match: Match  # how answers are compared with each other and with the label
-    label: str | None = None  # from the vote or the gold answer that the variant's row names
-    label_share: float = 0.0  # of the commonest answer in the vote that labels; 1 for a gold answer, 0 without a label
-    label_vote: Vote | None = None  # that the label was taken from; None for a gold answer, and without one
-    means: dict[str, list[float]] = field(default_factory=dict)  # of lm.scoring.TokenStats, if the row asks for them
-
-
-def read_groups(responses: Sequence[Response], votes: int, match: Match, kept: int | None = None) -> list[Group]:
-    """Q groups from Q * V responses, groups contiguous: answers are read, and every group of V = `votes` votes (Eqs.
-    7-10). The first G = `kept` of each are those of the group (None: all)."""
-    groups = []
-    for start in range(0, len(responses), votes):
-        answers = [extract_boxed(response.text) for response in responses[start : start + votes]]
-        group, boxed = responses[start : start + votes][:kept], answers[:kept]
-        groups.append(
-            Group(
-                texts=[response.text for response in group],
-                boxed=boxed,
-                tokens=[response.tokens for response in group],
-                finished=[response.finished for response in group],
-                vote=majority_vote(answers, match),
-                match=match,
-            )
-        )
-    return groups
-
-
-def are_equal(labels: Sequence[str | None], answers: Sequence[str | None], match: Match) -> list[bool]:
-    """Whether each answer equals its label; one that is missing on either side does not."""
+def matches(labels: Sequence[str | None], answers: Sequence[str | None], match: Match) -> list[bool]:
+    """Compare each answer with its label; one that is missing on either side does not match."""
+    pairs = list(zip(labels, answers, strict=True))
     if match == "exact":
-        return [label is not None and label == answer for label, answer in zip(labels, answers, strict=True)]
-    given = [(a, b) for a, b in zip(labels, answers, strict=True) if a is not None and b is not None]
-    verdict = dict(zip(given, equivalent_many(given), strict=True))
-    return [verdict.get((label, answer), False) for label, answer in zip(labels, answers, strict=True)]  # type: ignore[arg-type]
+        return [label is not None and label == answer for label, answer in pairs]
+    return equivalent_many(pairs)
 
 
-def classes(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
-    """Of each answer, which one of the vote's it equals, named as in `vote.counts`; None for one that it has not."""
-    class_of: dict[str | None, str] = {}
+def match_to_vote(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
+    """Map each answer to the one that it matches in `vote.counts`, or to None."""
+    name_of: dict[str | None, str] = {}
     for name in vote.counts:
-        others = [answer for answer in dict.fromkeys(answers) if answer not in class_of]
-        same = are_equal([name] * len(others), others, match)
-        class_of |= {answer: name for answer, equal in zip(others, same, strict=True) if equal}
-    return [class_of.get(answer) for answer in answers]
+        others = [answer for answer in dict.fromkeys(answers) if answer not in name_of]
+        for answer, same in zip(others, matches([name] * len(others), others, match), strict=True):
+            if same:
+                name_of[answer] = name
+    return [name_of.get(answer) for answer in answers]
 
 
-def shares(group: Group, vote: Vote) -> list[float]:
-    """Of each rollout, the share of all rollouts of the vote, those without an answer included, that gave its answer:
-    in its own vote (`group.vote`) or in the one that labels it (`group.label_vote`). 0 without an answer."""
-    of_rollouts = classes(vote, group.boxed, group.match)
-    return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in of_rollouts]
+def vote_shares(group: Group, vote: Vote) -> list[float]:
+    """Return for each rollout of the group the share of a vote's rollouts that gave the same answer.
+
+    The vote is the group's own or the one that labels it. Rollouts without an answer count, and have share 0.
+    """
+    names = match_to_vote(vote, group.answers, group.match)
+    return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in names]
 
 
-def agreement(groups: Sequence[Group]) -> list[list[float]]:
-    """1 for an answer that equals the group's label, else 0; all 0 in a group without a label (Eqs. 7-10)."""
-    return [
-        [float(same) for same in are_equal([group.label] * len(group.boxed), group.boxed, group.match)]
-        for group in groups
-    ]
+# ---------------------------------------------------------------- rewards
 
 
-def negative_entropy(groups: Sequence[Group]) -> list[list[float]]:
-    """RENT (arXiv 2505.22660): minus the mean token entropy of the policy."""
-    return [[-value for value in group.means["entropy"]] for group in groups]
+def agreement(group: Group) -> list[float]:
+    """Pay 1 for an answer that matches the group's label, else 0; without a label, 0 (Eqs. 7-10)."""
+    labels = [group.label] * len(group.rollouts)
+    return [float(same) for same in matches(labels, group.answers, group.match)]
 
 
-def self_certainty(groups: Sequence[Group]) -> list[list[float]]:
-    """Intuitor (arXiv 2505.19590): the mean over response tokens of KL(uniform || policy) + log |vocabulary|, which is
-    logsumexp(z) - mean(z) of the logits z; the constant vanishes among rewards of a group."""
-    return [group.means["self_certainty"] for group in groups]
+def negative_entropy(group: Group) -> list[float]:
+    """Pay minus the mean token entropy of the policy (RENT, arXiv 2505.22660)."""
+    return [-rollout.token_stats["entropy"] for rollout in group.rollouts]
+
+
+def self_certainty(group: Group) -> list[float]:
+    """Pay the mean over tokens of KL(uniform || policy) + log V (Intuitor, arXiv 2505.19590).
+
+    With logits z that is logsumexp(z) - mean(z); log V is the same for all rollouts of a group.
+    """
+    return [rollout.token_stats["self_certainty"] for rollout in group.rollouts]
+
+
+# ---------------------------------------------------------------- variants
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table below; a row whose reward needs no labels has none in `label_of`."""
+    """A row of the table below; `label_of` is empty where the reward needs no labels."""
 
     policy_views: tuple[View, ...]  # what the policy answers and is trained on
     teacher_views: tuple[View, ...]  # what the teacher answers
-    label_of: dict[View, tuple[Voter, View]]  # whose vote, on which view, labels the policy's rollouts on this view
-    kl_reference: Literal["init", "ema"]  # frozen initial policy, or the moving teacher
+    label_of: dict[View, tuple[Voter, View]]  # whose vote, on which view, labels the policy's rollouts in this view
+    kl_reference: Literal["init", "ema"]  # the frozen initial policy, or the moving teacher
     kl_coef: float
-    reward: Callable[[Sequence[Group]], list[list[float]]] = agreement
-    reward_reads_logits: bool = False  # the reward needs entropy and self-certainty of the policy's own rollouts
-    elect: Callable[[Group], str | None] | None = None  # the label of the policy's group, instead of the commonest
-    gold_where_known: bool = False  # semi-supervised: a gold answer takes the vote's place where the question has one
+    reward: Callable[[Group], list[float]] = agreement
+    needs_token_stats: bool = False  # the reward reads the policy's entropy or self-certainty of each rollout
+    select_label: Callable[[Group], str | None] | None = None  # None: the winner of the vote that labels
+    semi_supervised: bool = False  # where a question has a gold answer, that is the label instead of the vote's
 
     def __post_init__(self) -> None:
+        """Refuse a row that cannot be computed.
+
+        Raises:
+            ValueError: a label by a vote that nobody casts, or not one label for each view.
+        """
         answers = {"policy": self.policy_views, "teacher": self.teacher_views}
         for voter, view in self.label_of.values():
             if voter != "gold" and view not in answers[voter]:
@@ -165,15 +191,17 @@ class Variant:
 
     @property
     def has_teacher(self) -> bool:
+        """Tell whether a teacher votes, or is the reference of the KL term."""
         return bool(self.teacher_views) or (self.kl_coef > 0 and self.kl_reference == "ema")
 
     @property
     def has_frozen_reference(self) -> bool:
+        """Tell whether the initial policy is the reference of the KL term."""
         return self.kl_coef > 0 and self.kl_reference == "init"
 
     @property
     def is_baseline(self) -> bool:
-        """No teacher answers, and each view is labelled by itself (or by gold), if at all."""
+        """Tell whether no teacher votes and each view is labelled by itself or by gold, if at all."""
         return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
 
 
@@ -185,41 +213,38 @@ VARIANTS: dict[str, Variant] = {
     "III":            Variant(BOTH, BOTH, {"x": ("teacher", "x'"), "x'": ("teacher", "x")}, "ema",  0.001),
     "gt":             Variant(X,    (),   {"x": ("gold", "x")},                             "init", 0.005),
     "majority":       Variant(X,    (),   {"x": ("policy", "x")},                           "init", 0.005),
-    "self-certainty": Variant(X,    (),   {}, "init", 0.005, self_certainty,   reward_reads_logits=True),
-    "entropy":        Variant(X,    (),   {}, "init", 0.005, negative_entropy, reward_reads_logits=True),
+    "self-certainty": Variant(X,    (),   {}, "init", 0.005, self_certainty,   needs_token_stats=True),
+    "entropy":        Variant(X,    (),   {}, "init", 0.005, negative_entropy, needs_token_stats=True),
 }
 # fmt: on
 
 
-def on_views(variant: Variant, views: tuple[View, ...]) -> Variant:
-    """A baseline moved to other views, each labelled by itself: the paper's ablations without crossing."""
-    label_of = {view: (voter, view) for view in views for voter, _ in variant.label_of.values()}
+def with_views(variant: Variant, views: tuple[View, ...]) -> Variant:
+    """Move a baseline to other views, each labelled by itself: the paper's ablations without crossing."""
+    label_of: dict[View, tuple[Voter, View]] = {}
+    for voter, _ in variant.label_of.values():
+        label_of = {view: (voter, view) for view in views}
     return replace(variant, policy_views=views, label_of=label_of)
 
 
 def label_groups(
-    variant: Variant, voted: Mapping[tuple[Voter, View], Sequence[Group]], golds: Sequence[str | None]
-) -> list[Group]:
-    """The policy's groups by view, then by question, each with the label that the row names: the one place where a
-    label comes from. A gold answer becomes one only where the row says so, and is compared as mathematics."""
-    labelled = []
-    for view in variant.policy_views:
-        voter, voted_view = variant.label_of.get(view, (None, view))
-        for q, group in enumerate(voted["policy", view]):
-            if voter == "gold" or (variant.gold_where_known and golds[q] is not None):
-                group = replace(group, label=golds[q], label_share=float(golds[q] is not None), match="math")
-            elif voter is not None:
-                vote = voted[voter, voted_view][q].vote
-                group = replace(group, label=vote.label, label_share=vote.share, label_vote=vote)
-                group = replace(group, label=variant.elect(group)) if variant.elect else group
-            labelled.append(group)
-    return labelled
+    variant: Variant, groups: Sequence[Group], teacher_groups: Sequence[Group], gold_answers: Sequence[str | None]
+) -> None:
+    """Give each of the policy's groups its label, as the variant says: the one place where labels come from.
 
-
-def with_means(groups: Sequence[Group], means: Mapping[str, Sequence[float]]) -> list[Group]:
-    """The groups with each statistic's mean [N] over every rollout's tokens."""
-    size = len(groups[0].texts)
-    return [
-        replace(group, means={name: list(values[i * size : (i + 1) * size]) for name, values in means.items()})
-        for i, group in enumerate(groups)
-    ]
+    A gold answer (one for each question of the step) is a label only where the variant says so, and is then compared
+    as mathematics.
+    """
+    votes = {("policy", group.view, group.place): group.vote for group in groups}
+    votes |= {("teacher", group.view, group.place): group.vote for group in teacher_groups}
+    for group in groups:
+        voter, view = variant.label_of.get(group.view, (None, group.view))
+        gold = gold_answers[group.place]
+        if voter == "gold" or (variant.semi_supervised and gold is not None):
+            group.label = gold
+            group.label_share = float(gold is not None)
+            group.match = "math"
+        elif voter is not None:
+            group.label_vote = votes[voter, view, group.place]
+            group.label_share = group.label_vote.share
+            group.label = variant.select_label(group) if variant.select_label else group.label_vote.label

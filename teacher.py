@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lm.ranks import local
+from lm.distributed import local_shard
 
 
 def ema_weight(
@@ -25,7 +25,7 @@ def ema_weight(
     end: float = 0.9999,
     schedule: Literal["cosine", "constant"] = "cosine",
 ) -> float:
-    """The weight w_k that the teacher keeps of itself at step k = 0 .. K (Eq. 11 with Table 5's endpoints)."""
+    """Compute the weight w_k that the teacher keeps of itself at step k = 0 .. K (Eq. 11, Table 5's endpoints)."""
     if schedule == "constant":
         return start
     return end - (end - start) / 2 * (1 + math.cos(math.pi * step / total_steps))
@@ -33,12 +33,13 @@ def ema_weight(
 
 @torch.no_grad()
 def update(teacher: nn.Module, policy: nn.Module, weight: float) -> None:
-    """teacher <- weight * teacher + (1 - weight) * policy, in place and exact for weight 0 and 1.
+    """Move the teacher: teacher <- weight * teacher + (1 - weight) * policy, in place, exact for weight 0 and 1.
 
     `parameters()` yields a tied weight once, so it is averaged once. Buffers are copied. Under FSDP every rank averages
     its own shards, wherever they are, and nothing is communicated.
     """
     for mine, theirs in zip(teacher.parameters(), policy.parameters(), strict=True):
-        local(mine).lerp_(local(theirs).to(local(mine)), 1 - weight)
+        shard = local_shard(mine)
+        shard.lerp_(local_shard(theirs).to(shard), 1 - weight)
     for buffer, source in zip(teacher.buffers(), policy.buffers(), strict=True):
         buffer.copy_(source)

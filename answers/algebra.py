@@ -83,7 +83,7 @@ def serve() -> None:
 _mine = threading.local()  # the child of each thread of the pool
 
 
-def living_child() -> subprocess.Popen[bytes]:
+def get_worker() -> subprocess.Popen[bytes]:
     """This thread's; another one if a pair or somebody else has killed it.
 
     Raises:
@@ -109,7 +109,7 @@ def living_child() -> subprocess.Popen[bytes]:
 def judge(first: str, second: str) -> bytes:
     """A byte of `verdict`, or b"" if this pair killed the child; asked again, once, if somebody else did."""
     for _ in range(2):
-        child = living_child()
+        child = get_worker()
         assert child.stdin and child.stdout
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps([first, second]).encode() + b"\n")

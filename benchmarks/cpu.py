@@ -26,7 +26,8 @@ from step_vs_trl import markdown
 
 from lm import vllm_engine
 from lm.decoding import Sampler, TransformersSampler
-from lm.packing import MicroBatch, Rollout, pack
+from lm.packing import MicroBatch, pack
+from lm.record import Rollout
 from lm.scoring import PackedLM
 from lm.vllm_engine import VLLMSampler
 
@@ -74,7 +75,7 @@ def samplings(lm: PreTrainedModel, request: dict[str, Any], repeats: int, vllm: 
     with ExitStack() as stack:
         works: dict[str, tuple[Work, Work]] = {}
         for name, (one, other) in samplers.items():
-            first, second = (stack.enter_context(sampler.holding(lm)) for sampler in (one, other))
+            first, second = (stack.enter_context(sampler.loaded(lm)) for sampler in (one, other))
             works[name] = (partial(first, **request), partial(second, **request))
         return rates(works, rows * request["max_tokens"], repeats)
 

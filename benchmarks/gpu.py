@@ -41,13 +41,14 @@ sys.path.insert(0, str(ROOT))
 import metrics
 from config import Config, parse
 from embedded.word_problems import word_problems
-from grpo import build_optimizer, denominators, group_advantages, optimizer_step
-from lm import ranks, scoring
+from grpo import build_optimizer, group_advantages, optimizer_step
+from lm import distributed, scoring
 from lm.model import checkpoint_activations, frozen_copy, resolve, shard
-from lm.packing import MicroBatch, Rollout, micro_batches, packed_attention
+from lm.packing import MicroBatch, micro_batches, packed_attention
+from lm.record import Rollout
 from lm.scoring import ChunkedHead, PackedLM, score
 from prepare import prepare
-from store.files import read_rows, write_whole
+from store.jsonl import read_rows, write_atomic
 from train import train_step
 
 # hidden, intermediate, layers, query heads, key heads, head_dim, vocabulary, tied: as published
@@ -100,7 +101,7 @@ def main(settings: Settings) -> None:
             figures = {"failed": str(problem)}
         result[part] = figures | {"seconds": round(time.perf_counter() - begin, 1)}
         print(f"{part}: {json.dumps(result[part])}", flush=True)
-        write_whole(settings.out, json.dumps(result, indent=1) + "\n")
+        write_atomic(settings.out, json.dumps(result, indent=1) + "\n")
 
 
 # ---------------------------------------------------------------- shapes and rollouts
@@ -232,23 +233,26 @@ def training(settings: Settings) -> Figures:
 
 def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute: bool) -> Figures:
     """As `prepare` and `train_step` do it: sharded over a group of one on a GPU."""
-    device, lm = ranks.start(), random_model(name)
+    device, lm = distributed.start(), random_model(name)
     work = operations(lm, rollouts)
     policy = PackedLM(lm, DTYPE)
-    if ranks.in_group():
-        shard(policy, init_device_mesh(device.type, (ranks.count(),)))
+    if distributed.in_group():
+        shard(policy, init_device_mesh(device.type, (distributed.world_size(),)))
     reference = frozen_copy(policy)
     if recompute:
         checkpoint_activations(policy)
     optimizer, config = build_optimizer(policy, (0.9, 0.999), 0.01), Config()
-    advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).to(device)
-    denominator = denominators("token", rollouts, [range(len(rollouts))], 0).to(device)
+    tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).tolist()
+    for rollout, advantage in zip(rollouts, advantages, strict=True):
+        rollout.advantage, rollout.denominator = advantage, float(tokens)
     batches = micro_batches(rollouts, settings.tokens_per_micro_batch, device)
-    anchors = score(reference, batches, 1.0)
+    for batch, stats in zip(batches, score(reference, batches, 1.0), strict=True):
+        batch.reference_logp = stats.logp
     fresh_peak()
     scoring_seconds = seconds_of(lambda: score(reference, batches, 1.0), settings.repeats)
     seconds = seconds_of(
-        lambda: optimizer_step(policy, optimizer, batches, advantages, anchors, denominator, 0.001, 1e-6, config),
+        lambda: optimizer_step(policy, optimizer, batches, 1e-6, 0.001, config),
         settings.repeats,
     )
     tokens = sum(map(len, rollouts))
@@ -383,7 +387,7 @@ def padded_attention(
     _: nn.Module, query: Tensor, key: Tensor, value: Tensor, __: None, packing: MicroBatch
 ) -> tuple[Tensor, None]:
     """What a trainer that pads computes: [B, heads, L, d]."""
-    q, k, v = (packed[0][:, packing.token_at].transpose(0, 1) for packed in (query, key, value))
+    q, k, v = (packed[0][:, packing.pad_index].transpose(0, 1) for packed in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), None
 
 
@@ -401,7 +405,7 @@ def resume(settings: Settings) -> Figures:
         (place / "run").rename(place / "whole")
         (place / "run" / "checkpoints").mkdir(parents=True)
         (place / "whole" / "checkpoints" / checkpoint.name).rename(checkpoint)
-        write_whole(place / "run" / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in whole[:2]))
+        write_atomic(place / "run" / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in whole[:2]))
         subprocess.run([*command, "--resume", "auto"], check=True, stdout=subprocess.DEVNULL)
         again = read_rows(place / "run" / "metrics.jsonl")
     keys = ("reward", "entropy", "kl", "grad_norm", "response_tokens")

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, parse, told_in_a_sentence
+from config import Config, exit_on_user_error, parse
 from lm.model import decoder_layers, load_pretrained
 from lm.scoring import ON_GPU as LOGITS_ON_GPU
-from prepare import chosen_variant
+from prepare import choose_variant
 from rewards import Variant
 
 GPU_BYTES, USABLE = 80e9, 0.92  # of it, for what is planned here
@@ -103,9 +103,9 @@ def as_text(lm: PreTrainedModel, config: Config, variant: Variant) -> str:
 
 
 def main() -> None:
-    with told_in_a_sentence():
+    with exit_on_user_error():
         config = parse()
-        variant = chosen_variant(config)
+        variant = choose_variant(config)
         lm, _ = load_pretrained(str(config.model.name), torch.float32, weights=False)
     print(as_text(lm, config, variant))
 

@@ -59,14 +59,14 @@ from study import COLUMNS as OF_STUDY
 from study import fill_in, table
 
 from baselines import BASELINES
-from config import UserError, told_in_a_sentence
+from config import UserError, exit_on_user_error
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from lm.scoring import autocast
-from metrics import collapse_signs
+from metrics import detect_collapse
 from rewards import VARIANTS
 from store import curves
-from store.files import Row, changes, fingerprint, read_rows, to_lines, write_whole
+from store.jsonl import Record, changes, fingerprint, read_rows, to_lines, write_atomic
 from store.results import estimate, written
 
 BENCHMARKS = ("held-out", *ELSEWHERE)
@@ -130,7 +130,7 @@ def write_questions(settings: Settings, folder: Path) -> None:
         rows = [{"question": text, "answer": plain(gold)} for text, gold in questions]
         if name == "train":
             rows = [row | {"rephrased": reworded(row["question"])} for row in rows]
-        write_whole(folder / f"{name}.jsonl", to_lines(rows))
+        write_atomic(folder / f"{name}.jsonl", to_lines(rows))
 
 
 def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -218,7 +218,7 @@ def make_start(settings: Settings) -> Path:
     aside = settings.out / "start.unfinished"
     lm.save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    write_whole(aside / "imitation.json", json.dumps(note) + "\n")
+    write_atomic(aside / "imitation.json", json.dumps(note) + "\n")
     aside.rename(folder)
     return folder
 
@@ -253,7 +253,7 @@ class Run(NamedTuple):
 
 def evaluation(settings: Settings, model: Path, name: str) -> list[str]:
     files = [str(settings.out / "questions" / f"{benchmark}.jsonl") for benchmark in BENCHMARKS]
-    flags: Row = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
+    flags: Record = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
     flags |= {"k": settings.k, "temperature": 1.0, "max-response-tokens": settings.max_response_tokens}
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return [sys.executable, str(ROOT / "evaluate.py"), *words, "--benchmarks", *files]
@@ -358,10 +358,10 @@ def write_results(settings: Settings) -> None:
     }
     folder = settings.results or out
     folder.mkdir(parents=True, exist_ok=True)
-    write_whole(folder / "results.json", json.dumps(result, ensure_ascii=False) + "\n")
+    write_atomic(folder / "results.json", json.dumps(result, ensure_ascii=False) + "\n")
 
 
-def evaluation_of(file: Path) -> Row:
+def evaluation_of(file: Path) -> Record:
     """Its numbers, and of the accuracies also the value of every question, for differences question by question."""
     result = json.loads(file.read_text())
     kept = {}
@@ -371,9 +371,9 @@ def evaluation_of(file: Path) -> Row:
     return {"versions": result["versions"], "k": result["settings"]["k"], "benchmarks": kept}
 
 
-def to_read(file: Path) -> list[Row]:
+def to_read(file: Path) -> list[Record]:
     """The first sampled answer (without any, the greedy one) to READ questions, the same ones of every model."""
-    answers: dict[str, Row] = {}
+    answers: dict[str, Record] = {}
     for row in read_rows(file):
         if row["question"] not in answers or answers[row["question"]]["greedy"]:
             answers[row["question"]] = row
@@ -381,7 +381,7 @@ def to_read(file: Path) -> list[Row]:
     return [{key: answers[question][key] for key in ("question", "gold", "text", "correct")} for question in chosen]
 
 
-def run_of(file: Path) -> Row:
+def run_of(file: Path) -> Record:
     """Its settings and all its metrics."""
     config = json.loads(file.with_name("config.json").read_text())
     of = {"method": config["method"]["variant"], "seed": config["run"]["seed"], "lr": config["optimisation"]["lr"]}
@@ -391,14 +391,14 @@ def run_of(file: Path) -> Row:
     return of | {"metrics": [{key: short(value) for key, value in row.items()} for row in read_rows(file)]}
 
 
-def label(run: Row) -> str:
+def label(run: Record) -> str:
     """Of the row that seeds share: `II, lr 1e-05, 50 steps of 8 x 8`."""
     return f"{run['method']}, lr {run['lr']:g}, {run['steps']} steps of {run['questions_per_step']} x {run['rollouts']}"
 
 
-def by_label(result: Row) -> dict[str, dict[str, Row]]:
+def by_label(result: Record) -> dict[str, dict[str, Record]]:
     """Runs that have finished a step, by name, of each row of the tables; methods in the order of the two tables."""
-    groups: dict[str, dict[str, Row]] = {}
+    groups: dict[str, dict[str, Record]] = {}
     methods = [*VARIANTS, *BASELINES]
     begun = {name: run for name, run in result["runs"].items() if run["metrics"]}
     for name, run in sorted(begun.items(), key=lambda item: methods.index(item[1]["method"])):
@@ -409,14 +409,14 @@ def by_label(result: Row) -> dict[str, dict[str, Row]]:
 # ---------------------------------------------------------------- tables and figure
 
 
-def imitation_table(result: Row) -> str:
+def imitation_table(result: Record) -> str:
     counts = result["imitation"]["questions"]
     steps = ("questions", "solved by the rule", "asked elsewhere, dropped")
     rows = [[name, *(str(counts.get(f"{name}: {step}", 0)) for step in steps)] for name in IMITATED]
     return table(["", *steps], rows)
 
 
-def accuracy_cell(evaluations: Sequence[Row], benchmark: str, greedy: bool, before: Row | None) -> str:
+def accuracy_cell(evaluations: Sequence[Record], benchmark: str, greedy: bool, before: Record | None) -> str:
     """`43.2 ± 1.8`, percent: the mean over questions of the mean over seeds; with `before` its rise, in points."""
     found = [each["benchmarks"][benchmark] for each in evaluations]
     seeds = [each["values"]["greedy" if greedy else next(iter(each["values"]))] for each in found]
@@ -427,7 +427,7 @@ def accuracy_cell(evaluations: Sequence[Row], benchmark: str, greedy: bool, befo
     return written(estimate(values), "accuracy", "+" if before else "")
 
 
-def accuracy_table(result: Row, change: bool) -> str:
+def accuracy_table(result: Record, change: bool) -> str:
     """Before and after, or the change between them."""
     start = result["evaluations"].get("start")
     header = ["", "seeds", *(f"{name}, {how}" for name in BENCHMARKS for how in ("sampled", "greedy"))]
@@ -443,7 +443,7 @@ def accuracy_table(result: Row, change: bool) -> str:
     return table(header, rows)
 
 
-def training_table(result: Row) -> str:
+def training_table(result: Record) -> str:
     """Means of the first and the last five steps, of all seeds."""
     rows = []
     for row, runs in by_label(result).items():
@@ -454,12 +454,12 @@ def training_table(result: Row) -> str:
             of_seeds = [[each[key] for each in history if key in each] for history in histories]
             ends = [(fmean(each[:5]), fmean(each[-5:])) for each in of_seeds if each]
             cells.append(" to ".join(f"{fmean(side):.2f}" for side in zip(*ends, strict=True)) if ends else "-")
-        warned = sum(any(collapse_signs(each[:i]) for i in range(len(each))) for each in histories)
+        warned = sum(any(detect_collapse(each[:i]) for i in range(len(each))) for each in histories)
         rows.append([row, str(len(runs)), str(steps), *cells, str(warned)])
     return table(["", "seeds", "steps done", *COLUMNS, "warned"], rows)
 
 
-def time_table(result: Row) -> str:
+def time_table(result: Record) -> str:
     """Median seconds of a step by phase, after the first step."""
     rows = []
     for row, runs in by_label(result).items():
@@ -474,7 +474,7 @@ def time_table(result: Row) -> str:
     return table(["", "device", *PHASES, "sampled tokens/s", "peak memory (GB)"], rows)
 
 
-def rollouts_table(result: Row, methods: Sequence[str] = ("majority", "II")) -> str:
+def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) -> str:
     """The same questions before and after: of each method its first run that was evaluated."""
     shown = {"before": result["read"].get("start", [])}
     for row, runs in by_label(result).items():
@@ -492,7 +492,7 @@ def in_a_cell(text: str) -> str:
     return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
-def draw(result: Row, file: Path) -> None:
+def draw(result: Record, file: Path) -> None:
     figure = Figure(figsize=(12, 4), layout="constrained")
     axes = figure.subplots(1, len(PANELS))
     for axis, (key, heading) in zip(axes, PANELS.items(), strict=True):
@@ -509,7 +509,7 @@ def draw(result: Row, file: Path) -> None:
     figure.savefig(file, dpi=160)
 
 
-def report(result: Row, document: Path) -> None:
+def report(result: Record, document: Path) -> None:
     tables = {"imitation": imitation_table(result), "accuracy": accuracy_table(result, change=False)}
     tables |= {"change": accuracy_table(result, change=True), "training": training_table(result)}
     tables |= {"time": time_table(result), "rollouts": rollouts_table(result)}
@@ -534,5 +534,5 @@ def main(settings: Settings) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    with told_in_a_sentence("stopped; the same command goes on"):
+    with exit_on_user_error("stopped; the same command goes on"):
         main(tyro.cli(Settings, description=__doc__))

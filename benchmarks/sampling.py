@@ -29,7 +29,8 @@ import metrics
 from lm.decoding import TransformersSampler
 from lm.engine import open_sampler
 from lm.model import resolve
-from lm.packing import Rollout, micro_batches
+from lm.packing import micro_batches
+from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler
 
@@ -76,7 +77,7 @@ def loads(sampler: VLLMSampler, lm: PreTrainedModel, steps: int) -> dict[str, st
     for _ in range(steps):
         for parameter in lm.parameters():
             parameter *= 1.0001
-        with sampler.holding(lm) as sample:
+        with sampler.loaded(lm) as sample:
             sample([[1, 2, 3]], [0], n=1, temperature=1.0, max_tokens=1)
             awake.append(used_gb())
         times.append(sampler.sync_seconds)
@@ -120,7 +121,7 @@ def main(
     }
     bare = SamplingParams(n=rollouts, temperature=1.0, max_tokens=response_tokens, ignore_eos=True, detokenize=False)
     as_dicts = [{"prompt_token_ids": prompt} for prompt in prompts]
-    with sampler.holding(lm) as sample:
+    with sampler.loaded(lm) as sample:
         forget = sampler.llm.reset_prefix_cache
         works = [lambda: sample(**request), lambda: sampler.llm.generate(as_dicts, bare, use_tqdm=False)]
         ours, theirs = seconds(works, forget, repeats)
@@ -131,7 +132,7 @@ def main(
         "ratio": f"{theirs / ours:.3f}",
     }
     if hf:
-        with TransformersSampler(never, dtype).holding(lm) as generate:
+        with TransformersSampler(never, dtype).loaded(lm) as generate:
             (slow,) = seconds([lambda: generate(**request)], lambda: None, max(1, repeats // 2))
         table["tokens a second: transformers' generate"] = f"{rows * response_tokens / slow:,.0f}"
     table["log-prob mismatch with the trainer, mean / maximum"] = f"{gaps[0]:.2g} / {gaps[1]:.2g} nats"

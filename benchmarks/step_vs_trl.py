@@ -115,7 +115,7 @@ def model_folder(settings: Settings) -> str:
 def write_questions(settings: Settings, folder: Path) -> None:
     """As many as all steps ask, so that every step has the same number."""
     from embedded.word_problems import word_problems
-    from store.files import read_rows
+    from store.jsonl import read_rows
 
     asked = settings.questions * (settings.warmup + settings.steps)
     rows = list(islice(read_rows(settings.data) if settings.data else word_problems("train"), asked))
@@ -128,9 +128,9 @@ def write_questions(settings: Settings, folder: Path) -> None:
 
 
 def our_config(settings: Settings, folder: Path) -> Any:
-    from config import EMBEDDED, Config, Data, Model
+    from config import EMBEDDED_DEFAULTS, Config, Data, Model
 
-    config = EMBEDDED if settings.model == "embedded" else replace(Config(), memory=EMBEDDED.memory)
+    config = EMBEDDED_DEFAULTS if settings.model == "embedded" else replace(Config(), memory=EMBEDDED_DEFAULTS.memory)
     tokens = settings.tokens_per_micro_batch or config.optimisation.tokens_per_micro_batch
     return replace(
         config,
@@ -267,16 +267,16 @@ def trl_side(settings: Settings, folder: Path, link: Connection) -> None:
 
         return method(**given, logits_processor=LogitsProcessorList([force]))
 
-    def phase(name: str, with_gradient: str | None = None) -> Callable[..., Any]:
+    def phase(name: str, select_with_gradient: str | None = None) -> Callable[..., Any]:
         def around(method: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            with timed(seconds, with_gradient if with_gradient and torch.is_grad_enabled() else name):
+            with timed(seconds, select_with_gradient if select_with_gradient and torch.is_grad_enabled() else name):
                 return method(*args, **kwargs)
 
         return around
 
     wrap(trainer.model, "generate", generate)
     wrap(trainer, "_generate", phase("generation"))
-    wrap(trainer, "_get_per_token_logps_and_entropies", phase("reference", with_gradient="forward pass"))
+    wrap(trainer, "_get_per_token_logps_and_entropies", phase("reference", select_with_gradient="forward pass"))
     wrap(trainer, "_prepare_inputs", phase("all but training"))
 
     class InTurn(TrainerCallback):

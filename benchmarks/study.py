@@ -35,10 +35,10 @@ import train
 from baselines import BASELINES
 from config import parse
 from embedded.word_problems import word_problems
-from metrics import collapse_signs
+from metrics import detect_collapse
 from rewards import VARIANTS
 from store import curves
-from store.files import read_rows
+from store.jsonl import read_rows
 
 History = list[dict[str, Any]]
 
@@ -274,7 +274,7 @@ def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
 
 def first_warning(history: History) -> int | None:
     """The step at which the alarm of metrics.py goes off."""
-    return next((int(history[n - 1]["step"]) for n in range(1, len(history)) if collapse_signs(history[:n])), None)
+    return next((int(history[n - 1]["step"]) for n in range(1, len(history)) if detect_collapse(history[:n])), None)
 
 
 def alarm_table(results: dict[str, dict[str, list[History]]]) -> str:

@@ -5,29 +5,41 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from hashlib import blake2b
 from inspect import signature
-from typing import Any, Protocol
+from itertools import chain, product
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import DynamicCache, PreTrainedModel
 
-from lm import ranks
-from lm.model import plain_attention, whole
-from lm.packing import Rollout
+from lm import distributed
+from lm.model import plain_attention, unsharded
+from lm.record import Rollout
 from lm.scoring import autocast
 
-ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
+ROWS_PER_CALL = 256  # sampled at once: cu_seqlens the key-value cache
 
 Sample = Callable[..., list[Rollout]]
 
 
+class Capacity(NamedTuple):
+    """What a sampler must be able to hold at once."""
+
+    sequence_tokens: int  # of the longest prompt and response together
+    sequences: int
+    engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
+
+
 class Sampler(Protocol):
+    """What the loop needs of an engine."""
+
     sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
     sleeping_bytes: int  # that PyTorch counts as the GPU's while the engine sleeps, and that are free
 
-    def holding(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
+    def loaded(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         ...
 
@@ -36,8 +48,8 @@ class Sampler(Protocol):
         ...
 
 
-def nucleus(logp: Tensor, top_p: float) -> Tensor:
-    """The distribution [N, V] cut to its likeliest tokens, as many as it takes to hold top_p together, renormalised."""
+def top_p_filter(logp: Tensor, top_p: float) -> Tensor:
+    """Cut a distribution [N, V] to its likeliest tokens, as many as it takes to hold top_p together; renormalise it."""
     sorted_logp, tokens = logp.sort(dim=-1, descending=True)
     before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
     cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
@@ -45,11 +57,14 @@ def nucleus(logp: Tensor, top_p: float) -> Tensor:
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """The token [N] where the cumulative distribution of `logits` [N, V] passes each row's uniform number [N], and its
-    log-prob [N]; the likeliest token at temperature 0."""
+    """Draw a token for each row of `logits` [N, V]: where the cumulative distribution passes its uniform number [N].
+
+    Returns:
+        The tokens [N], at temperature 0 the likeliest ones, and their log-probs [N].
+    """
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if top_p < 1:
-        logp = nucleus(logp, top_p)
+        logp = top_p_filter(logp, top_p)
     if temperature == 0:
         token = logp.argmax(dim=-1, keepdim=True)
     else:
@@ -60,14 +75,23 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.
     return token.squeeze(-1), logp.gather(-1, token).squeeze(-1)
 
 
+def request_seed(*key: str | int) -> int:
+    """Derive a seed below 2^62 for one prompt's rollouts from (run seed, step, question id, view, role).
+
+    Rollout g of the group adds g. It is a hash: no two requests of a run share a stream, whatever the ids look like.
+    """
+    digest = blake2b(repr(key).encode(), digest_size=8).digest()
+    return int.from_bytes(digest) >> 2
+
+
 def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
-    """[count, N]: each row's own stream, whatever else is in the batch."""
+    """Draw `count` numbers [count, N] for each row from its own stream, whatever else is in the batch."""
     streams = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(streams, dim=1).to(device)
 
 
 class Decoding:
-    """The next token's logits [N, V] of a batch of sequences, G = n for each prompt, which grows by a token a step."""
+    """A batch of sequences, n for each prompt, that grows by a token a step, with the next token's logits [N, V]."""
 
     def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
         self.lm, self.cache = lm, DynamicCache(config=lm.config)
@@ -102,8 +126,7 @@ class Decoding:
 
 
 class TransformersSampler:
-    """The trainer's own model, or a copy where that is sharded, with a key-value cache of transformers: any device, any
-    family.
+    """Sampling with the trainer's own model, or a copy where that is sharded: any device, any family.
 
     A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
@@ -117,18 +140,19 @@ class TransformersSampler:
         self.compute_dtype = compute_dtype
 
     def close(self) -> None:
-        pass
+        """Do nothing: there is no engine."""
 
     @contextmanager
-    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        lm = whole(lm, self.compute_dtype)
+    def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        """Yield the function that samples from the model's present weights."""
+        lm = unsharded(lm, self.compute_dtype)
 
         def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
             per_call = max(1, ROWS_PER_CALL // n)
             calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
             with autocast(lm.device, self.compute_dtype):
-                groups = [self._sample(lm, prompts[c], seeds[c], n, **how) for c in calls]
-            return [rollout for group in groups for rollout in group]
+                parts = [self._sample(lm, prompts[call], seeds[call], n, **how) for call in calls]
+            return list(chain.from_iterable(parts))
 
         with plain_attention(lm):
             yield sample
@@ -144,13 +168,14 @@ class TransformersSampler:
         max_tokens: int,
         top_p: float = 1.0,
     ) -> list[Rollout]:
-        uniforms = uniform_numbers([seed + g for seed in seeds for g in range(n)], max_tokens, lm.device)  # [T, N]
+        own_seeds = [seed + g for seed, g in product(seeds, range(n))]
+        uniforms = uniform_numbers(own_seeds, max_tokens, lm.device)  # [T, N]
         response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row
         logps: list[list[float]] = [[] for _ in response_ids]
         active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
         stop_ids = torch.tensor(self.eos_ids, device=lm.device)
         decoding = Decoding(lm, prompts, n)
-        for position in ranks.bar(range(max_tokens), "sampling", "token"):
+        for position in distributed.progress_bar(range(max_tokens), "sampling", "token"):
             token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
             for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
                 response_ids[row].append(token_id)

@@ -26,8 +26,9 @@ from transformers import (
 )
 
 from config import EMBEDDED_MODELS, UserError
-from lm import ranks
-from lm.packing import Rollout, pack
+from lm import distributed
+from lm.packing import pack
+from lm.record import Rollout
 from lm.scoring import PackedLM, autocast
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
@@ -74,7 +75,7 @@ def load_pretrained(
         if weights:
             lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
         else:
-            lm = skeleton(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
+            lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
@@ -93,14 +94,14 @@ def load_policy(
     In a group of processes the first reads the weights, and each keeps its shards: on `device`, or with `offload` in
     the CPU's memory.
     """
-    lm, tokenizer = load_pretrained(name, torch.float32, weights=ranks.is_first())
-    policy = PackedLM(lm if ranks.is_first() else unfilled(lm), compute_dtype(dtype, device))
-    ranks.on_first(partial(verify_head, policy, name))
-    if not ranks.in_group():
+    lm, tokenizer = load_pretrained(name, torch.float32, weights=distributed.is_rank0())
+    policy = PackedLM(lm if distributed.is_rank0() else empty_like(lm), compute_dtype(dtype, device))
+    distributed.run_on_rank0(partial(verify_head, policy, name))
+    if not distributed.in_group():
         return policy.to(device), tokenizer
-    weights = ranks.tensors_of(policy)
-    shard(policy, init_device_mesh(device.type, (ranks.count(),)), offload)
-    ranks.fill_from_first(weights.__getitem__, ranks.tensors_of(policy))
+    weights = distributed.named_tensors(policy)
+    shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload)
+    distributed.fill_from_rank0(weights.__getitem__, distributed.named_tensors(policy))
     return policy, tokenizer
 
 
@@ -111,10 +112,10 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return dtype
 
 
-def unfilled(lm: PreTrainedModel) -> PreTrainedModel:
+def empty_like(lm: PreTrainedModel) -> PreTrainedModel:
     """A model of the same architecture, in float32 on the CPU, with whatever values: memory costs nothing before it is
     written to, so a model that is going to be sharded is never whole here."""
-    twin = skeleton(lm.config)
+    twin = meta_model(lm.config)
     twin.to_empty(device="cpu").eval()
     twin.tie_weights()
     return twin
@@ -152,7 +153,7 @@ def packing_gap(lm: PreTrainedModel) -> float:
 @torch.no_grad()
 def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attention: str = "sdpa") -> Tensor:
     """Log-probs [T] of a response under the model itself, by transformers."""
-    lm = whole(lm, dtype)
+    lm = unsharded(lm, dtype)
     tokens = torch.tensor([rollout.prompt_ids + rollout.response_ids], device=lm.device)
     with plain_attention(lm, attention), autocast(lm.device, dtype):
         logits = lm(tokens, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
@@ -172,7 +173,7 @@ def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
         lm.train(training).set_attn_implementation(attention)
 
 
-def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """A model on the meta device, where tensors have names and shapes and take no memory."""
     with torch.device("meta"):
         lm: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
@@ -180,12 +181,14 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> Pr
 
 
 @torch.no_grad()
-def whole(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def unsharded(lm: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model itself; where FSDP has sharded it, an ordinary copy in `dtype`, which every rank must ask for."""
-    if ranks.mesh_of(lm) is None:
+    if distributed.mesh_of(lm) is None:
         return lm
-    ordinary: PreTrainedModel = skeleton(lm.config).eval()
-    ordinary.load_state_dict({name: ranks.full(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True)
+    ordinary: PreTrainedModel = meta_model(lm.config).eval()
+    ordinary.load_state_dict(
+        {name: distributed.full_tensor(t.to(dtype)) for name, t in lm.state_dict().items()}, assign=True
+    )
     for name, buffer in lm.named_buffers():  # some are in no state dict: the frequencies of rotary positions
         owner, _, attribute = name.rpartition(".")
         setattr(ordinary.get_submodule(owner), attribute, buffer.to(ordinary.device))
@@ -251,11 +254,13 @@ def checkpoint_activations(model: PackedLM) -> None:
 def frozen_copy(policy: PackedLM, offload: bool = False) -> PackedLM:
     """An equal model in float32 that is never trained: the teacher, or the initial policy as a reference. Of a sharded
     policy shard by shard, on the same device or with `offload` in the CPU's (pinned) memory."""
-    mesh = ranks.mesh_of(policy)
+    mesh = distributed.mesh_of(policy)
     if mesh is None:
         return copy.deepcopy(policy).float().requires_grad_(False).eval()
-    twin = PackedLM(unfilled(policy.lm), policy.compute_dtype).requires_grad_(False)
+    twin = PackedLM(empty_like(policy.lm), policy.compute_dtype).requires_grad_(False)
     shard(twin, mesh, offload)
-    for mine, theirs in zip(ranks.tensors_of(twin).values(), ranks.tensors_of(policy).values(), strict=True):
-        ranks.local(mine).copy_(ranks.local(theirs))
+    for mine, theirs in zip(
+        distributed.named_tensors(twin).values(), distributed.named_tensors(policy).values(), strict=True
+    ):
+        distributed.local_shard(mine).copy_(distributed.local_shard(theirs))
     return twin

@@ -5,9 +5,10 @@ Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T
 """
 
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,48 +17,40 @@ from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
-from lm import ranks
+from lm import distributed
+from lm.record import Rollout
 
 # Up to 2.11, PyTorch lets query heads share a key head without being told to.
 SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(varlen_attn).parameters else {}
 
 
-@dataclass(frozen=True)
-class Rollout:
-    """One sampled response; `response_ids` ends with the stop token if `finished`, else it was cut at max_tokens."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logp: list[float]  # the sampler's own log-prob of each response token, under the distribution it was drawn from
-    finished: bool
-
-    def __len__(self) -> int:
-        """Tokens of prompt and response."""
-        return len(self.prompt_ids) + len(self.response_ids)
-
-
-@dataclass(frozen=True)
+@dataclass
 class MicroBatch:
-    """Sequences of one forward pass; `rows` are their positions among the step's rollouts."""
+    """Sequences of one forward pass, and all that their loss needs."""
 
-    rows: Tensor  # [B]
+    rows: Tensor  # [B] places of the sequences among the rollouts that were packed
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [1, S]
-    token_at: Tensor  # [B, L] index into S; 0 past a sequence's end
-    row_at: Tensor  # [S] index into B*L, the inverse
-    bounds: Tensor  # [B + 1] int32, where sequences begin and end in S
+    pad_index: Tensor  # [B, L] index into S; 0 past a sequence's end
+    unpad_index: Tensor  # [S] index into B*L, the inverse
+    cu_seqlens: Tensor  # [B + 1] int32, where sequences begin and end in S
     predictor_at: Tensor  # [B, T] index into S of the token that predicts each response token
     targets: Tensor  # [B, T] the response tokens
     mask: Tensor  # [B, T] bool, by length and never by token id: the stop token is trained on, padding is not
     sampler_logp: Tensor  # [B, T]
+    advantages: Tensor  # [B]
+    denominators: Tensor  # [B]
+    old_logp: Tensor | None = None  # [B, T] of the policy that has answered; None: the policy at hand is that one
+    reference_logp: Tensor | None = None  # [B, T]; None without a KL term
 
 
 def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """The rollouts at `rows`, end to end."""
+    """Lay the rollouts at `rows` end to end."""
     chosen = [rollouts[row] for row in rows]
     lengths = torch.tensor([len(rollout) for rollout in chosen])
     responses = torch.tensor([len(rollout.response_ids) for rollout in chosen])
-    starts, ends = lengths.cumsum(0) - lengths, lengths.cumsum(0)
+    ends = lengths.cumsum(0)
+    starts = ends - lengths
     in_sequence = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, L]
     positions = torch.arange(int(lengths.max())).expand_as(in_sequence)
     mask = torch.arange(int(responses.max())) < responses[:, None]  # [B, T]
@@ -66,46 +59,45 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
     def padded(values: list[list[Any]]) -> Tensor:
         return nn.utils.rnn.pad_sequence([torch.tensor(v) for v in values], batch_first=True)
 
-    batch = MicroBatch(
-        rows=torch.tensor(rows),
-        input_ids=torch.tensor([token for r in chosen for token in r.prompt_ids + r.response_ids])[None],
-        position_ids=positions[in_sequence][None],
-        token_at=(starts[:, None] + positions).masked_fill(~in_sequence, 0),
-        row_at=in_sequence.flatten().nonzero().squeeze(1),
-        bounds=F.pad(ends, (1, 0)).int(),
-        predictor_at=predictor_at.masked_fill(~mask, 0),
-        targets=padded([r.response_ids for r in chosen]),
-        mask=mask,
-        sampler_logp=padded([r.logp for r in chosen]),
-    )
-    return MicroBatch(*(tensor.to(device) for tensor in vars(batch).values()))
+    tensors = {
+        "rows": torch.tensor(rows),
+        "input_ids": torch.tensor(list(chain.from_iterable(r.prompt_ids + r.response_ids for r in chosen)))[None],
+        "position_ids": positions[in_sequence][None],
+        "pad_index": (starts[:, None] + positions).masked_fill(~in_sequence, 0),
+        "unpad_index": in_sequence.flatten().nonzero().squeeze(1),
+        "cu_seqlens": F.pad(ends, (1, 0)).int(),
+        "predictor_at": predictor_at.masked_fill(~mask, 0),
+        "targets": padded([r.response_ids for r in chosen]),
+        "mask": mask,
+        "sampler_logp": padded([r.logp for r in chosen]),
+        "advantages": torch.tensor([r.advantage for r in chosen]),
+        "denominators": torch.tensor([r.denominator for r in chosen]),
+    }
+    return MicroBatch(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
-def micro_batches(
-    rollouts: Sequence[Rollout], tokens: int, device: torch.device, rows: Iterable[int] | None = None
-) -> list[MicroBatch]:
-    """This rank's share of the rollouts at `rows` (None: all), in micro-batches of at most `tokens` tokens (a longer
-    one gets its own).
+def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Pack this rank's share of the rollouts into micro-batches of at most `tokens` tokens (a longer one gets its own).
 
     Neighbours in length go together: attention, the only part that pads on a CPU, then pads little. The micro-batches
     are the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
-    gets as many, a muted one where they do not suffice: FSDP communicates within each forward and backward pass.
+    gets as many, a fully masked one where they do not suffice: FSDP communicates within each forward and backward pass.
     """
-    groups: list[list[int]] = []
+    packs: list[list[int]] = []
     used = tokens
-    for row in sorted(range(len(rollouts)) if rows is None else rows, key=lambda row: len(rollouts[row])):
+    for row in sorted(range(len(rollouts)), key=lambda row: len(rollouts[row])):
         if used + len(rollouts[row]) > tokens:
-            groups.append([])
+            packs.append([])
             used = 0
-        groups[-1].append(row)
+        packs[-1].append(row)
         used += len(rollouts[row])
-    batches = [pack(rollouts, rows, device) for rows in groups[ranks.rank() :: ranks.count()]]
-    if len(batches) * ranks.count() < len(groups):
-        batches.append(muted(pack(rollouts, groups[0][:1], device)))
+    batches = [pack(rollouts, rows, device) for rows in packs[distributed.rank() :: distributed.world_size()]]
+    if len(batches) * distributed.world_size() < len(packs):
+        batches.append(fully_masked(pack(rollouts, packs[0][:1], device)))
     return batches
 
 
-def muted(batch: MicroBatch) -> MicroBatch:
+def fully_masked(batch: MicroBatch) -> MicroBatch:
     """The same with no response token: it passes through the model and leaves no trace in loss, gradient or metrics."""
     return replace(batch, mask=torch.zeros_like(batch.mask))
 
@@ -144,19 +136,19 @@ def packed_attention(
     under causal attention, and its outputs are dropped. A layer with a sliding window sees that many tokens, the
     present one included.
     """
-    longest = packing.token_at.shape[1]
+    longest = packing.pad_index.shape[1]
     query, key, value = as_autocast_would(query, key, value)
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
         window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
-        ends = packing.bounds
+        ends = packing.cu_seqlens
         output = varlen_attn(
             q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, **SHARED_KEYS
         )
         return output[None], None  # type: ignore[call-overload]
 
     def rows(packed: Tensor) -> Tensor:
-        return packed[0][:, packing.token_at].transpose(0, 1)  # [B, heads, L, d]
+        return packed[0][:, packing.pad_index].transpose(0, 1)  # [B, heads, L, d]
 
     window = None
     if sliding_window is not None and sliding_window < longest:
@@ -164,7 +156,7 @@ def packed_attention(
     output = F.scaled_dot_product_attention(
         rows(query), rows(key), rows(value), window, is_causal=window is None, scale=scaling, enable_gqa=True
     )
-    return output.transpose(1, 2).flatten(0, 1)[packing.row_at][None], None  # [1, S, heads, d]
+    return output.transpose(1, 2).flatten(0, 1)[packing.unpad_index][None], None  # [1, S, heads, d]
 
 
 AttentionInterface.register("packed", packed_attention)

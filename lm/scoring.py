@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lm import ranks
-from lm.packing import MicroBatch
+from config import Config
+from lm import distributed
+from lm.packing import MicroBatch, micro_batches
+from lm.record import Rollout
 
 # Logits at once. In float32 1 GiB on a GPU, a fifth faster there than 256 MiB; on a CPU 32 MiB, where larger ones leave
 # the cache and smaller ones add up too often.
@@ -133,16 +135,16 @@ class PackedLM(nn.Module):
 
 @torch.no_grad()
 def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) -> list[TokenStats]:
-    """Statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
-    return [model(batch, temperature) for batch in ranks.bar(batches, "scoring", "micro-batch")]
+    """Compute the statistics of every response token under `model`, a TokenStats [B, T] for each micro-batch."""
+    return [model(batch, temperature) for batch in distributed.progress_bar(batches, "scoring", "micro-batch")]
 
 
-def mean_per_rollout(
-    batches: Sequence[MicroBatch], stats: Sequence[TokenStats], rollouts: int
-) -> dict[str, list[float]]:
-    """Each statistic's mean over the response tokens of each rollout, those of other ranks included."""
-    means = torch.zeros(len(TokenStats._fields), rollouts, device=batches[0].mask.device)
-    for batch, stat in zip(batches, stats, strict=True):
+def assign_token_stats(model: PackedLM, rollouts: Sequence[Rollout], device: torch.device, config: Config) -> None:
+    """Give each rollout the means of the statistics over its response tokens, by one forward pass over all."""
+    batches = micro_batches(rollouts, config.optimisation.tokens_per_micro_batch, device)
+    means = torch.zeros(len(rollouts), len(TokenStats._fields), device=device)
+    for batch, stats in zip(batches, score(model, batches, config.sampling.temperature), strict=True):
         tokens = batch.mask.sum(dim=1).clamp(min=1)
-        means[:, batch.rows] += torch.stack(stat).sum(dim=2) / tokens
-    return dict(zip(TokenStats._fields, ranks.total(means).tolist(), strict=True))
+        means[batch.rows] += (torch.stack(stats).sum(dim=2) / tokens).T
+    for rollout, values in zip(rollouts, distributed.all_reduce_sum(means).tolist(), strict=True):
+        rollout.token_stats = dict(zip(TokenStats._fields, values, strict=True))

@@ -1,11 +1,11 @@
-"""vLLM as the sampler, inside the trainer's process: the second one behind the interface of rollout.py.
+"""vLLM as the sampler, inside the trainer's process: the second one behind `lm/decoding.py: Sampler`.
 
     sampler = VLLMSampler(lm, ...)
-    with sampler.holding(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
+    with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
         rollouts = sample(prompts, seeds, n=8, ...)
                                                               # asleep again: training has the GPU's memory
 
-An engine starts without weights and is only ever sampled inside `holding`, after a complete load, so its weights can be
+An engine starts without weights and is only ever sampled inside `loaded`, after a complete load, so its weights can be
 neither stale nor half-loaded. The first load is checked against the model's own log-probs. Under torchrun every process
 has an engine of its own. The calls below are the same in vLLM 0.24 to 0.33.
 """
@@ -21,20 +21,21 @@ from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from functools import partial
 from hashlib import sha256
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, distributed
+from torch import Tensor
 from tqdm import tqdm
 from transformers import PretrainedConfig, PreTrainedModel
 
 from config import UserError
-from lm import ranks
-from lm.decoding import Sample
-from lm.model import own_logp, skeleton
-from lm.packing import Rollout
+from lm import distributed
+from lm.decoding import Capacity, Sample
+from lm.model import meta_model, own_logp
+from lm.record import Rollout
 
 # Tokens of a block of vLLM's KV cache on a CPU. Rollouts of a question share its prompt's full blocks, which are read
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
@@ -53,40 +54,37 @@ class VLLMSampler:
         lm: PreTrainedModel,
         eos_ids: Sequence[int],
         compute_dtype: torch.dtype,
-        max_sequence_tokens: int,
-        rows: int,
-        engine_memory: float,
+        capacity: Capacity,
     ) -> None:
         self.eos_ids = list(eos_ids)
         self.dtype = compute_dtype
-        self.max_sequence_tokens = max_sequence_tokens
-        self.engine_memory = engine_memory
+        self.capacity = capacity
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
         self.sync_seconds: float | None = None
         self._held = self._checked = False
-        self._needed = set(skeleton(lm.config).state_dict())
+        self._needed = set(meta_model(lm.config).state_dict())
         settings: dict[str, Any] = {
             "dtype": str(compute_dtype).removeprefix("torch."),
-            "max_model_len": max_sequence_tokens,
+            "max_model_len": capacity.sequence_tokens,
         }
         if self.on_gpu:
-            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": engine_memory}
+            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
         else:
-            settings |= cpu_limits(lm.config, compute_dtype, max_sequence_tokens, rows, engine_memory)
+            settings |= cpu_limits(lm.config, compute_dtype, capacity)
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
-        with undisturbed_host(self.on_gpu):
+        with preserve_host_state(self.on_gpu):
             self.llm = start_engine(lm, settings)
             # PyTorch goes on counting what an engine that sleeps has given back.
             self.sleeping_bytes = torch.cuda.memory_allocated() - before if self.on_gpu else 0
             self._sleep()
 
     @contextmanager
-    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+    def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         if self._held:
             raise UserError("the engine holds a model already: leave its `with` first")
         begin = time.perf_counter()
-        with undisturbed_host(self.on_gpu):
+        with preserve_host_state(self.on_gpu):
             self._wake("weights")
             self._load(lm)
             self._wake("kv_cache")
@@ -100,7 +98,7 @@ class VLLMSampler:
             yield self._sample
         finally:
             self._held = False
-            with undisturbed_host(self.on_gpu):
+            with preserve_host_state(self.on_gpu):
                 self._sleep()
 
     def close(self) -> None:
@@ -120,12 +118,12 @@ class VLLMSampler:
             free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
             raise UserError(
                 f"vLLM's {tag} do not fit beside the trainer ({free:.1f} of {total:.1f} GB are free): "
-                f"--engine-memory under {self.engine_memory}, or the flags that docs/SCALE.md names"
+                f"--engine-memory under {self.capacity.engine_memory}, or the flags that docs/SCALE.md names"
             ) from error
 
     def _sleep(self) -> None:
         if self.on_gpu:
-            self.llm.sleep(level=2)  # drops the weights too: the next `holding` loads them anyway
+            self.llm.sleep(level=2)  # drops the weights too: the next `loaded` loads them anyway
 
     def _load(self, lm: PreTrainedModel) -> None:
         """All of the model's tensors under their Hugging Face names, a tied one under each of its names: vLLM fuses and
@@ -139,7 +137,7 @@ class VLLMSampler:
             nonlocal name
             for name, tensor in lm.state_dict().items():
                 tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
-                yield name, ranks.full(tensor)  # one at a time: whole, the model would not fit
+                yield name, distributed.full_tensor(tensor)  # one at a time: whole, the model would not fit
 
         tensors = stream()
         try:
@@ -160,10 +158,10 @@ class VLLMSampler:
         top_p: float = 1.0,
     ) -> list[Rollout]:
         if not self._held:
-            raise UserError("sampling outside of `holding`: the engine's weights belong to no model")
+            raise UserError("sampling outside of `loaded`: the engine's weights belong to no model")
         from vllm import SamplingParams
 
-        rows = [(prompt, seed + g) for prompt, seed in zip(prompts, seeds, strict=True) for g in range(n)]
+        rows = [(prompt, seed + g) for (prompt, seed), g in product(zip(prompts, seeds, strict=True), range(n))]
         parameters = [
             SamplingParams(
                 temperature=temperature,
@@ -178,7 +176,7 @@ class VLLMSampler:
             for _, seed in rows
         ]
         asked = [{"prompt_token_ids": prompt} for prompt, _ in rows]
-        with undisturbed_host(self.on_gpu):
+        with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
         said = [output.outputs[0] for output in outputs]
         return [
@@ -189,9 +187,9 @@ class VLLMSampler:
     def _check(self, lm: PreTrainedModel) -> None:
         """Compare the engine's log-probs of a few sampled tokens with the model's own."""
         generator = torch.Generator().manual_seed(0)
-        length = max(1, min(CHECKED_PROMPT, self.max_sequence_tokens - CHECKED_RESPONSE))
+        length = max(1, min(CHECKED_PROMPT, self.capacity.sequence_tokens - CHECKED_RESPONSE))
         prompt = torch.randint(lm.config.vocab_size, (length,), generator=generator).tolist()
-        tokens = min(CHECKED_RESPONSE, self.max_sequence_tokens - length)
+        tokens = min(CHECKED_RESPONSE, self.capacity.sequence_tokens - length)
         (rollout,) = self._sample([prompt], [0], n=1, temperature=1.0, max_tokens=tokens)
         gap = (own_logp(lm, rollout, self.dtype) - torch.tensor(rollout.logp)).abs().mean().item()
         if not gap < CHECK_BOUND[self.dtype]:
@@ -208,7 +206,7 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
 
     config = deepcopy(lm.config)
     config.architectures = [type(lm).__name__]
-    under_torchrun = distributed.is_initialized() and "RANK" in os.environ
+    under_torchrun = torch.distributed.is_initialized() and "RANK" in os.environ
     # vLLM finds what it has compiled by the model's path, so that the same config must have the same.
     text = config.to_json_string()
     key = sha256(text.encode()).hexdigest()[:16]
@@ -232,19 +230,17 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
         raise UserError(f"vLLM does not start: {error}") from error
 
 
-def cpu_limits(
-    config: PretrainedConfig, dtype: torch.dtype, max_sequence_tokens: int, rows: int, share: float
-) -> dict[str, Any]:
-    """A CPU has no sleep mode: the key-value cache is as large as `rows` sequences need, and at most `share` of the
-    memory."""
-    sequences, memory = min(rows, CPU_SEQUENCES), os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+def cpu_limits(config: PretrainedConfig, dtype: torch.dtype, capacity: Capacity) -> dict[str, Any]:
+    """Size the key-value cache for a CPU, where no engine sleeps: as large as the sequences need, at most its share."""
+    sequences = min(capacity.sequences, CPU_SEQUENCES)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
-    blocks = sequences * math.ceil(max_sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    blocks = sequences * math.ceil(capacity.sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
     return {
         "block_size": CPU_BLOCK,
-        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(share * memory)),
+        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(capacity.engine_memory * memory)),
         "max_num_seqs": sequences,
         "enforce_eager": True,
         # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.
@@ -253,7 +249,7 @@ def cpu_limits(
 
 
 @contextmanager
-def undisturbed_host(on_gpu: bool) -> Iterator[None]:
+def preserve_host_state(on_gpu: bool) -> Iterator[None]:
     """vLLM reseeds and consumes the global random numbers, replaces torch.set_num_threads and edits the
     environment; on a CPU it would compile for a minute and gain nothing."""
     environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads

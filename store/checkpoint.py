@@ -31,10 +31,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from config import UserError, flag, settings_in
-from lm import ranks
+from config import UserError, flag_name, load_config
+from lm import distributed
 from lm.scoring import PackedLM
-from store.files import changes
+from store.jsonl import changes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
@@ -67,23 +67,23 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
     Raises:
         UserError: weights that are not finite, a disk that is full, say; the checkpoints before are untouched.
     """
-    finite = all(bool(ranks.local(weight).isfinite().all()) for weight in training.policy.parameters())
-    if not all(ranks.everyones([finite])):
+    finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in training.policy.parameters())
+    if not all(distributed.all_gather([finite])):
         raise UserError(f"the policy's weights are not finite after {step} steps, and are not saved: lower --lr")
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
     try:
-        ranks.on_first(partial(begin, aside))
+        distributed.run_on_rank0(partial(begin, aside))
         for name, model in training.models().items():
             weights = gathered(model.lm.state_dict(keep_vars=True))
-            ranks.on_first(partial(write_model, model, training.tokenizer, weights, aside / name))
+            distributed.run_on_rank0(partial(write_model, model, training.tokenizer, weights, aside / name))
         for moment in MOMENTS:
             values = gathered(moments_of(training, moment))
-            ranks.on_first(partial(write_tensors, values, aside / "optimizer" / f"{moment}.safetensors"))
+            distributed.run_on_rank0(partial(write_tensors, values, aside / "optimizer" / f"{moment}.safetensors"))
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}
         trainer["optimizer_steps"] = optimizer_steps(training.optimizer)
-        ranks.on_first(partial(finish, aside, final, trainer))
-        ranks.on_first(partial(prune, final, keep, keep_every))
+        distributed.run_on_rank0(partial(finish, aside, final, trainer))
+        distributed.run_on_rank0(partial(prune, final, keep, keep_every))
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the checkpoint {final} could not be written ({str(error).splitlines()[0]}): make room, then go on with "
@@ -108,8 +108,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     whole: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in whole:
-            full = ranks.full(tensor.detach())
-            whole[id(tensor)] = full.cpu() if ranks.is_first() else full.new_empty(0)
+            full = distributed.full_tensor(tensor.detach())
+            whole[id(tensor)] = full.cpu() if distributed.is_rank0() else full.new_empty(0)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()}
 
 
@@ -196,14 +196,14 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
     if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
         resume, out = "auto", resume
     if resume != "auto":
-        if fault := fault_of(Path(resume)):
+        if fault := verify(Path(resume)):
             raise UserError(f"--resume {resume}: {fault}")
         return Path(resume).resolve()
     if out is None:
         raise UserError("--resume auto: say of which run, with --out runs/NAME")
     candidates = newest_first(Path(out) / "checkpoints")
     for path in candidates:
-        if not (fault := fault_of(path)):
+        if not (fault := verify(path)):
             return path.resolve()
         print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
     if candidates:
@@ -211,7 +211,7 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
     return None
 
 
-def fault_of(path: Path) -> str | None:
+def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, None if it is as it was written."""
     try:
         written = {**json.loads((path / "manifest.json").read_text())}
@@ -229,9 +229,9 @@ def fault_of(path: Path) -> str | None:
 
 def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
     """Of these settings from those of the checkpoint, as a sentence's end; more steps are none."""
-    before = asdict(settings_in(path / "trainer.json"))
+    before = asdict(load_config(path / "trainer.json"))
     old, new = (
-        {flag(name): value for group in groups.values() for name, value in group.items()}
+        {flag_name(name): value for group in groups.values() for name, value in group.items()}
         for groups in (before, settings)
     )
     lengths = {name: old.get(name) or math.inf for name in ("--steps", "--epochs")}
@@ -267,9 +267,11 @@ def restore_model(folder: Path, model: PackedLM) -> None:
 
     def read() -> dict[str, Tensor]:
         how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        return ranks.tensors_of(AutoModelForCausalLM.from_pretrained(folder, **how))
+        return distributed.named_tensors(AutoModelForCausalLM.from_pretrained(folder, **how))
 
-    ranks.fill_from_first(read().__getitem__ if ranks.is_first() else None, ranks.tensors_of(model.lm))
+    distributed.fill_from_rank0(
+        read().__getitem__ if distributed.is_rank0() else None, distributed.named_tensors(model.lm)
+    )
 
 
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
@@ -278,7 +280,7 @@ def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            ranks.fill_from_first(file.get_tensor if ranks.is_first() else None, values)
+            distributed.fill_from_rank0(file.get_tensor if distributed.is_rank0() else None, values)
         for name, value in values.items():
             states.setdefault(name, {"step": torch.tensor(steps)})[moment] = value
     state = {i: states[name] for i, name in enumerate(named) if name in states}

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import UserError, flag
-from store.files import Row, read_rows
+from config import UserError, flag_name
+from store.jsonl import Record, read_rows
 
 PANELS = {
     "eval_accuracy": "held-out accuracy, sampled",
@@ -33,7 +33,7 @@ def settings_of_run(folder: Path) -> dict[str, str]:
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         kept = [settings for group, settings in groups.items() if group not in WITHOUT_EFFECT]
-        return {flag(name): str(value) for settings in kept for name, value in settings.items()}
+        return {flag_name(name): str(value) for settings in kept for name, value in settings.items()}
     except (OSError, ValueError, AttributeError) as problem:
         raise UserError(f"{file} is missing or damaged ({problem}): repair it, or leave the run out") from problem
 
@@ -54,9 +54,9 @@ def by_settings(runs: Sequence[Path]) -> dict[str, list[int]]:
     return {label(dict(settings)): places for settings, places in groups.items()}
 
 
-def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]:
+def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Record]]]:
     """Metrics of the runs that have finished a step."""
-    histories: dict[Path, list[Row]] = {}
+    histories: dict[Path, list[Record]] = {}
     for folder in dict.fromkeys(folders):
         if not (folder / "metrics.jsonl").is_file():
             raise UserError(f"{folder} is not a run: give a folder that train.py has written, with a metrics.jsonl")
@@ -70,7 +70,7 @@ def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Row]]]
     return {label: [each[i] for i in places] for label, places in by_settings(list(histories)).items()}
 
 
-def draw_metric(axis: Any, key: str, runs: Sequence[list[Row]], **style: Any) -> None:
+def draw_metric(axis: Any, key: str, runs: Sequence[list[Record]], **style: Any) -> None:
     """The mean of the runs' curves (of a step over those that got there), and a band from lowest to highest."""
     window = 1 if key.startswith("eval") else WINDOW
     of_step: dict[int, list[float]] = defaultdict(list)

@@ -8,13 +8,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from config import Config, UserError, settings_in
-from lm import ranks
+from config import Config, UserError, load_config
+from lm import distributed
 from store import checkpoint
 
 
 @contextmanager
-def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
+def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
     """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
     this one lives, however it ends; a run that ends before it has written anything leaves nothing behind."""
     with ExitStack() as held:
@@ -35,7 +35,7 @@ def claimed(config: Config) -> Iterator[tuple[Path, Path | None]]:
                 branch_off(resumed.parents[1], folder)
             return folder, resumed
 
-        yield ranks.on_first(claim)
+        yield distributed.run_on_rank0(claim)
 
 
 def folder_of(config: Config) -> tuple[Path, Path | None]:
@@ -62,7 +62,7 @@ def new_folder(config: Config) -> Path:
         if (folder / "metrics.jsonl").exists():
             if config.run.resume != "auto":
                 raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
-            if settings_in(folder / "config.json").run.resume not in (None, "auto"):
+            if load_config(folder / "config.json").run.resume not in (None, "auto"):
                 raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
         return folder
     model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))

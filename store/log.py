@@ -10,9 +10,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from store.files import Row, append_rows, read_rows, to_lines, write_whole
+from store.jsonl import Record, append_rows, read_rows, to_lines, write_atomic
 
-Records = dict[str, list[Row]]  # rows for files of a run's folder: {"labels": of labels.jsonl, ...}
+Records = dict[str, list[Record]]  # rows for files of a run's folder: {"labels": of labels.jsonl, ...}
 LOGS = ("metrics.jsonl", "labels.jsonl", "rollouts.jsonl")
 
 
@@ -51,7 +51,7 @@ class RunLog:
         if new:
             file, step = self.metrics_file.with_name("warnings.txt"), int(self.history[-1]["step"])
             before = file.read_text(encoding="utf-8") if file.exists() else ""
-            write_whole(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
+            write_atomic(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
         return list(new.values())
 
     def write(self, metrics: dict[str, float], records: Records) -> None:
@@ -69,7 +69,7 @@ class RunLog:
         if self.wandb:
             self.wandb.log(measured, step=step)
 
-    def flipped(self, labels: list[Row]) -> dict[str, float]:
+    def flipped(self, labels: list[Record]) -> dict[str, float]:
         """labels_flipped: of questions seen before, the share whose label is another one now, by view."""
         now = {(row["id"], row["view"]): row["label"] for row in labels}
         flips = [self.label_of[key] != label for key, label in now.items() if key in self.label_of]
@@ -86,7 +86,7 @@ class RunLog:
 def keep_steps_before(file: Path, step: int) -> None:
     """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
     rows = read_rows(file) if file.exists() else []
-    write_whole(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
+    write_atomic(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
 
 
 def closing_table(folder: Path) -> str:

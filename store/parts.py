@@ -1,7 +1,7 @@
 """Long work in parts, each a JSONL file that is there whole or not at all: after a kill the same command makes those
 that are missing, and any number of processes share them out without a word between them.
 
-    process = stand_alone()                           # under torchrun every process has a model and a GPU of its own
+    process = leave_torchrun()                           # under torchrun every process has a model and a GPU of its own
     claim(folder, settings, out)                      # what is there already was begun with these settings
     missing = missing_parts(parts, process)           # of this process's share
     make_parts("rephrasing", missing, ...)            # each whole or not at all
@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 from tqdm import tqdm
 
 from config import UserError
-from store.files import Row, changes, read_rows, to_lines, write_whole
+from store.jsonl import Record, changes, read_rows, to_lines, write_atomic
 
 Thing = TypeVar("Thing")
 
@@ -35,7 +35,7 @@ def split(folder: Path, things: Sequence[Thing], size: int, rows: int = 1) -> di
     return {Part(path, rows * len(batch)): batch for path, batch in batches.items()}
 
 
-def read_part(part: Part) -> list[Row]:
+def read_part(part: Part) -> list[Record]:
     """Its rows; none where it is missing, or so damaged that it has to be made again."""
     try:
         rows = read_rows(part.path)
@@ -44,7 +44,7 @@ def read_part(part: Part) -> list[Row]:
     return rows if len(rows) == part.rows else []
 
 
-def read_whole(parts: Iterable[Part]) -> list[Row] | None:
+def read_whole(parts: Iterable[Part]) -> list[Record] | None:
     """The rows of all parts in their order; None while one is missing."""
     each = [read_part(part) for part in parts]
     return [row for rows in each for row in rows] if all(each) else None
@@ -62,14 +62,14 @@ def claim(folder: Path, settings: Mapping[str, Any], out: Path) -> None:
         changed = changes(json.loads(record.read_text(encoding="utf-8")), settings) if begun else ""
         if not begun:
             folder.mkdir(parents=True, exist_ok=True)
-            write_whole(record, json.dumps(dict(settings), indent=2, default=str) + "\n")
+            write_atomic(record, json.dumps(dict(settings), indent=2, default=str) + "\n")
     except (OSError, ValueError, AttributeError, TypeError) as problem:
         raise UserError(f"{record}, kept for {out}, cannot be used ({problem}): name another --out") from problem
     if changed:
         raise UserError(f"{folder} was begun with other settings: {changed}; name another --out, or delete it")
 
 
-def stand_alone() -> tuple[int, int]:
+def leave_torchrun() -> tuple[int, int]:
     """This process's rank and the number of processes. Then it forgets torchrun's variables and sees one GPU: it needs
     no other process, while vLLM would take them all for one engine."""
     rank, processes = int(os.environ.pop("RANK", 0)), int(os.environ.pop("WORLD_SIZE", 1))
@@ -85,11 +85,11 @@ def missing_parts(parts: Sequence[Part], process: tuple[int, int]) -> list[Part]
     return [part for part in parts[rank::processes] if not read_part(part)]
 
 
-def make_parts(stage: str, missing: Sequence[Part], work: Callable[[Part], list[Row]], shown: str) -> None:
+def make_parts(stage: str, missing: Sequence[Part], work: Callable[[Part], list[Record]], shown: str) -> None:
     """Make each of them; the bar shows in how many rows of the last one the column `shown` holds something."""
     with tqdm(missing, stage, unit="batch") as bar:
         for part in bar:
             rows = work(part)
             part.path.parent.mkdir(exist_ok=True)
-            write_whole(part.path, to_lines(rows))
+            write_atomic(part.path, to_lines(rows))
             bar.set_postfix({shown: f"{fmean(bool(row[shown]) for row in rows):.1%}"})

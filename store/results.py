@@ -17,7 +17,7 @@ import torch
 
 from config import UserError
 from store.curves import by_settings
-from store.files import changes
+from store.jsonl import changes
 
 Estimate = dict[str, Any]  # value, its standard error (None for a single question), number of questions
 

@@ -47,7 +47,7 @@ def test_hostile_answers_neither_raise_nor_hang() -> None:
 @pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="only Linux tells the limits of another process")
 def test_an_answer_may_not_eat_the_memory_of_the_machine() -> None:
     algebra.judge("x+1", "y")
-    assert resource.prlimit(algebra.living_child().pid, resource.RLIMIT_AS)[0] == algebra.MEMORY_BYTES
+    assert resource.prlimit(algebra.get_worker().pid, resource.RLIMIT_AS)[0] == algebra.MEMORY_BYTES
 
 
 def test_an_unreadable_answer_equals_one() -> None:
@@ -66,8 +66,8 @@ def end(child: subprocess.Popen[bytes]) -> None:
 @pytest.fixture
 def child() -> Iterator[subprocess.Popen[bytes]]:
     """That of the thread of the tests, which asks it without the pool."""
-    yield algebra.living_child()
-    end(algebra.living_child())
+    yield algebra.get_worker()
+    end(algebra.get_worker())
 
 
 def test_a_child_killed_from_outside_does_not_make_the_next_verdict_false(child: subprocess.Popen[bytes]) -> None:
@@ -99,7 +99,7 @@ def test_a_child_killed_in_the_middle_leaves_no_wrong_verdict_and_ends_no_run(
         end(child)
         monkeypatch.setattr(subprocess, "Popen", soon_killed)
     assert algebra.judge("x+1", "1+x") == b"="
-    assert killed[-1].returncode == -signal.SIGKILL and algebra.living_child() is not killed[-1]
+    assert killed[-1].returncode == -signal.SIGKILL and algebra.get_worker() is not killed[-1]
 
 
 def test_a_pair_that_exceeds_its_time_is_not_asked_again(child: subprocess.Popen[bytes]) -> None:
@@ -177,7 +177,7 @@ def test_a_child_whose_parent_ends_first_prints_no_traceback() -> None:
 def test_no_child_outlives_its_parent() -> None:
     script = (
         "from answers import algebra, equivalence; "
-        "print(*{algebra.pool().submit(lambda: algebra.living_child().pid).result() for _ in range(20)}); "
+        "print(*{algebra.pool().submit(lambda: algebra.get_worker().pid).result() for _ in range(20)}); "
         "assert equivalence.equivalent('x+1', '1+x')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, cwd=ROOT)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tiny import ScriptedSampler, tiny_run
 
 import train
-from baselines import BASELINES, clear_winner, coin, harmonic_winner, has_answer, selective, semantic_share, soft_label
+from baselines import BASELINES, clear_winner, coin, empo_reward, format_reward, harmonic_winner, selective, soft_label
 from data import Pair
 from grpo import group_advantages
 from rewards import VARIANTS, Group, Response, classes, label_groups, majority_vote, read_groups, shares
@@ -51,7 +51,7 @@ def test_shares_are_of_equal_mathematics_where_votes_are():
 @given(ANSWERS)
 def test_empo_gives_an_empty_answer_a_class_of_its_own(answers):
     clusters = [answer or f"empty {i}" for i, answer in enumerate(answers)]
-    (reward,) = semantic_share([group_of(answers)])
+    (reward,) = empo_reward([group_of(answers)])
     assert reward == [clusters.count(cluster) / len(clusters) for cluster in clusters]
 
 
@@ -126,7 +126,7 @@ def test_the_coin_is_fair_the_same_on_every_rank_and_not_always_the_same_for_a_t
 
 
 def test_the_format_is_paid_whatever_is_in_the_box():
-    assert has_answer([group_of(["1", "2", None])]) == [[1.0, 1.0, 0.0]]
+    assert format_reward([group_of(["1", "2", None])]) == [[1.0, 1.0, 0.0]]
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -195,8 +195,8 @@ def test_teacher_votes_are_as_many_as_the_policys():
     asked: list[int] = []
 
     class Counting(ScriptedSampler):
-        def holding(self, lm):
-            manager = super().holding(lm)
+        def loaded(self, lm):
+            manager = super().loaded(lm)
             sample = manager.__enter__()
 
             class Holding:

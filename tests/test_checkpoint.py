@@ -111,7 +111,7 @@ def test_a_disk_that_fills_up_during_a_run_leaves_the_last_whole_checkpoint(smal
     with pytest.raises(UserError, match="could not be written .*make room"):
         train.train(small(small_disk / "run", "--steps", "9", "--save-every", "1", "--keep", "0"))
     found = checkpoint.find_checkpoint("auto", str(small_disk / "run"))
-    assert found is not None and checkpoint.fault_of(found) is None
+    assert found is not None and checkpoint.verify(found) is None
     kept = sorted(path.name for path in found.parent.glob("step-*[0-9]"))
     for left_over in found.parent.glob("*.incomplete"):
         shutil.rmtree(left_over)
@@ -155,11 +155,11 @@ def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
 
 
 def test_two_runs_in_one_folder_are_refused(tmp_path):
-    with train.claimed(small(tmp_path / "run")), pytest.raises(UserError, match="another run is writing to it"):
+    with train.lock_run_dir(small(tmp_path / "run")), pytest.raises(UserError, match="another run is writing to it"):
         train.train(small(tmp_path / "run", "--steps", "1"))
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 def test_a_folder_that_cannot_be_written_to_is_one_sentence():
-    with pytest.raises(UserError, match="cannot be written to"), train.claimed(small(Path("/proc/self/run"))):
+    with pytest.raises(UserError, match="cannot be written to"), train.lock_run_dir(small(Path("/proc/self/run"))):
         pass

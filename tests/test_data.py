@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerFast
 import data
 import sources.pairs
 from config import SYSTEM_PROMPT, UserError
-from data import prompt_pairs
+from data import tokenize_pairs
 from lm.prompts import prompt_ids, prompt_text, read_chat_template
 from sources.files import READERS, Columns
 from sources.pairs import CONSEQUENCES, Pair, Report, load_benchmark, load_pairs
@@ -330,7 +330,7 @@ def test_a_million_characters_are_read_and_then_dropped_as_too_long(tmp_path, su
     else:
         pq.write_table(pa.table({"question": [long, "q"]}), path)
     report = Report()
-    kept = prompt_pairs(load_pairs(str(path)), byte_tokenizer(), 200, report=report)
+    kept = tokenize_pairs(load_pairs(str(path)), byte_tokenizer(), 200, report=report)
     assert [each.pair.question for each in kept] == ["q"]
     assert report.dropped["too long"] == 1 and max(report.tokens["x"]) > 1_000_000
 
@@ -587,7 +587,7 @@ def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
     kept = {}
     for views in (("x",), ("x'",), ("x", "x'")):
         report = Report()
-        prompted = prompt_pairs(pairs, byte_tokenizer(), fixed + 1, views=views, report=report)
+        prompted = tokenize_pairs(pairs, byte_tokenizer(), fixed + 1, views=views, report=report)
         kept[views] = [each.pair.id for each in prompted]
         assert all(set(each.prompts) == set(views) for each in prompted)
         assert report.dropped["too long"] == 3 - len(prompted)
@@ -596,24 +596,24 @@ def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
 
 def test_nothing_left_is_an_error_that_says_how_long_the_prompts_are():
     with pytest.raises(UserError, match=r"fits --max-prompt-tokens 5 \(tokens of x: min \d+, median \d+, max \d+\)"):
-        prompt_pairs([Pair("0", "q")], byte_tokenizer(), 5)
+        tokenize_pairs([Pair("0", "q")], byte_tokenizer(), 5)
 
 
 def test_only_a_run_on_rephrasings_loses_pairs_without_them():
     pairs, report = [Pair("0", "q"), Pair("1", "q", "r")], Report()
-    assert len(prompt_pairs(pairs, byte_tokenizer(), 512)) == 2
-    assert [e.pair.id for e in prompt_pairs(pairs, byte_tokenizer(), 512, views=("x", "x'"), report=report)] == ["1"]
+    assert len(tokenize_pairs(pairs, byte_tokenizer(), 512)) == 2
+    assert [e.pair.id for e in tokenize_pairs(pairs, byte_tokenizer(), 512, views=("x", "x'"), report=report)] == ["1"]
     assert report.dropped["no rephrasing"] == 1
     with pytest.raises(UserError, match="make rephrasings with `python -m tools.rephrase`"):
-        prompt_pairs(pairs[:1], byte_tokenizer(), 512, views=("x", "x'"))
+        tokenize_pairs(pairs[:1], byte_tokenizer(), 512, views=("x", "x'"))
 
 
 def test_a_run_that_needs_gold_says_so():
     pairs, report = [Pair("0", "q"), Pair("1", "p", gold="1")], Report()
-    assert [e.pair.id for e in prompt_pairs(pairs, byte_tokenizer(), 512, needs_gold=True, report=report)] == ["1"]
+    assert [e.pair.id for e in tokenize_pairs(pairs, byte_tokenizer(), 512, needs_gold=True, report=report)] == ["1"]
     assert report.dropped["no gold"] == 1
     with pytest.raises(UserError, match="--answer-column"):
-        prompt_pairs(pairs[:1], byte_tokenizer(), 512, needs_gold=True)
+        tokenize_pairs(pairs[:1], byte_tokenizer(), 512, needs_gold=True)
 
 
 # ---------------------------------------------------------------- benchmarks

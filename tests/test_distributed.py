@@ -102,7 +102,7 @@ def assert_same_run(folder: Path, alone: Path) -> None:
 
 def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_path):
     """The silent bugs: gradients averaged instead of added, a teacher that follows stale weights, a local denominator,
-    muted micro-batches in the metrics, optimizer shards that land elsewhere."""
+    fully_masked micro-batches in the metrics, optimizer shards that land elsewhere."""
     alone = train.train(small(tmp_path / "alone", *FLAGS))
     two = run_with(2, tmp_path / "two")
     assert_same_run(two, alone)

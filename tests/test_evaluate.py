@@ -23,12 +23,12 @@ from tiny import untrained
 import evaluate
 from config import UserError
 from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
-from lm.engine import Frozen
-from lm.packing import Rollout
+from lm.engine import InferenceModel
+from lm.record import Rollout
 from rewards import equivalent
 from sources.benchmarks import SOURCES
 from sources.pairs import Benchmark, Pair, load_benchmark
-from store.files import Row
+from store.jsonl import Record
 from store.results import compare, estimate, seeds, table
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -59,11 +59,11 @@ class Guesser:
     def __init__(self) -> None:
         self.requests: list[str] = []
 
-    def loaded(self, model: str, *_: Any) -> Frozen:
-        """In the place of `load_frozen`."""
+    def loaded(self, model: str, *_: Any) -> InferenceModel:
+        """In the place of `load_inference_model`."""
         if model == "leters":
             raise UserError("no such model")
-        return Frozen(None, Letters(), None, "hf")
+        return InferenceModel(None, Letters(), None, "hf")
 
     def sample(
         self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, temperature: float, max_tokens: int
@@ -81,7 +81,7 @@ class Guesser:
 @pytest.fixture
 def guesser(monkeypatch: pytest.MonkeyPatch) -> Guesser:
     guesser = Guesser()
-    monkeypatch.setattr(evaluate, "load_frozen", guesser.loaded)
+    monkeypatch.setattr(evaluate, "load_inference_model", guesser.loaded)
     monkeypatch.setattr(evaluate, "sampling_from", lambda *_, **__: nullcontext(guesser.sample))
     return guesser
 
@@ -103,7 +103,7 @@ def result_in(tmp_path: Path, **changes: Any) -> dict[str, Any]:
     return dict(json.loads(path.read_text()))
 
 
-def answered(answer: str | None, correct: bool, greedy: bool = False) -> Row:
+def answered(answer: str | None, correct: bool, greedy: bool = False) -> Record:
     return {"greedy": greedy, "answer": answer, "correct": correct, "tokens": 5, "truncated": answer is None}
 
 

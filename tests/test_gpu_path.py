@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from config import UserError
-from lm import ranks, vllm_engine
+from lm import distributed, vllm_engine
 from lm.packing import as_autocast_would, runs_flash
 from lm.vllm_engine import VLLMSampler
 
@@ -26,13 +26,13 @@ from tiny import gradients, tiny_lm, tiny_rollouts
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.functional import cosine_similarity
 
-from lm import packing, ranks
+from lm import packing, distributed
 from lm.decoding import TransformersSampler
 from lm.model import checkpoint_activations, decoder_layers, shard
 from lm.packing import micro_batches, pack
 from lm.scoring import PackedLM
 
-ranks.start()
+distributed.start()
 found = {}
 attention, dtypes = packing.packed_attention, []
 rollouts = tiny_rollouts(6)
@@ -55,7 +55,7 @@ def gradient_of(dtype, recompute):
         checkpoint_activations(policy)
     dtypes.clear()
     policy(batch, 1.0).logp.sum().backward()
-    flat = torch.cat([ranks.full(p.grad).flatten() for p in policy.parameters()])
+    flat = torch.cat([distributed.full_tensor(p.grad).flatten() for p in policy.parameters()])
     return flat, len(layers), [list(each) for each in dtypes]
 
 
@@ -105,7 +105,7 @@ LEARNS_IN_BFLOAT16 = """
 import json, sys
 import train
 from config import parse
-from store.files import read_rows
+from store.jsonl import read_rows
 
 flags = ["--compute-dtype", "bfloat16", "--steps", "60", "--eval-every", "0", "--out", sys.argv[1]]
 folder = train.train(parse(flags))
@@ -184,7 +184,7 @@ def test_an_engine_asks_the_machine_and_not_the_weights(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(vllm_engine, "undisturbed_host", lambda on_gpu: warnings.catch_warnings())
+    monkeypatch.setattr(vllm_engine, "preserve_host_state", lambda on_gpu: warnings.catch_warnings())
     monkeypatch.setattr(VLLMSampler, "_sleep", lambda self: None)
     monkeypatch.setattr(vllm_engine, "start_engine", lambda lm, settings: seen.update(settings))
     VLLMSampler(tiny_lm(), [EOS], torch.bfloat16, 32, rows=4, engine_memory=0.4)
@@ -208,6 +208,6 @@ def test_an_engine_of_the_same_architecture_has_the_same_path(tmp_path, monkeypa
 def test_ranks_still_know_who_is_first_when_an_engine_has_closed_the_group(monkeypatch):
     """Every rank would draw the curves into one file at once."""
     monkeypatch.setenv("RANK", "1")
-    assert not torch.distributed.is_initialized() and not ranks.is_first()
+    assert not torch.distributed.is_initialized() and not distributed.is_rank0()
     monkeypatch.delenv("RANK")
-    assert ranks.is_first()
+    assert distributed.is_rank0()

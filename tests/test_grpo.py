@@ -41,7 +41,8 @@ from grpo import (
     optimizer_step,
     policy_loss,
 )
-from lm.packing import Rollout, micro_batches, pack
+from lm.packing import micro_batches, pack
+from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from metrics import Clock
 from prepare import Run

@@ -28,7 +28,7 @@ from config import Config, UserError, parse
 from lm.model import load_policy
 from rewards import Response
 from store import checkpoint
-from store.files import read_rows
+from store.jsonl import read_rows
 
 # ---------------------------------------------------------------- nothing lost
 
@@ -55,7 +55,7 @@ def test_a_separator_of_unicode_in_a_question_or_a_text_makes_a_run_unresumable(
 
 
 def test_lines_of_json_depend_on_the_locale(tmp_path):
-    task = "import sys; from pathlib import Path; from store.files import append_rows, read_rows\n"
+    task = "import sys; from pathlib import Path; from store.jsonl import append_rows, read_rows\n"
     task += "append_rows(Path(sys.argv[1]), [{'text': 'S\\u00fc\\u00df \\u2028'}]); read_rows(Path(sys.argv[1]))"
     for locale in ("C", "C.UTF-8"):
         environment = os.environ | {"LC_ALL": locale, "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -290,7 +290,7 @@ def test_pickles_and_modules_beside_the_weights_of_a_checkpoint_run(saved, train
         (saved / file).write_bytes(touch.pickled)
     for file in (".metadata", "optimizer/.metadata", "optimizer/__0_0.distcp", "optimizer/exp_avg.pt", "rng.pkl"):
         (saved / file).write_bytes(touch.pickled)
-    assert checkpoint.fault_of(sealed(saved)) is None
+    assert checkpoint.verify(sealed(saved)) is None
     assert checkpoint.restore(saved, training) == 1
     load_policy(str(saved), CPU)
     assert not touch.file.exists()

@@ -116,7 +116,7 @@ def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path)
         newest = checkpoint.find_checkpoint("auto", str(run))
         found.append(checkpoint.step_of(newest))
         latest = (run / "checkpoints" / "latest").resolve()
-        assert checkpoint.fault_of(latest) is None, "latest points to a damaged or missing checkpoint"
+        assert checkpoint.verify(latest) is None, "latest points to a damaged or missing checkpoint"
         if process.exitcode == 0:
             break
         checkpoint.save(run / "checkpoints", 3, training, keep=2)  # not hindered by what the killed one left behind

@@ -15,8 +15,9 @@ from transformers import AttentionInterface, PreTrainedModel, Qwen3Config
 
 from config import Config
 from grpo import build_optimizer, optimizer_step
-from lm.model import checkpoint_activations, skeleton
-from lm.packing import Rollout, micro_batches
+from lm.model import checkpoint_activations, meta_model
+from lm.packing import micro_batches
+from lm.record import Rollout
 from lm.scoring import PackedLM
 from rewards import VARIANTS
 
@@ -53,13 +54,15 @@ def measured_peak(family: str, checkpointing: bool) -> float:
     if checkpointing:
         checkpoint_activations(policy)
     optimizer = build_optimizer(policy, (0.9, 0.99), 0.01)
-    rollouts = [Rollout([5] * PROMPT, [7] * RESPONSE, [-1.0] * RESPONSE, True)] * ROWS
-    advantages, denominator = torch.tensor([1.0, -1.0] * (ROWS // 2)), torch.full((ROWS,), float(ROWS * RESPONSE))
+    rollouts = [Rollout([5] * PROMPT, [7] * RESPONSE, [-1.0] * RESPONSE, True) for _ in range(ROWS)]
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = (-1.0) ** i
+        rollout.denominator = float(ROWS * RESPONSE)
     tracker.track_external(policy, optimizer)
     with tracker:
         for step in range(2):
             batches = micro_batches(rollouts, ROWS * (PROMPT + RESPONSE), CPU)
-            optimizer_step(policy, optimizer, batches, advantages, None, denominator, 0.0, 1e-4, Config())
+            optimizer_step(policy, optimizer, batches, 1e-4, 0.0, Config())
             if step == 0:
                 tracker.reset_mod_stats()
     return float(tracker.get_tracker_snapshot("peak")[CPU]["Total"])
@@ -97,7 +100,7 @@ def flash_shape(
 def kept_by_autograd(lm: PreTrainedModel, tokens: int = 64) -> float:
     """Bytes a token that a forward pass in bfloat16 on the meta device saves for its backward pass."""
     AttentionInterface.register("kept", flash_shape)
-    bare = skeleton(lm.config, torch.bfloat16)
+    bare = meta_model(lm.config, torch.bfloat16)
     bare.set_attn_implementation("kept")
     weights = {tensor.untyped_storage()._cdata for tensor in bare.parameters()}
     saved: dict[int, Tensor] = {}  # by storage; holding the tensors keeps their storages from being reused
@@ -139,7 +142,7 @@ def paper_model() -> PreTrainedModel:
         vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
         num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
     )  # fmt: skip
-    return skeleton(config)
+    return meta_model(config)
 
 
 def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: PreTrainedModel) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 import metrics
 from data import Pair, PromptedPair
-from metrics import collapse_signs, gold_metrics, label_metrics, label_records, step_metrics
+from metrics import detect_collapse, gold_metrics, label_metrics, label_records, step_metrics
 from rewards import VARIANTS, Group, Response, label_groups, read_groups
 from store import log
-from store.files import append_rows
+from store.jsonl import append_rows
 
 
 def groups(*answers: list[str | None]) -> list[Group]:
@@ -128,11 +128,11 @@ HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "respons
 )
 def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
     history = [HEALTHY] * 20 + [HEALTHY | late] * 5
-    assert list(collapse_signs(history)) == ([sign] if sign else [])
+    assert list(detect_collapse(history)) == ([sign] if sign else [])
 
 
 def test_the_alarm_waits_for_a_baseline():
-    assert collapse_signs([HEALTHY] * 3 + [HEALTHY | {"answered": 0.0}] * 3) == {}
+    assert detect_collapse([HEALTHY] * 3 + [HEALTHY | {"answered": 0.0}] * 3) == {}
 
 
 def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):

@@ -10,7 +10,8 @@ from tiny import CPU, EOS, naive_stats, tiny_lm
 from config import UserError
 from lm.decoding import TransformersSampler
 from lm.model import check_length, frozen_copy, load_policy, resolve, verify_head
-from lm.packing import Rollout, pack
+from lm.packing import pack
+from lm.record import Rollout
 from lm.scoring import PackedLM, score
 
 # ---------------------------------------------------------------- names
@@ -111,7 +112,7 @@ def test_a_family_that_is_accepted_is_sampled_and_scored_alike(family):
     lm = tiny_lm(family, **RIGHT[family])
     policy = PackedLM(lm)
     verify_head(policy, family)
-    with TransformersSampler([EOS]).holding(lm) as sample:
+    with TransformersSampler([EOS]).loaded(lm) as sample:
         rollouts = sample([[5, 6, 7], [8] * 9, [9]], [1, 2, 3], n=1, temperature=0.7, max_tokens=12)
     assert any(len(rollout.response_ids) > 10 for rollout in rollouts)
     (stats,) = score(policy, [pack(rollouts, range(3), CPU)], 0.7)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from tiny import CPU, EOS, gradients, largest_gap, naive_stats, tiny_lm, tiny_rollouts, twin_of
 
 from lm import packing
-from lm.packing import Rollout, micro_batches, pack
+from lm.packing import micro_batches, pack
+from lm.record import Rollout
 from lm.scoring import PackedLM
 
 TEMPERATURE = 0.7
@@ -29,7 +30,7 @@ def test_every_response_token_is_predicted_by_the_token_before_it(lengths):
         predictors = batch.input_ids[0][batch.predictor_at[row, :length]].tolist()
         assert predictors == [rollout.prompt_ids[-1], *rollout.response_ids[:-1]]
     assert batch.position_ids[0].tolist() == [i for p, r in lengths for i in range(p + r)]
-    assert batch.token_at.flatten()[batch.row_at].tolist() == list(range(sum(p + r for p, r in lengths)))
+    assert batch.pad_index.flatten()[batch.unpad_index].tolist() == list(range(sum(p + r for p, r in lengths)))
 
 
 @settings(max_examples=50, deadline=None)
@@ -90,11 +91,15 @@ def test_a_sliding_window_shorter_than_the_sequence_is_not_ignored(window):
 # ---------------------------------------------------------------- attention
 
 
-def reference_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
+def reference_varlen(query, key, value, cu_seqlens, bounds_k, longest, longest_k, *, scale, window_size, enable_gqa):
     """What torch.nn.attention.varlen says it computes, one sequence at a time with a mask."""
-    assert bounds.dtype == torch.int32 and (bounds is bounds_k) and longest == longest_k == int(bounds.diff().max())
+    assert (
+        cu_seqlens.dtype == torch.int32
+        and (cu_seqlens is bounds_k)
+        and longest == longest_k == int(cu_seqlens.diff().max())
+    )
     outputs = []
-    for start, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+    for start, end in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         q, k, v = (t[start:end].transpose(0, 1) for t in (query, key, value))
         distance = torch.arange(end - start)[:, None] - torch.arange(end - start)
         left = window_size[0] if window_size[0] >= 0 else end
@@ -105,7 +110,7 @@ def reference_varlen(query, key, value, bounds, bounds_k, longest, longest_k, *,
 
 @pytest.mark.parametrize("family, settings", [("qwen3", {}), ("qwen2", {}), ("mistral", {"sliding_window": 3})])
 def test_flash_attention_of_variable_length_gets_what_it_expects(monkeypatch, family, settings):
-    """A GPU's path on a CPU, with a stand-in for the kernel: bounds, layout, causality and window."""
+    """A GPU's path on a CPU, with a stand-in for the kernel: cu_seqlens, layout, causality and window."""
     batch, seen = pack(tiny_rollouts(5), range(5), CPU), {}
     for flash in (False, True):
         monkeypatch.setattr(packing, "runs_flash", lambda _, flash=flash: flash)

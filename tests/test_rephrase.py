@@ -19,13 +19,13 @@ from tiny import untrained
 
 from config import UserError
 from data import load_pairs
-from lm.decoding import TransformersSampler, draw, nucleus, uniform_numbers
-from lm.engine import Frozen
+from lm.decoding import TransformersSampler, draw, top_p_filter, uniform_numbers
+from lm.engine import InferenceModel
 from lm.model import load_pretrained, stop_token_ids
 from rewards import Response
 from rollout import request_seed
 from sources.faults import lost_numbers, numbers, strict_fault
-from store.parts import stand_alone
+from store.parts import leave_torchrun
 from tools import rephrase
 from tools.rephrase import RephrasingSettings, read_reply
 
@@ -167,7 +167,7 @@ class Scripted:
 
 
 def use(monkeypatch, model: Scripted) -> None:
-    monkeypatch.setattr(rephrase, "load_frozen", lambda *_: Frozen(None, None, None, "hf"))
+    monkeypatch.setattr(rephrase, "load_inference_model", lambda *_: InferenceModel(None, None, None, "hf"))
     monkeypatch.setattr(rephrase, "sampling_from", lambda *_: nullcontext(model.sample))
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
     monkeypatch.setattr(rephrase, "request_seed", lambda *key: key)
@@ -278,7 +278,7 @@ STUB = """
 import os, random, sys, time
 from contextlib import nullcontext
 sys.path[:0] = [{root!r}]
-from lm.engine import Frozen
+from lm.engine import InferenceModel
 from rewards import Response
 from tools import rephrase
 
@@ -294,7 +294,7 @@ def reply(question, rng):
     text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
     return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
 
-rephrase.load_frozen = lambda *_: Frozen(None, None, None, "hf")
+rephrase.load_inference_model = lambda *_: InferenceModel(None, None, None, "hf")
 rephrase.sampling_from = lambda *_: nullcontext(sample)
 rephrase.longest_prompt, rephrase.request_seed, rephrase.decode = lambda *_: 100, lambda *key: key, lambda said, _: said
 rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
@@ -385,7 +385,7 @@ def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
             monkeypatch.delenv(name, raising=False)
             if value is not None:
                 monkeypatch.setenv(name, value)
-        assert stand_alone() == (5, 8)
+        assert leave_torchrun() == (5, 8)
         assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
         assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
 
@@ -486,9 +486,11 @@ def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):
 
 def test_the_nucleus_is_the_fewest_tokens_that_hold_top_p():
     probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]])
-    cut = nucleus(probabilities.log(), 0.75).exp()
+    cut = top_p_filter(probabilities.log(), 0.75).exp()
     assert torch.allclose(cut, torch.tensor([[0.0, 4 / 9, 2 / 9, 3 / 9], [1.0, 0.0, 0.0, 0.0]]))
-    assert torch.allclose(nucleus(probabilities.log(), 0.7).exp()[0], torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=1e-6)
+    assert torch.allclose(
+        top_p_filter(probabilities.log(), 0.7).exp()[0], torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=1e-6
+    )
 
 
 def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it():
@@ -496,7 +498,7 @@ def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it()
     (uniforms,) = uniform_numbers(range(rows), 1, torch.device("cpu"))
     drawn, logps = draw(logits.repeat(rows, 1), uniforms, temperature, top_p=0.8)
     p = (logits / temperature).softmax(-1)
-    assert p[0] < 0.8 < p[0] + p[2]  # the nucleus: the first and the third token
+    assert p[0] < 0.8 < p[0] + p[2]  # the top_p_filter: the first and the third token
     expected = {0: (p[0] / (p[0] + p[2])).item(), 2: (p[2] / (p[0] + p[2])).item()}
     shares = Counter(drawn.tolist())
     assert set(shares) == {0, 2} and abs(shares[0] / rows - expected[0]) < 0.03
@@ -508,7 +510,7 @@ def test_top_p_reaches_the_sampler(small_model):
     lm, tokenizer = load_pretrained(small_model, torch.float32)
     sampler = TransformersSampler(stop_token_ids(lm, tokenizer))
     prompt = tokenizer("How many apples?").input_ids
-    with sampler.holding(lm) as sample:
+    with sampler.loaded(lm) as sample:
         how = {"prompts": [prompt], "seeds": [request_seed(0)], "n": 4, "temperature": 1.0, "max_tokens": 8}
         free, narrow = sample(**how), sample(**how, top_p=1e-6)
         greedy = sample(**how | {"temperature": 0.0})

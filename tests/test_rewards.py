@@ -23,9 +23,9 @@ from rewards import (
     extract_boxed,
     label_groups,
     majority_vote,
-    on_views,
     read_groups,
     with_means,
+    with_views,
 )
 
 # ---------------------------------------------------------------- answers
@@ -110,7 +110,7 @@ TABLE = {
 def test_each_variant_is_the_row_of_the_paper(name):
     row = VARIANTS[name]
     assert (set(row.policy_views), set(row.teacher_views), row.label_of, row.kl_reference, row.kl_coef) == TABLE[name]
-    assert row.reward_reads_logits == (name in {"self-certainty", "entropy"})
+    assert row.needs_token_stats == (name in {"self-certainty", "entropy"})
     assert row.is_baseline == (name not in {"I", "II", "III"})
     for voter, view in row.label_of.values():
         assert voter == "gold" or view in (row.policy_views if voter == "policy" else row.teacher_views)
@@ -121,11 +121,11 @@ def test_no_variant_is_missing():
 
 
 def test_a_baseline_on_both_views_labels_each_by_itself():
-    both = on_views(VARIANTS["majority"], VIEWS["both"])
+    both = with_views(VARIANTS["majority"], VIEWS["both"])
     assert both.label_of == {"x": ("policy", "x"), "x'": ("policy", "x'")}
-    assert on_views(VARIANTS["majority"], VIEWS["rephrased"]).label_of == {"x'": ("policy", "x'")}
-    assert on_views(VARIANTS["gt"], VIEWS["both"]).label_of == {"x": ("gold", "x"), "x'": ("gold", "x'")}
-    assert on_views(VARIANTS["entropy"], VIEWS["both"]).label_of == {}
+    assert with_views(VARIANTS["majority"], VIEWS["rephrased"]).label_of == {"x'": ("policy", "x'")}
+    assert with_views(VARIANTS["gt"], VIEWS["both"]).label_of == {"x": ("gold", "x"), "x'": ("gold", "x'")}
+    assert with_views(VARIANTS["entropy"], VIEWS["both"]).label_of == {}
 
 
 # ---------------------------------------------------------------- labels and rewards of a step, by hand
@@ -227,7 +227,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
         certainty.append(((1 / 257) * ((1 / 257) / p).log()).sum(-1).mean().item() + torch.tensor(257.0).log().item())
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
-        row = on_views(VARIANTS[name], VIEWS["both"])
+        row = with_views(VARIANTS[name], VIEWS["both"])
         groups = with_means(label_groups(row, voted, [None]), means)
         rewards = [reward for rewards in row.reward(groups) for reward in rewards]
         assert rewards == pytest.approx(expected, abs=1e-4)
@@ -280,7 +280,7 @@ def test_variant_i_with_equal_wordings_is_two_majority_runs(how, monkeypatch):
 def test_variant_i_crosses_the_views_and_majority_on_both_does_not(monkeypatch):
     pairs = [Pair("a", "what", "who", "1")]  # "what" votes 1, "who" votes 7
     crossed = step_of("I", pairs, monkeypatch)["samples"]
-    straight = step_of(on_views(VARIANTS["majority"], VIEWS["both"]), pairs, monkeypatch)["samples"]
+    straight = step_of(with_views(VARIANTS["majority"], VIEWS["both"]), pairs, monkeypatch)["samples"]
     assert [(s["view"], s["label"], s["rewards"]) for s in crossed] == [
         ("x", "7", [0, 0, 1, 0]),
         ("x'", "1", [0, 1, 0, 0]),

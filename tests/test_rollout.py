@@ -10,7 +10,8 @@ from transformers import GenerationConfig, PreTrainedModel
 import metrics
 from lm.decoding import TransformersSampler, draw, uniform_numbers
 from lm.model import stop_token_ids
-from lm.packing import Rollout, micro_batches
+from lm.packing import micro_batches
+from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from rewards import read_groups
 from rollout import decode, request_seed
@@ -20,7 +21,7 @@ SEEDS = [request_seed(0, 0, i, "x", "policy") for i in range(len(PROMPTS))]
 
 
 def sample(lm: PreTrainedModel, prompts=PROMPTS, seeds=SEEDS, n=3, temperature=1.0, max_tokens=10, eos=(EOS,)):
-    with TransformersSampler(eos).holding(lm) as draw:
+    with TransformersSampler(eos).loaded(lm) as draw:
         return draw(prompts, seeds, n=n, temperature=temperature, max_tokens=max_tokens)
 
 
@@ -202,12 +203,12 @@ def test_the_model_is_handed_back_as_it_was_also_after_an_exception():
     PackedLM(lm)
     lm.train()
     lm.generation_config = generation = GenerationConfig(top_k=3)
-    with TransformersSampler([EOS]).holding(lm):
+    with TransformersSampler([EOS]).loaded(lm):
         assert not lm.training  # dropout would sample from another distribution than the one scored
     for _ in range(2):
         assert lm.training and lm.generation_config is generation
         assert lm.config._attn_implementation == "packed"
-        with pytest.raises(KeyboardInterrupt), TransformersSampler([EOS]).holding(lm):
+        with pytest.raises(KeyboardInterrupt), TransformersSampler([EOS]).loaded(lm):
             raise KeyboardInterrupt
 
 
@@ -231,7 +232,7 @@ def test_a_sampler_that_drops_finished_rows_says_what_a_single_row_says():
     """Compaction mixed up with the order of rows would give one rollout another's tokens."""
     lm = stopping_lm()
     prompts, seeds = [[5, 6, 7], [8], [9, 10]], [100, 200, 300]
-    with TransformersSampler([EOS]).holding(lm) as sample:
+    with TransformersSampler([EOS]).loaded(lm) as sample:
         together = sample(prompts, seeds, n=4, temperature=1.0, max_tokens=12)
         alone = [
             sample([prompt], [seed + g], n=1, temperature=1.0, max_tokens=12)[0]

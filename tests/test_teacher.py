@@ -126,8 +126,8 @@ def run_with_rewards(variant: str, **settings: object) -> train.Run:
     """A tiny model boxes no answers, so the rewards here are something else that varies: the rollouts' texts."""
     row = VARIANTS[variant]
 
-    def parity(groups):
-        return [[float(len(text) % 2) for text in group.texts] for group in groups]
+    def parity(group):
+        return [float(len(rollout.text) % 2) for rollout in group.rollouts]
 
     return tiny_run(replace(row, reward=parity), PAIRS, **settings)
 
@@ -158,9 +158,9 @@ def test_the_teacher_moves_before_it_answers_and_before_the_policy_does():
     events = []
 
     class Watching(TransformersSampler):
-        def holding(self, lm):
+        def loaded(self, lm):
             events.append((lm, lm.get_input_embeddings().weight.clone()))
-            return super().holding(lm)
+            return super().loaded(lm)
 
     run = run_with_rewards("III", sampler=Watching([0]), ema_start=0.5, ema_schedule="constant")
     with torch.no_grad():

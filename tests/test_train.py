@@ -224,7 +224,7 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
 )
 def test_impossible_settings_are_named_before_any_work(flags, sentence):
     with pytest.raises(UserError) as problem:
-        prepare.chosen_variant(parse(flags))
+        prepare.choose_variant(parse(flags))
     assert sentence in str(problem.value)
 
 
@@ -284,4 +284,4 @@ def test_papers_settings_are_the_defaults_of_real_models():
     assert prepare.total_steps(paper, questions=7500) == 3 * 59
     short = replace(paper, optimisation=replace(paper.optimisation, steps=5))
     assert prepare.total_steps(short, questions=7500) == 5
-    assert config.EMBEDDED.method == Config().method, "the embedded task runs the paper's method unchanged"
+    assert config.EMBEDDED_DEFAULTS.method == Config().method, "the embedded task runs the paper's method unchanged"

@@ -22,7 +22,7 @@ import data
 import evaluate
 import train
 from lm.model import resolve
-from store.folder import claimed
+from store.folder import lock_run_dir
 from tools import ask, look, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
@@ -282,12 +282,12 @@ def test_the_cure_that_an_error_of_an_evaluation_names_works(wrong, monkeypatch,
     assert "kept in" in evaluated(f"{quick} {right}", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", config.LIMITS)
+@pytest.mark.parametrize("name", config.RANGES)
 def test_the_ends_of_a_range_that_an_error_names_are_refused(name):
-    lowest, highest, _ = config.LIMITS[name]
+    lowest, highest, _ = config.RANGES[name]
     for value in (lowest, highest):
         if value < 10**6:
-            config.parse(["--rollouts", "2", config.flag(name), f"{value}"])
+            config.parse(["--rollouts", "2", config.flag_name(name), f"{value}"])
 
 
 def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here):
@@ -310,7 +310,7 @@ def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here
     shutil.rmtree(here / "branch")
     trained(f"--resume {checkpoint} --steps 2 --out branch")
 
-    with claimed(train.parse(f"{QUICK} {flags} --resume auto --steps 3".split())):
+    with lock_run_dir(train.parse(f"{QUICK} {flags} --resume auto --steps 3".split())):
         with pytest.raises(config.UserError, match="wait for it, or name another --out"):
             trained(f"{flags} --resume auto --steps 3")
         trained("--out meanwhile")

@@ -27,7 +27,8 @@ from config import UserError, parse
 from lm import vllm_engine
 from lm.engine import choose_engine, open_sampler
 from lm.model import resolve
-from lm.packing import Rollout, micro_batches
+from lm.packing import micro_batches
+from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from lm.vllm_engine import VLLMSampler
 
@@ -51,7 +52,7 @@ class Pair:
         generator = torch.Generator().manual_seed(1)
         prompts = torch.randint(self.lm.config.vocab_size, (2, tokens), generator=generator).tolist()
         arguments = {"prompts": prompts, "seeds": [100, 200], "n": 4, "temperature": 1.0, "max_tokens": 6} | changes
-        with self.sampler.holding(self.lm) as sample:
+        with self.sampler.loaded(self.lm) as sample:
             return sample(**arguments)
 
     def gaps(self, rollouts: list[Rollout], temperature: float = 1.0) -> torch.Tensor:
@@ -259,8 +260,8 @@ def test_a_prompt_is_read_again_for_every_rollout_of_its_group(pair: Pair, monke
 @needs_vllm
 @tied_model
 def test_sampling_from_an_engine_that_holds_nothing(pair: Pair) -> None:
-    with pair.sampler.holding(pair.lm) as sample:
-        with pytest.raises(UserError, match="holds a model already"), pair.sampler.holding(pair.lm):
+    with pair.sampler.loaded(pair.lm) as sample:
+        with pytest.raises(UserError, match="holds a model already"), pair.sampler.loaded(pair.lm):
             pass
         assert sample([[5]], [0], n=1, temperature=1.0, max_tokens=1)
     with pytest.raises(UserError, match="outside"):

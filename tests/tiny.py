@@ -19,7 +19,7 @@ from data import Pair, PromptedPair
 from grpo import build_optimizer
 from lm.decoding import Sample, Sampler, TransformersSampler
 from lm.model import frozen_copy, load_pretrained
-from lm.packing import Rollout
+from lm.record import Rollout
 from lm.scoring import PackedLM
 from prepare import Run
 from rewards import VARIANTS, Variant
@@ -133,7 +133,7 @@ class ScriptedSampler:
         pass
 
     @contextmanager
-    def holding(self, lm: PreTrainedModel) -> Iterator[Sample]:
+    def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
         tokenizer = byte_tokenizer()
 
         def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **_: object) -> list[Rollout]:

@@ -9,12 +9,12 @@ from rich import print
 from rich.text import Text
 from tyro.conf import Positional
 
-from config import told_in_a_sentence
-from lm.engine import load_frozen, sampling_from
+from config import exit_on_user_error
+from lm.decoding import Capacity, request_seed
+from lm.engine import load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
-from rewards import read_groups
-from rollout import decode, request_seed
+from rewards import read_answers, vote_of
 from tools.look import side_by_side
 
 
@@ -28,18 +28,18 @@ def ask(
     seed: int = 0,
 ) -> None:
     """Of a run, a folder or a hub name."""
-    asked = load_frozen(newest_policy(model), "auto", chat_template)
+    asked = load_inference_model(newest_policy(model), "auto", chat_template)
     prompt = prompt_ids(asked.tokenizer, question, asked.template)
-    with sampling_from(asked, len(prompt) + max_response_tokens, rows=k) as sample:
+    with sampling_from(asked, Capacity(len(prompt) + max_response_tokens, sequences=k)) as sample:
         seeds = [request_seed(seed, "ask")]
         rollouts = sample([prompt], seeds, n=k, temperature=temperature, max_tokens=max_response_tokens)
-    (group,) = read_groups(decode(rollouts, asked.tokenizer), k, "math")
-    said = enumerate(zip(group.boxed, group.finished, strict=True), 1)
-    headings = [f"{i}. {answer}{'' if finished else ' (cut)'}" for i, (answer, finished) in said]
-    print(side_by_side(headings, group.texts))
-    print(Text(f"vote: {group.vote.label} ({group.vote.share:.0%} of {group.vote.answered} answers)"))
+    read_answers(rollouts, asked.tokenizer)
+    vote = vote_of(rollouts, "math")
+    headings = [f"{i}. {each.answer}{'' if each.finished else ' (cut)'}" for i, each in enumerate(rollouts, 1)]
+    print(side_by_side(headings, [rollout.text for rollout in rollouts]))
+    print(Text(f"vote: {vote.label} ({vote.share:.0%} of {vote.answered} answers)"))
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_user_error():
         tyro.cli(ask, description=__doc__)

@@ -20,8 +20,8 @@ from rich.table import Table
 from rich.text import Text
 from tyro.conf import Positional
 
-from config import UserError, told_in_a_sentence
-from store.files import Row, read_rows
+from config import UserError, exit_on_user_error
+from store.jsonl import Record, read_rows
 
 WIDTH = 60  # characters that make a text legible
 
@@ -34,7 +34,7 @@ def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
     )
 
 
-def described(row: Row) -> Group:
+def described(row: Record) -> Group:
     """One wording of the question: who voted for what, and what the policy said."""
     votes = Table.grid(padding=(0, 2))
     for who, answers in row["votes"].items():
@@ -62,5 +62,5 @@ def look(run: Positional[Path], step: int | None = None) -> None:
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_user_error():
         tyro.cli(look, description=__doc__)

@@ -10,7 +10,7 @@ from pathlib import Path
 import tyro
 from tyro.conf import Positional
 
-from config import told_in_a_sentence
+from config import exit_on_user_error
 from store.curves import draw
 
 
@@ -20,5 +20,5 @@ def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: st
 
 
 if __name__ == "__main__":
-    with told_in_a_sentence():
+    with exit_on_user_error():
         tyro.cli(main, description=__doc__)

@@ -21,17 +21,17 @@ from typing import Any, Literal
 import tyro
 from transformers import PreTrainedTokenizerBase
 
-from config import told_in_a_sentence
-from lm.decoding import Sample
-from lm.engine import Frozen, load_frozen, sampling_from
+from config import exit_on_user_error
+from lm.decoding import Capacity, Sample, request_seed
+from lm.engine import InferenceModel, load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import chat_ids
-from rewards import Response
-from rollout import decode, request_seed
+from lm.record import Rollout
+from rewards import read_answers
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from sources.pairs import Pair, Report, load_pairs
-from store.files import Row, fingerprint, to_lines, write_whole
-from store.parts import Part, claim, make_parts, missing_parts, read_whole, split, stand_alone
+from store.jsonl import Record, fingerprint, to_lines, write_atomic
+from store.parts import Part, claim, leave_torchrun, make_parts, missing_parts, read_whole, split
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -90,7 +90,7 @@ def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerB
     return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
 
-def read_reply(reply: Response) -> tuple[str, str | None]:
+def read_reply(reply: Rollout) -> tuple[str, str | None]:
     """The rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
     # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
@@ -110,13 +110,15 @@ def read_reply(reply: Response) -> tuple[str, str | None]:
     return (rewrite, None) if rewrite else ("", "no result")
 
 
-def as_row(pair: Pair) -> Row:
-    own: Row = {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold}
+def as_row(pair: Pair) -> Record:
+    own: Record = {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold}
     own["faults"] = Counter()  # what was turned down, also where no rewrite was good enough
     return own | {name: value for name, value in pair.meta.items() if name not in own}
 
 
-def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Frozen, sample: Sample) -> list[Row]:
+def rewrite_batch(
+    settings: RephrasingSettings, pairs: Sequence[Pair], model: InferenceModel, sample: Sample
+) -> list[Record]:
     """A row for each pair, with a rephrasing where there is one by now."""
     tokenizer, template = model.tokenizer, model.template
     rows, longest = {pair.id: as_row(pair) for pair in pairs}, longest_prompt(settings, tokenizer, template)
@@ -128,7 +130,8 @@ def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Fr
     for attempt in range(settings.attempts):
         missing, n = list(prompts), 2**attempt
         seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
-        said = decode(sample(list(prompts.values()), seeds, n=n, **how), tokenizer) if missing else []
+        said = sample(list(prompts.values()), seeds, n=n, **how) if missing else []
+        read_answers(said, tokenizer)
         for i, name in enumerate(missing):
             rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
             if rows[name]["rephrased"]:
@@ -136,7 +139,7 @@ def rewrite_batch(settings: RephrasingSettings, pairs: Sequence[Pair], model: Fr
     return [row | {"faults": dict(sorted(row["faults"].items()))} for row in rows.values()]
 
 
-def first_good(row: Row, candidates: Sequence[Response]) -> str | None:
+def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
     """The first rewrite without a fault; the faults of those before it are counted."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
@@ -151,24 +154,24 @@ def rephrase(settings: RephrasingSettings) -> None:
     """Give each question a second wording, by a model, checked."""
     settings, report = replace(settings, model=newest_policy(settings.model)), Report()
     pairs = load_pairs(settings.data, question=settings.question_column, answer=settings.answer_column, report=report)
-    process, folder, size = stand_alone(), Path(f"{settings.out}.parts"), settings.batch_size
+    process, folder, size = leave_torchrun(), Path(f"{settings.out}.parts"), settings.batch_size
     claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
     parts = split(folder, pairs, size)
     if missing := missing_parts(list(parts), process):
-        model = load_frozen(settings.model, settings.sampler, settings.chat_template)
+        model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
         tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
-        with sampling_from(model, tokens, size) as sample:
+        with sampling_from(model, Capacity(tokens, size)) as sample:
 
-            def rewrite(part: Part) -> list[Row]:
+            def rewrite(part: Part) -> list[Record]:
                 return rewrite_batch(settings, parts[part], model, sample)
 
             make_parts("rephrasing", missing, rewrite, shown="rephrased")
     if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
-        write_whole(settings.out, to_lines(rows))
+        write_atomic(settings.out, to_lines(rows))
         print(report, summary(settings.out, rows), sep="\n")
 
 
-def summary(out: Path, rows: Sequence[Row]) -> str:
+def summary(out: Path, rows: Sequence[Record]) -> str:
     """Questions with a rephrasing, and rewrites turned down by reason."""
     good, faults = sum(bool(row["rephrased"]) for row in rows), Counter[str]()
     for row in rows:
@@ -179,7 +182,7 @@ def summary(out: Path, rows: Sequence[Row]) -> str:
 
 def main() -> None:
     settings = tyro.cli(RephrasingSettings, description=__doc__)
-    with told_in_a_sentence(f"stopped; the same command goes on from {settings.out}.parts"):
+    with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.parts"):
         rephrase(settings)
 
 

@@ -9,27 +9,27 @@ from typing import Any
 
 from config import UserError
 
-Row = dict[str, Any]
+Record = dict[str, Any]
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_atomic(path: Path, text: str) -> None:
     """Aside, then renamed: never half a file, whatever happens."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
     os.replace(aside, path)
 
 
-def to_lines(rows: Iterable[Row]) -> str:
+def to_lines(rows: Iterable[Record]) -> str:
     """JSON lines, as people read them."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
+def append_rows(path: Path, rows: Iterable[Record]) -> None:
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(to_lines(rows))
 
 
-def read_rows(path: Path) -> list[Row]:
+def read_rows(path: Path) -> list[Record]:
     r"""Its whole lines: half of one, which a kill may have left at the end, is no row. Split at "\n" alone:
     `splitlines` also cuts at U+2028 and its like, which JSON allows inside a string.
 
