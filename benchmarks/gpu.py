@@ -41,13 +41,13 @@ sys.path.insert(0, str(ROOT))
 import metrics
 from config import Config, parse
 from embedded.word_problems import word_problems
-from grpo import build_optimizer, group_advantages, optimizer_step
+from grpo import group_advantages, optimizer_step
 from lm import distributed, scoring
 from lm.model import checkpoint_activations, frozen_copy, resolve, shard
 from lm.packing import MicroBatch, micro_batches, packed_attention
 from lm.record import Rollout
 from lm.scoring import ChunkedHead, PackedLM, score
-from prepare import prepare
+from prepare import build_optimizer, prepare
 from store.jsonl import read_rows, write_atomic
 from train import train_step
 

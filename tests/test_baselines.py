@@ -10,49 +10,76 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ScriptedSampler, tiny_run
+from tiny import ScriptedSampler, group_of, tiny_run
 
 import train
-from baselines import BASELINES, clear_winner, coin, empo_reward, format_reward, harmonic_winner, selective, soft_label
+from baselines import (
+    BASELINES,
+    clear_winner,
+    empo_reward,
+    format_reward,
+    harmonic_winner,
+    random_reward,
+    scrl_reward,
+    soft_label,
+)
 from data import Pair
 from grpo import group_advantages
-from rewards import VARIANTS, Group, Response, classes, label_groups, majority_vote, read_groups, shares
+from rewards import VARIANTS, Group, Match, Variant, View, label_groups, majority_vote, match_to_vote, vote_shares
 
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", "4", None]), min_size=2, max_size=24)
 
 
-def group_of(answers: list[str | None], other: list[str | None] | None = None, match: str = "exact") -> Group:
-    said = [Response("no box" if answer is None else f"\\boxed{{{answer}}}", 1, True) for answer in answers]
-    (group,) = read_groups(said, len(said), match)
-    vote = None if other is None else majority_vote(other, match)
-    return replace(group, label_vote=vote, label=vote.label if vote else None)
+def labelled_by(answers: list[str | None], other: list[str | None], match: Match = "exact") -> Group:
+    """A group whose label is by another vote."""
+    vote = majority_vote(other, match)
+    return replace(group_of(answers, match=match), label_vote=vote, label=vote.label)
+
+
+def with_stats(group: Group, **stats: list[float]) -> Group:
+    for i, rollout in enumerate(group.rollouts):
+        rollout.token_stats = {name: values[i] for name, values in stats.items()}
+    return group
+
+
+def labelled(row: Variant, answers: list[list[str | None]], golds: list[str | None]) -> list[Group]:
+    """The policy's groups where policy and teacher give the same answers to every wording of each question."""
+    certain = {"entropy": [0.5] * 9, "self_certainty": [1.0] * 9}
+
+    def groups(views: tuple[View, ...]) -> list[Group]:
+        asked = [(view, place) for view in views for place in range(len(answers))]
+        return [with_stats(group_of(answers[place], view, place), **certain) for view, place in asked]
+
+    policy_groups = groups(row.policy_views)
+    label_groups(row, policy_groups, groups(row.teacher_views), golds)
+    return policy_groups
 
 
 @given(ANSWERS)
 def test_a_share_counts_all_rollouts_of_its_own_vote(answers):
     expected = [answers.count(answer) / len(answers) if answer else 0.0 for answer in answers]
     group = group_of(answers)
-    assert shares(group, group.vote) == expected
+    assert vote_shares(group, group.vote) == expected
 
 
 @given(ANSWERS, ANSWERS)
 def test_a_soft_label_is_the_share_in_the_other_vote_and_not_in_the_own_one(answers, other):
-    (reward,) = soft_label([group_of(answers, other)])
-    assert reward == [other.count(answer) / len(other) if answer else 0.0 for answer in answers]
+    assert soft_label(labelled_by(answers, other)) == [
+        other.count(answer) / len(other) if answer else 0.0 for answer in answers
+    ]
 
 
 def test_shares_are_of_equal_mathematics_where_votes_are():
-    group = group_of(["1/2", "0.5", "2", None], ["0.50", "3", "3", "3"], "math")
-    assert shares(group, group.vote) == [1 / 2, 1 / 2, 1 / 4, 0]
-    assert shares(group, group.label_vote) == [1 / 4, 1 / 4, 0, 0]
-    assert classes(group.label_vote, group.boxed, "math") == ["0.50", "0.50", None, None]
+    group = labelled_by(["1/2", "0.5", "2", None], ["0.50", "3", "3", "3"], "math")
+    assert vote_shares(group, group.vote) == [1 / 2, 1 / 2, 1 / 4, 0]
+    assert vote_shares(group, group.label_vote) == [1 / 4, 1 / 4, 0, 0]
+    assert match_to_vote(group.label_vote, group.answers, "math") == ["0.50", "0.50", None, None]
 
 
 @given(ANSWERS)
 def test_empo_gives_an_empty_answer_a_class_of_its_own(answers):
     clusters = [answer or f"empty {i}" for i, answer in enumerate(answers)]
-    (reward,) = empo_reward([group_of(answers)])
-    assert reward == [clusters.count(cluster) / len(clusters) for cluster in clusters]
+    assert empo_reward(group_of(answers)) == [clusters.count(cluster) / len(clusters) for cluster in clusters]
 
 
 def scrl(answers: list[str | None], entropies: list[float]) -> list[float]:
@@ -77,8 +104,7 @@ def scrl(answers: list[str | None], entropies: list[float]) -> list[float]:
 @given(ANSWERS, st.randoms(use_true_random=False))
 def test_scrl_rewards_a_clear_majority_and_punishes_what_is_rare_and_uncertain(answers, rng):
     entropies = [rng.random() for _ in answers]
-    group = replace(group_of(answers), means={"entropy": entropies})
-    assert selective([group]) == [scrl(answers, entropies)]
+    assert scrl_reward(with_stats(group_of(answers), entropy=entropies)) == scrl(answers, entropies)
 
 
 def test_scrl_knows_thirds_halves_and_margins():
@@ -86,8 +112,8 @@ def test_scrl_knows_thirds_halves_and_margins():
     assert clear_winner(group_of(["1", "1", "2", None])) == "1"
     assert clear_winner(group_of(["1", None, None])) is None  # a third, of all rollouts
     many = ["1"] * 8 + ["2"] + ["3"] * 2  # the rare one alone is uncertain
-    group = replace(group_of(many), means={"entropy": [0.1] * 8 + [2.0] + [0.1] * 2})
-    assert selective([group]) == [[1.0] * 8 + [-1.0] + [0.0] * 2]
+    group = with_stats(group_of(many), entropy=[0.1] * 8 + [2.0] + [0.1] * 2)
+    assert scrl_reward(group) == [1.0] * 8 + [-1.0] + [0.0] * 2
 
 
 def self_harmony(own: list[str | None], other: list[str | None]) -> float:
@@ -98,7 +124,7 @@ def self_harmony(own: list[str | None], other: list[str | None]) -> float:
 
 @given(ANSWERS, ANSWERS)
 def test_self_harmony_takes_the_answer_that_both_wordings_give(own, other):
-    winner = harmonic_winner(group_of(own, other))
+    winner = harmonic_winner(labelled_by(own, other))
     if winner is None:
         assert not any(own + other)
         return
@@ -112,21 +138,21 @@ def test_self_harmony_takes_the_answer_that_both_wordings_give(own, other):
 
 
 def test_self_harmony_prefers_agreement_of_wordings_to_either_majority():
-    group = group_of(["1"] * 5 + ["2"] * 3, ["3"] * 5 + ["2"] * 3)
+    group = labelled_by(["1"] * 5 + ["2"] * 3, ["3"] * 5 + ["2"] * 3)
     assert harmonic_winner(group) == "2"
-    assert harmonic_winner(group_of(["1", "1", "2"], ["3"])) == "1"  # nothing in common: the most frequent
+    assert harmonic_winner(labelled_by(["1", "1", "2"], ["3"])) == "1"  # nothing in common: the most frequent
 
 
 def test_the_coin_is_fair_the_same_on_every_rank_and_not_always_the_same_for_a_text():
     groups = [group_of([str(i), "1", "1", "1"]) for i in range(2000)]
-    thrown = coin(groups)
-    assert thrown == coin(groups)
+    thrown = [random_reward(group) for group in groups]
+    assert thrown == [random_reward(group) for group in groups]
     assert abs(sum(sum(each) for each in thrown) / 8000 - 0.5) < 0.03
     assert len({tuple(each) for each in thrown}) == 16  # "1" is paid by chance, again and again
 
 
 def test_the_format_is_paid_whatever_is_in_the_box():
-    assert format_reward([group_of(["1", "2", None])]) == [[1.0, 1.0, 0.0]]
+    assert format_reward(group_of(["1", "2", None])) == [1.0, 1.0, 0.0]
 
 
 @pytest.mark.parametrize("name", sorted(BASELINES))
@@ -135,11 +161,7 @@ def test_a_group_that_agrees_or_is_silent_teaches_nothing(name, answers):
     if name == "random":
         return
     row = BASELINES[name]
-    means = {"entropy": [0.5] * 4, "self_certainty": [1.0] * 4}
-    voted = {
-        (who, view): [replace(group_of(answers), means=means)] for who in ("policy", "teacher") for view in ("x", "x'")
-    }
-    rewards = row.reward(label_groups(row, voted, [None]))
+    rewards = [row.reward(group) for group in labelled(row, [answers], [None])]
     assert group_advantages(torch.tensor(rewards).flatten(), 4).abs().max() == 0
 
 
@@ -162,20 +184,15 @@ def test_semi_supervised_with_all_golds_is_gt_and_with_none_majority():
     assert rewards_of(BASELINES["semi"], PAIRS) == rewards_of("gt", PAIRS)
     assert rewards_of(BASELINES["semi"], without) == rewards_of("majority", without)
     row = BASELINES["semi"]
-    voted = {("policy", "x"): [group_of(["3", "3", "1"]), group_of(["3", "3", "1"])]}
-    assert [group.label for group in label_groups(row, voted, ["1", None])] == ["1", "3"]
+    assert [group.label for group in labelled(row, [["3", "3", "1"]] * 2, ["1", None])] == ["1", "3"]
 
 
 def test_gold_never_reaches_a_row_that_does_not_ask_for_it():
     for name, row in (VARIANTS | BASELINES).items():
         if name in ("gt", "semi"):
             continue
-        voted = {
-            (who, view): [replace(group_of(["3", "3", "1"]), means={"entropy": [1.0] * 3, "self_certainty": [1.0] * 3})]
-            for who in ("policy", "teacher")
-            for view in ("x", "x'")
-        }
-        assert label_groups(row, voted, ["1"]) == label_groups(row, voted, [None])
+        answers: list[list[str | None]] = [["3", "3", "1"]]
+        assert labelled(row, answers, ["1"]) == labelled(row, answers, [None])
 
 
 def test_more_votes_than_rollouts_change_the_label_and_not_what_is_trained_on():

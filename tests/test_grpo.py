@@ -17,6 +17,7 @@ from tiny import (
     byte_tokenizer,
     config_with,
     gradients,
+    group_of,
     largest_gap,
     naive_stats,
     stopping_lm,
@@ -33,20 +34,20 @@ from config import Config, Optimisation
 from data import Pair
 from grpo import (
     aggregate,
-    build_optimizer,
-    denominators,
+    assign_denominators,
     group_advantages,
     k3,
-    learning_rate,
     optimizer_step,
     policy_loss,
+    select_with_gradient,
 )
 from lm.packing import micro_batches, pack
 from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from metrics import Clock
-from prepare import Run
+from prepare import build_optimizer, learning_rate
 from rewards import VARIANTS
+from rollout import Run
 
 AGGREGATIONS = ["token", "sequence", "dr-grpo"]
 
@@ -231,15 +232,31 @@ MASK = torch.tensor([[1, 1, 1], [1, 0, 0]])
 TWO = [Rollout([1], [2, 2, 2], [0.0] * 3, False), Rollout([1], [2], [0.0], False)]
 
 
+def denominators(how: str, rollouts: list[Rollout], max_tokens: int, views: int = 1) -> torch.Tensor:
+    """What each rollout is divided by [N], where the first part of them is one view and the second another."""
+    size = len(rollouts) // views
+    groups = []
+    for i, view in enumerate(("x", "x'")[:views]):
+        groups.append(replace(group_of([], view), rollouts=rollouts[i * size : (i + 1) * size]))
+    assign_denominators(groups, how, max_tokens)
+    return torch.tensor([rollout.denominator for rollout in rollouts])
+
+
+def with_advantages(rollouts: list[Rollout], advantages: torch.Tensor) -> list[Rollout]:
+    for rollout, advantage in zip(rollouts, advantages.tolist(), strict=True):
+        rollout.advantage = advantage
+    return rollouts
+
+
 @pytest.mark.parametrize(("how", "expected"), [("token", 10 / 4), ("sequence", (2 + 4) / 2), ("dr-grpo", 10 / (2 * 5))])
 def test_aggregations_by_hand(how, expected):
-    denominator = denominators(how, TWO, [range(len(TWO))], max_tokens=5)
+    denominator = denominators(how, TWO, max_tokens=5)
     assert aggregate(PER_TOKEN, MASK, how, denominator).item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("how", AGGREGATIONS)
 def test_a_mean_is_that_of_the_step_and_not_of_a_micro_batch(how):
-    denominator = denominators(how, TWO, [range(len(TWO))], max_tokens=5)
+    denominator = denominators(how, TWO, max_tokens=5)
     parts = [aggregate(PER_TOKEN[i : i + 1], MASK[i : i + 1], how, denominator[i : i + 1]) for i in range(2)]
     assert sum(parts).item() == pytest.approx(aggregate(PER_TOKEN, MASK, how, denominator).item())
 
@@ -317,43 +334,39 @@ def step_config(**settings: Any) -> Config:
     return config_with(**(dict(temperature=0.7, tis_cap=0.0, max_grad_norm=1e9) | settings))
 
 
-def two_views(rollouts: list[Rollout], how: str) -> torch.Tensor:
-    """Denominators: the first half of the rollouts is one view, the second another."""
-    half = len(rollouts) // 2
-    return denominators(how, rollouts, [range(half), range(half, len(rollouts))], 20)
-
-
 def seen_gradients(
     policy: PackedLM, reference: PackedLM, rollouts: list[Rollout], tokens: int, kl_coef: float, config: Config
 ) -> tuple[dict[str, torch.Tensor], dict[str, float], int]:
     """Gradients that reach the optimizer, metrics, and the number of micro-batches."""
-    advantages = torch.linspace(-1.5, 2, len(rollouts))
-    batches, seen = micro_batches(rollouts, tokens, CPU), {}
+    denominators(config.method.loss_agg, rollouts, 20, views=2)
+    batches = micro_batches(with_advantages(rollouts, torch.linspace(-1.5, 2, len(rollouts))), tokens, CPU)
+    seen = {}
 
     class Watching(torch.optim.SGD):
         def step(self, closure=None):
             seen.update(gradients(policy.lm))
 
     optimizer = Watching(policy.parameters(), lr=0.0)
-    anchors, denominator = score(reference, batches, 0.7), two_views(rollouts, config.method.loss_agg)
-    measured = optimizer_step(policy, optimizer, batches, advantages, anchors, denominator, kl_coef, 1.0, config)
+    for batch, stats in zip(batches, score(reference, batches, 0.7), strict=True):
+        batch.reference_logp = stats.logp if kl_coef else None
+    measured = optimizer_step(policy, optimizer, batches, 1.0, kl_coef, config)
     return seen, measured, len(batches)
 
 
-def brute_force_steps(run: Run, rollouts: list[Rollout], advantages: torch.Tensor, parts: list[list[range]]):
+def brute_force_steps(run: Run, parts: list[list[list[Rollout]]]) -> dict[str, torch.Tensor]:
     """Eqs. 4-6 in float64, a sequence at a time, whole logits, an AdamW step for each mini-batch: the weights."""
     lm, reference, settings = twin_of(run.policy.lm), twin_of(run.initial.lm), run.config.optimisation
-    old = [naive_stats(lm, rollout, 1.0)[0].detach() for rollout in rollouts]
+    old_lm = copy.deepcopy(lm)
     rate = learning_rate(0, run.total_steps, settings)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=rate, betas=(0.9, 0.999), weight_decay=0.0)
     for part in parts:
         loss = 0.0
         for of_view in part:
-            tokens = sum(len(rollouts[row].response_ids) for row in of_view)
-            for row in of_view:
-                logp, advantage = naive_stats(lm, rollouts[row], 1.0)[0], advantages[row]
-                d = naive_stats(reference, rollouts[row], 1.0)[0].detach() - logp
-                ratio = (logp - old[row]).exp()
+            tokens = sum(len(rollout.response_ids) for rollout in of_view)
+            for rollout in of_view:
+                logp, advantage = naive_stats(lm, rollout, 1.0)[0], rollout.advantage
+                d = naive_stats(reference, rollout, 1.0)[0].detach() - logp
+                ratio = (logp - naive_stats(old_lm, rollout, 1.0)[0].detach()).exp()
                 clipped = ratio.clamp(1 - run.config.method.clip, 1 + run.config.method.clip_high)
                 terms = -torch.minimum(ratio * advantage, clipped * advantage) + 0.005 * (d.exp() - d - 1)
                 loss = loss + terms.sum() / tokens
@@ -370,13 +383,17 @@ def test_several_steps_on_one_batch_are_those_of_a_float64_brute_force(count):
     pairs = [Pair(str(i), "a", "b") for i in range(5)]
     how = dict(rollouts=2, mini_batches=count, clip=0.02, clip_high=0.05, lr=1e-2, kl_coef=0.005, warmup=0.0)
     run = tiny_run("I", pairs, **how)
-    rollouts, advantages = tiny_rollouts(20), torch.linspace(-1.5, 2, 20)
+    rollouts = with_advantages(tiny_rollouts(20), torch.linspace(-1.5, 2, 20))
+    views = {"x": rollouts[:10], "x'": rollouts[10:]}
+    groups = []
+    for view, of_view in views.items():
+        groups += [replace(group_of([], view, q), rollouts=of_view[2 * q : 2 * q + 2]) for q in range(5)]
     questions = [range(0, 5)] if count == 1 else [range(0, 2), range(2, 5)] if count == 2 else None
     questions = questions or [range(0, 1), range(1, 3), range(3, 5)]
-    parts = [[range(v * 10 + 2 * q.start, v * 10 + 2 * q.stop) for v in (0, 1)] for q in questions]
+    parts = [[of_view[2 * q.start : 2 * q.stop] for of_view in views.values()] for q in questions]
     before = {name: weight.detach().clone() for name, weight in run.policy.lm.named_parameters()}
-    expected = brute_force_steps(run, rollouts, advantages, parts)
-    train.learn(run, 0, rollouts, advantages, Clock())
+    expected = brute_force_steps(run, parts)
+    train.update_policy(run, groups, 0, Clock())
     moved = {name: weight.detach() - before[name] for name, weight in run.policy.lm.named_parameters()}
     wanted = {name: (weight.detach() - before[name]).float() for name, weight in expected.items()}
     assert max(step.abs().max() for step in wanted.values()) > 0.9e-2
@@ -447,10 +464,10 @@ def test_the_stop_token_gets_its_gradient_although_it_is_the_pad_token():
         def step(self, closure=None):
             seen.update(gradients(lm))
 
-    batches = micro_batches(rollouts, 1000, CPU)
-    optimizer, advantages = Watching(policy.parameters(), lr=0.0), torch.tensor([1.0, 0.0])
-    denominator, config = torch.tensor([5.0, 5.0]), step_config(temperature=1.0)
-    optimizer_step(policy, optimizer, batches, advantages, None, denominator, 0.0, 1.0, config)
+    assert denominators("token", rollouts, 20).tolist() == [5.0, 5.0]
+    batches = micro_batches(with_advantages(rollouts, torch.tensor([1.0, 0.0])), 1000, CPU)
+    optimizer = Watching(policy.parameters(), lr=0.0)
+    optimizer_step(policy, optimizer, batches, 1.0, 0.0, step_config(temperature=1.0))
     twin = twin_of(lm)
     (-naive_stats(twin, rollouts[0], 1.0)[0].sum() / 5).backward()  # log p(7) + log p(stop)
     assert largest_gap(gradients(twin), {name: g.double() for name, g in seen.items()}) < 1e-5
@@ -471,10 +488,11 @@ def test_importance_weights_correct_the_surrogate_but_not_the_kl():
             def step(self, closure=None):
                 seen.update(gradients(lm))
 
-        batches = micro_batches(rollouts, 1000, CPU)
-        config, scored = step_config(temperature=1.0, tis_cap=tis_cap), score(reference, batches, 1.0)
-        optimizer, advantages = Watching(policy.parameters(), lr=0.0), torch.tensor([advantage])
-        optimizer_step(policy, optimizer, batches, advantages, scored, torch.tensor([2.0]), kl_coef, 1.0, config)
+        denominators("token", rollouts, 20)
+        (batch,) = micro_batches(with_advantages(rollouts, torch.tensor([advantage])), 1000, CPU)
+        batch.reference_logp = score(reference, [batch], 1.0)[0].logp
+        config = step_config(temperature=1.0, tis_cap=tis_cap)
+        optimizer_step(policy, Watching(policy.parameters(), lr=0.0), [batch], 1.0, kl_coef, config)
         return seen
 
     plain, kl = gradient(0.0, 1.0, 0.0), gradient(0.0, 0.0, 0.5)
@@ -488,11 +506,13 @@ def test_importance_weights_correct_the_surrogate_but_not_the_kl():
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing_and_is_counted(poison):
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(4)
-    optimizer, batches = build_optimizer(policy, (0.9, 0.999), 0.01), micro_batches(rollouts, 40, CPU)
-    advantages, of_views = torch.tensor([1.0, -1.0, 0.5, -0.5]), two_views(rollouts, "token")
+    optimizer = build_optimizer(policy, (0.9, 0.999), 0.01)
+    advantages = torch.tensor([1.0, -1.0, 0.5, -0.5])
+    denominators("token", rollouts, 20, views=2)
 
     def step(advantages: torch.Tensor, rate: float) -> dict[str, float]:
-        return optimizer_step(policy, optimizer, batches, advantages, None, of_views, 0.0, rate, step_config())
+        batches = micro_batches(with_advantages(rollouts, advantages), 40, CPU)
+        return optimizer_step(policy, optimizer, batches, rate, 0.0, step_config())
 
     assert step(advantages, 1e-3)["skipped_steps"] == 0.0
     before = copy.deepcopy((policy.state_dict(), optimizer.state_dict()))
@@ -528,9 +548,8 @@ def test_the_step_is_adamw_at_the_rate_of_this_step():
     gradient, _, _ = seen_gradients(policy, policy, rollouts, 100, 0.0, step_config())
     before = {name: p.detach().clone() for name, p in policy.lm.named_parameters()}
     optimizer = build_optimizer(policy, (0.9, 0.999), 0.01)
-    batches = micro_batches(rollouts, 100, CPU)
-    advantages, of_views = torch.linspace(-1.5, 2, 4), two_views(rollouts, "token")
-    measured = optimizer_step(policy, optimizer, batches, advantages, None, of_views, 0.0, 1e-3, step_config())
+    batches = micro_batches(rollouts, 100, CPU)  # with the advantages and denominators of before
+    measured = optimizer_step(policy, optimizer, batches, 1e-3, 0.0, step_config())
     assert measured["lr"] == 1e-3 and "kl" not in measured
     for name, parameter in policy.lm.named_parameters():
         clear = gradient[name].abs() > 1e-5  # well over AdamW's eps of 1e-8
@@ -543,10 +562,9 @@ def test_the_gap_between_sampler_and_trainer_is_measured():
     policy = PackedLM(tiny_lm())
     (stats,) = score(policy, [pack(rollouts, [0], CPU)], 1.0)
     sampled = (stats.logp[0] + torch.tensor([0.0, 0.3, -0.6])).tolist()
-    batches = [pack([replace(rollouts[0], logp=sampled)], [0], CPU)]
+    batches = [pack([replace(rollouts[0], logp=sampled, advantage=1.0, denominator=3.0)], [0], CPU)]
     optimizer = build_optimizer(policy, (0.9, 0.999), 0.0)
-    one, three, config = torch.tensor([1.0]), torch.tensor([3.0]), step_config(temperature=1.0)
-    measured = optimizer_step(policy, optimizer, batches, one, None, three, 0.0, 0.0, config)
+    measured = optimizer_step(policy, optimizer, batches, 0.0, 0.0, step_config(temperature=1.0))
     assert measured["mismatch_mean"] == pytest.approx(0.3, abs=1e-5)
     assert measured["mismatch_max"] == pytest.approx(0.6, abs=1e-5)
 
@@ -555,13 +573,15 @@ def test_the_gap_between_sampler_and_trainer_is_measured():
 
 
 def test_leaving_out_rollouts_without_advantage_changes_no_weight():
-    rollouts, advantages = tiny_rollouts(8), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, -0.5])
+    rollouts = with_advantages(tiny_rollouts(8), torch.tensor([1.0, -1.0, 0.0, 0.0, 0.5, 0.0, 0.0, -0.5]))
+    denominators("token", rollouts, 20)
+    assert len(select_with_gradient(rollouts)) == 4
     weights = []
-    for rows in (range(8), advantages.nonzero().flatten().tolist()):
+    for trained in (rollouts, select_with_gradient(rollouts)):
         policy = PackedLM(tiny_lm())
-        batches = micro_batches(rollouts, 30, CPU, rows)
-        optimizer, denominator = build_optimizer(policy, (0.9, 0.99), 0.0), torch.full((8,), 40.0)
-        optimizer_step(policy, optimizer, batches, advantages, None, denominator, 0.0, 1e-3, step_config())
+        batches = micro_batches(trained, 30, CPU)
+        optimizer = build_optimizer(policy, (0.9, 0.99), 0.0)
+        optimizer_step(policy, optimizer, batches, 1e-3, 0.0, step_config())
         weights.append({name: p.detach() for name, p in policy.lm.named_parameters()})
     assert largest_gap(*weights) < 1e-5
 
@@ -571,20 +591,20 @@ def test_a_step_without_a_kl_term_trains_on_telling_rollouts_alone(monkeypatch):
     step = train.optimizer_step
 
     def watched(policy, optimizer, batches, *rest, **how):
-        trained.append(sorted(row for batch in batches for row in batch.rows.tolist()))
+        trained.append(sorted(bool(advantage) for batch in batches for advantage in batch.advantages))
         return step(policy, optimizer, batches, *rest, **how)
 
     monkeypatch.setattr(train, "optimizer_step", watched)
     rewards = [[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0]]
-    row = replace(VARIANTS["majority"], kl_coef=0.0, reward=lambda groups: rewards)
+    row = replace(VARIANTS["majority"], kl_coef=0.0, reward=lambda group: rewards[group.place])
     run = tiny_run(row, [Pair(str(i), f"question {i}", None, None, {}) for i in range(2)])
-    for kl_coef, expected in ((0.0, [0, 1, 2, 3]), (0.1, list(range(8)))):
+    for kl_coef, expected in ((0.0, [True] * 4), (0.1, [False] * 4 + [True] * 4)):
         run.variant = replace(row, kl_coef=kl_coef)
         train.train_step(run, 0)
         assert trained[-1] == expected
     rewards[0], run.variant = [0.0] * 4, row
     train.train_step(run, 0)
-    assert trained[-1] == [0]  # the optimizer sees a gradient of 0
+    assert trained[-1] == [False]  # the optimizer sees a gradient of 0
 
 
 # ---------------------------------------------------------------- other objectives need no other head
@@ -691,7 +711,7 @@ def test_loss_and_gradients_are_those_of_trl(how, tmp_path: Path):
     old_logp, ref_logp = (seen[f"{who}_per_token_logps"][:, :width] for who in ("old", "ref"))
     logp = PackedLM(lm)(batch, 0.7).logp
     per_token = policy_loss(logp, old_logp, advantages, batch.mask) + 0.04 * k3(logp, ref_logp)
-    loss = aggregate(per_token, batch.mask, how, denominators(how, rollouts, [range(len(rollouts))], 9))
+    loss = aggregate(per_token, batch.mask, how, denominators(how, rollouts, 9))
     loss.backward()
     assert loss.item() == pytest.approx(seen["loss"].item(), rel=1e-4)
     assert largest_gap(seen["gradients"], gradients(lm)) < 1e-4

@@ -23,10 +23,11 @@ from test_kills import tiny_training
 from test_train import ROOT, SMALL, metrics_of, small
 from tiny import CPU, byte_tokenizer, tiny_lm
 
+import rollout
 import train
 from config import Config, UserError, parse
 from lm.model import load_policy
-from rewards import Response
+from lm.record import Rollout
 from store import checkpoint
 from store.jsonl import read_rows
 
@@ -38,12 +39,13 @@ SEPARATORS = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven."  # `spli
 def test_a_separator_of_unicode_in_a_question_or_a_text_makes_a_run_unresumable(tmp_path, monkeypatch):
     questions = [{"question": f"Ann has {n} pens.{SEPARATORS}", "answer": str(n)} for n in range(4)]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    decode = train.decode
 
-    def say_it(*how: Any) -> list[Response]:
-        return [each._replace(text=f"\ud800{SEPARATORS} \\boxed{{{SEPARATORS}}}") for each in decode(*how)]
+    def say_it(rollouts: list[Rollout], _: Any) -> None:
+        for each in rollouts:
+            each.text = f"\ud800{SEPARATORS} \\boxed{{{SEPARATORS}}}"
+            each.answer = SEPARATORS
 
-    monkeypatch.setattr(train, "decode", say_it)
+    monkeypatch.setattr(rollout, "read_answers", say_it)
     flags = ["--data", str(tmp_path / "data.jsonl"), "--model", "embedded", "--save-every", "1"]
     flags += ["--max-prompt-tokens", "512"]
     run = train.train(small(tmp_path / "run", *flags, "--steps", "1"))

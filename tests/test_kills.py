@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import train
 from config import parse
-from grpo import build_optimizer
 from lm.model import frozen_copy
 from lm.scoring import PackedLM
+from prepare import build_optimizer
 from store import checkpoint
 
 FLAGS = ["--steps", "4", "--save-every", "1"]

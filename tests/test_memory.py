@@ -14,11 +14,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from transformers import AttentionInterface, PreTrainedModel, Qwen3Config
 
 from config import Config
-from grpo import build_optimizer, optimizer_step
+from grpo import optimizer_step
 from lm.model import checkpoint_activations, meta_model
 from lm.packing import micro_batches
 from lm.record import Rollout
 from lm.scoring import PackedLM
+from prepare import build_optimizer
 from rewards import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))

@@ -6,27 +6,28 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from tiny import group_of
 
 import metrics
-from data import Pair, PromptedPair
-from metrics import detect_collapse, gold_metrics, label_metrics, label_records, step_metrics
-from rewards import VARIANTS, Group, Response, label_groups, read_groups
+from grpo import assign_advantages
+from metrics import detect_collapse, gold_metrics, group_metrics, label_metrics, label_records
+from rewards import VARIANTS, Group, Variant, View, label_groups, rollouts_of
 from store import log
 from store.jsonl import append_rows
 
 
-def groups(*answers: list[str | None]) -> list[Group]:
+def groups(*answers: list[str | None], view: View = "x") -> list[Group]:
     """Rollouts of as many tokens as their answer has characters; no answer is a cut one of 9."""
-    said = [
-        Response(f"\\boxed{{{a}}}" if a else "no box", len(a) if a else 9, finished=a is not None)
-        for group in answers
-        for a in group
-    ]
-    return read_groups(said, len(answers[0]), "exact")
+    voted = [group_of(of_question, view, place) for place, of_question in enumerate(answers)]
+    for rollout in rollouts_of(voted):
+        rollout.finished = rollout.answer is not None
+        rollout.response_ids = [1] * len(rollout.answer or "no answer")
+    return voted
 
 
-def asked(*golds: str | None) -> list[PromptedPair]:
-    return [PromptedPair(Pair(str(i), "?", gold=gold), {}) for i, gold in enumerate(golds)]
+def labelled(row: Variant, policy_groups: list[Group], golds: list[str | None]) -> list[Group]:
+    label_groups(row, policy_groups, [], golds)
+    return policy_groups
 
 
 def statistics(part: list[Group]) -> dict[str, float]:
@@ -44,16 +45,13 @@ def test_no_answer_at_all_is_not_a_division_by_zero():
 
 
 def test_views_and_teacher_do_not_mix():
-    voted = {
-        ("policy", "x"): groups(["1", "1", "2", None]),
-        ("policy", "x'"): groups(["5", "5", "5", "5"]),
-        ("teacher", "x"): groups(["1", "1", "1", "2"]),
-        ("teacher", "x'"): groups(["3", "3", "4", "4"]),
-    }
+    policy_groups = groups(["1", "1", "2", None]) + groups(["5", "5", "5", "5"], view="x'")
+    teacher_groups = groups(["1", "1", "1", "2"]) + groups(["3", "3", "4", "4"], view="x'")
     row = VARIANTS["III"]
-    labelled = label_groups(row, voted, ["1"])
-    labels = label_records(7, row, asked("1"), labelled)
-    found = step_metrics(row, voted, labelled, ["1"], [[0, 0, 0, 0], [1, 0, 0, 0]], labels)
+    label_groups(row, policy_groups, teacher_groups, ["1"])
+    assign_advantages(policy_groups, [[0, 0, 0, 0], [1, 0, 0, 0]])
+    found = group_metrics(row, policy_groups, teacher_groups)
+    found |= label_metrics(label_records(7, policy_groups, ["1"]))
     assert found["reward"] == 1 / 8 and found["reward/x"] == 0 and found["reward/x'"] == 1 / 4
     assert found["zero_std_groups"] == 1 / 2
     assert found["vote_share"] == pytest.approx((2 / 3 + 1) / 2)
@@ -64,34 +62,34 @@ def test_views_and_teacher_do_not_mix():
 
 
 def test_label_accuracy_counts_missing_labels_as_wrong_and_missing_golds_not_at_all():
-    row, voted = VARIANTS["majority"], {("policy", "x"): groups(["1", "1"], [None, None], ["2", "2"])}
-    found = label_metrics(label_records(0, row, asked("1.0", "7", None), label_groups(row, voted, [None] * 3)))
+    policy_groups = labelled(VARIANTS["majority"], groups(["1", "1"], [None, None], ["2", "2"]), [None] * 3)
+    found = label_metrics(label_records(0, policy_groups, ["1.0", "7", None]))
     assert found == {"label_accuracy": 1 / 2, "label_agreement": 1.0}
 
 
 def test_gold_labels_have_no_accuracy():
-    row, voted = VARIANTS["gt"], {("policy", "x"): groups(["1", "1"])}
-    assert label_records(0, row, asked("1"), label_groups(row, voted, ["1"])) == []
+    assert label_records(0, labelled(VARIANTS["gt"], groups(["1", "1"]), ["1"]), ["1"]) == []
 
 
 def test_the_record_of_a_label_says_whose_it_is_how_sure_and_whether_it_is_right():
-    row = VARIANTS["I"]
-    voted = {("policy", "x"): groups(["1", "1", "2", None]), ("policy", "x'"): groups(["2", "2", "2", "2"])}
-    records = label_records(7, row, asked("1"), label_groups(row, voted, [None]))
+    both = groups(["1", "1", "2", None]) + groups(["2", "2", "2", "2"], view="x'")
+    records = label_records(7, labelled(VARIANTS["I"], both, [None]), ["1"])
     assert records == [
         {"step": 7, "id": "0", "view": "x", "label": "2", "share": 1.0, "agrees": False, "right": False},
         {"step": 7, "id": "0", "view": "x'", "label": "1", "share": 2 / 3, "agrees": False, "right": True},
     ]
-    (without_gold, _) = label_records(7, row, asked(None), label_groups(row, voted, [None]))
+    (without_gold, _) = label_records(7, both, [None])
     assert "right" not in without_gold
 
 
 def test_rewards_are_measured_by_gold_where_it_is_known_and_only_if_they_are_0_or_1():
     two = groups(["1", "1", "2", None], ["3", "3", "3", "3"])
     rewards = [[1, 1, 0, 0], [1, 1, 1, 1]]  # majority's; gold would have paid the third answer, and knows no second
-    assert gold_metrics(two, ["2", None], rewards) == {"rollout_accuracy": 1 / 4, "reward_accuracy": 1 / 4}
-    assert gold_metrics(two, ["2", None], [[0.5, 0.5, 0, 0], [1] * 4]) == {"rollout_accuracy": 1 / 4}
-    assert gold_metrics(two, [None, None], rewards) == {}
+    assign_advantages(two, rewards)
+    assert gold_metrics(two, ["2", None]) == {"rollout_accuracy": 1 / 4, "reward_accuracy": 1 / 4}
+    assert gold_metrics(two, [None, None]) == {}
+    assign_advantages(two, [[0.5, 0.5, 0, 0], [1] * 4])
+    assert gold_metrics(two, ["2", None]) == {"rollout_accuracy": 1 / 4}
 
 
 def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_path: Path):

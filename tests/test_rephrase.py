@@ -19,17 +19,16 @@ from tiny import untrained
 
 from config import UserError
 from data import load_pairs
-from lm.decoding import TransformersSampler, draw, top_p_filter, uniform_numbers
+from lm.decoding import TransformersSampler, draw, request_seed, top_p_filter, uniform_numbers
 from lm.engine import InferenceModel
 from lm.model import load_pretrained, stop_token_ids
-from rewards import Response
-from rollout import request_seed
+from lm.record import Rollout
 from sources.faults import lost_numbers, numbers, strict_fault
 from store.parts import leave_torchrun
 from tools import rephrase
 from tools.rephrase import RephrasingSettings, read_reply
 
-Reply = partial(Response, tokens=1)  # of a text that is `finished` or not
+Reply = partial(Rollout, [], [], [])  # of a text that is `finished` or not
 ROOT = Path(rephrase.__file__).parents[1]
 
 # ---------------------------------------------------------------- parsing
@@ -58,7 +57,7 @@ GOOD = "### RESULT_START\nORIGINAL:\nWhat is 2+3?\nREWRITE:\nAdd 2 and 3: how mu
     ],
 )
 def test_a_good_rewrite_is_found_however_it_is_wrapped(text):
-    assert read_reply(Reply(text, finished=True)) == ("Add 2 and 3: how much?", None)
+    assert read_reply(Reply(True, text)) == ("Add 2 and 3: how much?", None)
 
 
 def test_the_rewriter_samples_as_the_papers_did():
@@ -78,11 +77,11 @@ def test_the_rewriter_samples_as_the_papers_did():
     ],
 )
 def test_a_reply_without_a_whole_rewrite_is_not_used(fault, text, finished):
-    assert read_reply(Reply(text, finished=finished)) == ("", fault)
+    assert read_reply(Reply(finished, text)) == ("", fault)
 
 
 def test_a_complete_rewrite_counts_even_if_the_chatter_after_it_was_cut():
-    assert read_reply(Reply(GOOD + "\nNow let me explain", finished=False))[1] is None
+    assert read_reply(Reply(False, GOOD + "\nNow let me explain"))[1] is None
 
 
 @pytest.mark.parametrize("padding", ["\n", " ", "#", "`", "*\n", "\n ORIGINAL", "RESULT_START\n"])
@@ -91,13 +90,13 @@ def test_a_reply_of_a_thousand_lines_stops_the_work(padding):
     long = padding * (64_000 // len(padding))
     begin = time.perf_counter()
     for text in (long + GOOD, GOOD.replace("Add", long + "Add"), GOOD + long, GOOD.partition("Add")[0] + long):
-        read_reply(Reply(text, finished=False))
+        read_reply(Reply(False, text))
     assert time.perf_counter() - begin < 2
 
 
 def test_several_lines_and_latex_survive_parsing():
     rewrite = "Let $x_1 < 3$.\n\n\\[x^2 = \\text{ORIGINAL value}\\]\nFind $x$."
-    assert read_reply(Reply(GOOD.replace("Add 2 and 3: how much?", rewrite), finished=True)) == (rewrite, None)
+    assert read_reply(Reply(True, GOOD.replace("Add 2 and 3: how much?", rewrite))) == (rewrite, None)
 
 
 # ---------------------------------------------------------------- checks
@@ -163,7 +162,7 @@ class Scripted:
         self.asked += [(*key[1:], n) for key in seeds]
         asked = zip(prompts, seeds, strict=True)
         texts = [self.say(bytes(prompt).decode(), key, g) for prompt, key in asked for g in range(n)]
-        return [text if isinstance(text, Response) else Reply(text, finished=True) for text in texts]
+        return [text if isinstance(text, Rollout) else Reply(True, text) for text in texts]
 
 
 def use(monkeypatch, model: Scripted) -> None:
@@ -171,7 +170,7 @@ def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "sampling_from", lambda *_: nullcontext(model.sample))
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
     monkeypatch.setattr(rephrase, "request_seed", lambda *key: key)
-    monkeypatch.setattr(rephrase, "decode", lambda said, _: said)
+    monkeypatch.setattr(rephrase, "read_answers", lambda replies, _: None)
     monkeypatch.setattr(rephrase, "instruction_ids", lambda tokenizer, text, chat_template: list(text.encode()))
 
 
@@ -229,7 +228,7 @@ def test_a_bad_candidate_is_asked_again_and_the_first_good_one_wins(tmp_path, mo
 def test_a_question_without_a_good_rewrite_is_recorded_with_its_reasons_not_lost(tmp_path, monkeypatch):
     use(
         monkeypatch,
-        Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply("### RES", finished=False)),
+        Scripted(lambda question, key, g: wrap("<question reworded>") if g else Reply(False, "### RES")),
     )
     out = tmp_path / "pairs.jsonl"
     rephrase.rephrase(RephrasingSettings(str(questions(tmp_path, 2)), "m", out, attempts=2))
@@ -279,7 +278,7 @@ import os, random, sys, time
 from contextlib import nullcontext
 sys.path[:0] = [{root!r}]
 from lm.engine import InferenceModel
-from rewards import Response
+from lm.record import Rollout
 from tools import rephrase
 
 def sample(prompts, keys, n, **how):
@@ -292,11 +291,14 @@ def sample(prompts, keys, n, **how):
 def reply(question, rng):
     start = rng.choice(["Please add", "Sum up", "Let me see", "Add"])
     text = f"{{start}} {{question[8:10]}} and {{rng.choice(['20', '20', '21'])}}; how much is it?"
-    return Response("### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END", 1, rng.random() < 0.9)
+    text = "### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END"
+    return Rollout([], [], [], rng.random() < 0.9, text)
 
 rephrase.load_inference_model = lambda *_: InferenceModel(None, None, None, "hf")
 rephrase.sampling_from = lambda *_: nullcontext(sample)
-rephrase.longest_prompt, rephrase.request_seed, rephrase.decode = lambda *_: 100, lambda *key: key, lambda said, _: said
+rephrase.longest_prompt = lambda *_: 100
+rephrase.request_seed = lambda *key: key
+rephrase.read_answers = lambda replies, _: None
 rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
 rephrase.main()
 """

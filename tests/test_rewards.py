@@ -6,25 +6,25 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import ScriptedSampler, tiny_lm, tiny_rollouts, tiny_run
+from tiny import CPU, ScriptedSampler, config_with, group_of, tiny_lm, tiny_rollouts, tiny_run
 
 import train
 from data import Pair
+from grpo import assign_denominators
 from lm.packing import micro_batches
-from lm.scoring import PackedLM, mean_per_rollout, score
+from lm.scoring import PackedLM, assign_token_stats
 from rewards import (
     VARIANTS,
     VIEWS,
     Group,
-    Response,
+    Match,
     Variant,
     Vote,
     equivalent,
     extract_boxed,
     label_groups,
     majority_vote,
-    read_groups,
-    with_means,
+    rollouts_of,
     with_views,
 )
 
@@ -135,20 +135,30 @@ def said(*answers: str) -> list[str]:
     return [rf"I say \boxed{{{answer}}}" if answer else "I do not know" for answer in answers]
 
 
-def read(texts: list[str], group_size: int) -> list[Group]:
-    return read_groups([Response(text, 1, True) for text in texts], group_size, "exact")
-
-
 # Two questions, three rollouts; every source votes for something of its own, "" is no box.
-VOTED = {
-    key: read(said(*texts), 3)
-    for key, texts in {
-        ("policy", "x"): ["1", "1", "2", "", "", ""],
-        ("policy", "x'"): ["2", "2", "1", "5", "6", "6"],
-        ("teacher", "x"): ["3", "2", "2", "6", "", "6"],
-        ("teacher", "x'"): ["1", "1", "3", "", "5", "5"],
-    }.items()
+VOTES = {
+    ("policy", "x"): ["112", "   "],
+    ("policy", "x'"): ["221", "566"],
+    ("teacher", "x"): ["322", "6 6"],
+    ("teacher", "x'"): ["113", " 55"],
 }
+
+
+def groups_by(voter: str, views: tuple[str, ...]) -> list[Group]:
+    """Groups by view, then by question, as a step makes them."""
+    groups = []
+    for view in views:
+        for place, answers in enumerate(VOTES[voter, view]):
+            groups.append(group_of([answer.strip() or None for answer in answers], view, place))
+    return groups
+
+
+def labelled(row: Variant, golds: list[str | None]) -> list[Group]:
+    groups = groups_by("policy", row.policy_views)
+    label_groups(row, groups, groups_by("teacher", row.teacher_views), golds)
+    return groups
+
+
 GOLDS = ["2.0", "6"]
 
 # variant -> labels of each view and the rewards of its groups, in the order x then x'
@@ -165,32 +175,42 @@ BY_HAND = {
 def test_labels_come_from_the_source_that_the_variant_names(name):
     expected_labels, expected_rewards = BY_HAND[name]
     row = VARIANTS[name]
-    groups = label_groups(row, VOTED, GOLDS)
+    groups = labelled(row, GOLDS)
     assert [group.label for group in groups] == [label for view in row.policy_views for label in expected_labels[view]]
-    assert row.reward(groups) == expected_rewards
+    assert [row.reward(group) for group in groups] == expected_rewards
 
 
-def group(boxed: list[str | None], label: str | None, match: str = "exact") -> Group:
-    size = len(boxed)
-    return Group([""] * size, boxed, [1] * size, [True] * size, majority_vote(boxed), match, label, 1.0)
+def test_two_questions_of_one_id_are_not_mixed_up():
+    """With --keep-bad-rewrites an id may repeat in a step: labels follow the question's place, never its id."""
+    row = VARIANTS["II"]
+    groups, teacher_groups = groups_by("policy", ("x",)), groups_by("teacher", ("x",))
+    for group in groups + teacher_groups:
+        group.question_id = "the same"
+    label_groups(row, groups, teacher_groups, GOLDS)
+    assert [group.label for group in groups] == BY_HAND["II"][0]["x"]
+
+
+def paid(row: Variant, answers: list[str | None], label: str | None, match: Match = "exact") -> list[float]:
+    return row.reward(replace(group_of(answers), label=label, match=match))
 
 
 def test_gold_compares_as_mathematics_and_pseudo_labels_as_strings():
-    boxed = [r"\frac{1}{2}", "1/2", "0.5", " 0.5", "2", None]
-    assert VARIANTS["majority"].reward([group(boxed, "0.5")]) == [[0, 0, 1, 0, 0, 0]]
-    assert VARIANTS["majority"].reward([group(boxed, "0.5", "math")]) == [[1, 1, 1, 1, 0, 0]]
-    voted = {("policy", "x"): read([rf"\boxed{{{b}}}" for b in boxed if b] + [""], 6)}
-    assert VARIANTS["gt"].reward(label_groups(VARIANTS["gt"], voted, ["0.5"])) == [[1, 1, 1, 1, 0, 0]]
+    answers = [r"\frac{1}{2}", "1/2", "0.5", " 0.5", "2", None]
+    assert paid(VARIANTS["majority"], answers, "0.5") == [0, 0, 1, 0, 0, 0]
+    assert paid(VARIANTS["majority"], answers, "0.5", "math") == [1, 1, 1, 1, 0, 0]
+    group = group_of(answers)
+    label_groups(VARIANTS["gt"], [group], [], ["0.5"])
+    assert VARIANTS["gt"].reward(group) == [1, 1, 1, 1, 0, 0]
     assert equivalent(r"\frac12", "0.5") and not equivalent("0.5", "2")
 
 
 def test_a_group_without_a_label_has_no_reward_even_where_nobody_answered():
-    assert VARIANTS["II"].reward([group([None, "1", None], None)]) == [[0, 0, 0]]
+    assert paid(VARIANTS["II"], [None, "1", None], None) == [0, 0, 0]
 
 
 def test_the_certainty_of_a_label_is_that_of_the_vote_that_gave_it_and_not_of_the_answers_it_labels():
     def shares(name: str) -> list[float]:
-        return [group.label_share for group in label_groups(VARIANTS[name], VOTED, ["2.0", None])]
+        return [group.label_share for group in labelled(VARIANTS[name], ["2.0", None])]
 
     assert shares("I") == pytest.approx([2 / 3, 2 / 3, 2 / 3, 0])
     assert shares("II") == pytest.approx([2 / 3, 1])
@@ -210,10 +230,9 @@ def test_a_row_that_asks_a_vote_of_somebody_who_does_not_answer_is_refused():
 def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     """Against a softmax by hand, with micro-batches that sort the rollouts by length."""
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(6)
-    batches = micro_batches(rollouts, 25, torch.device("cpu"))
+    batches = micro_batches(rollouts, 25, CPU)
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
-    means = mean_per_rollout(batches, score(policy, batches, 0.7), len(rollouts))
-    voted = {("policy", view): read([""] * 3, 3) for view in ("x", "x'")}
+    assign_token_stats(policy, rollouts, CPU, config_with(tokens_per_micro_batch=25, temperature=0.7))
 
     policy.lm.set_attn_implementation("eager")
     entropy, certainty = [], []
@@ -227,10 +246,8 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
         certainty.append(((1 / 257) * ((1 / 257) / p).log()).sum(-1).mean().item() + torch.tensor(257.0).log().item())
 
     for name, expected in {"entropy": [-e for e in entropy], "self-certainty": certainty}.items():
-        row = with_views(VARIANTS[name], VIEWS["both"])
-        groups = with_means(label_groups(row, voted, [None]), means)
-        rewards = [reward for rewards in row.reward(groups) for reward in rewards]
-        assert rewards == pytest.approx(expected, abs=1e-4)
+        group = replace(group_of([None] * 6), rollouts=rollouts)
+        assert VARIANTS[name].reward(group) == pytest.approx(expected, abs=1e-4)
 
 
 # ---------------------------------------------------------------- identities of a whole step
@@ -248,17 +265,17 @@ def by_question(_: object, prompt: str, g: int) -> str:
 def step_of(variant: str | Variant, pairs: list[Pair], monkeypatch: pytest.MonkeyPatch, **settings: object) -> dict:
     """What one training step hands to the optimizer, and the metrics that come back."""
     seen: dict = {}
-    original = train.optimizer_step
 
-    def watched(policy, optimizer, batches, advantages, anchors, denominators, *how):
-        seen.update(advantages=advantages, denominators=denominators)
-        return original(policy, optimizer, batches, advantages, anchors, denominators, *how)
+    def watched(groups: list[Group], *how: object) -> None:
+        assign_denominators(groups, *how)
+        for name in ("advantage", "denominator"):
+            seen[f"{name}s"] = torch.tensor([getattr(rollout, name) for rollout in rollouts_of(groups)])
 
-    monkeypatch.setattr(train, "optimizer_step", watched)
+    monkeypatch.setattr(train, "assign_denominators", watched)
     run = tiny_run(variant, pairs, ScriptedSampler(by_question), **settings)
     seen["metrics"], records = train.train_step(run, 0)
     seen["samples"] = records["rollouts"]
-    monkeypatch.setattr(train, "optimizer_step", original)
+    monkeypatch.undo()
     return seen
 
 

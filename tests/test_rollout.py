@@ -8,13 +8,12 @@ from tiny import CPU, EOS, VOCABULARY, byte_tokenizer, naive_stats, stopping_lm,
 from transformers import GenerationConfig, PreTrainedModel
 
 import metrics
-from lm.decoding import TransformersSampler, draw, uniform_numbers
+from lm.decoding import TransformersSampler, draw, request_seed, uniform_numbers
 from lm.model import stop_token_ids
 from lm.packing import micro_batches
 from lm.record import Rollout
 from lm.scoring import PackedLM, score
-from rewards import read_groups
-from rollout import decode, request_seed
+from rewards import Group, read_answers, vote_of
 
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13, 14], [15, 16]]
 SEEDS = [request_seed(0, 0, i, "x", "policy") for i in range(len(PROMPTS))]
@@ -169,8 +168,9 @@ def test_truncation_is_marked_and_counted():
     assert 0 < len(cut) < len(rollouts)
     assert all(len(rollout.response_ids) == 4 for rollout in cut)
     assert all(rollout.finished == (rollout not in cut) for rollout in rollouts)
-    groups = read_groups(decode(rollouts, byte_tokenizer()), 8, "exact")
-    assert metrics.STATISTICS["truncated"](groups) == len(cut) / len(rollouts)
+    read_answers(rollouts, byte_tokenizer())
+    group = Group(0, "0", "x", rollouts, [], vote_of(rollouts, "exact"), "exact")
+    assert metrics.STATISTICS["truncated"]([group]) == len(cut) / len(rollouts)
 
 
 def test_a_stop_token_as_the_last_token_allowed_is_no_truncation():

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from config import Config
 from data import Pair, PromptedPair
-from grpo import build_optimizer
 from lm.decoding import Sample, Sampler, TransformersSampler
 from lm.model import frozen_copy, load_pretrained
 from lm.record import Rollout
 from lm.scoring import PackedLM
-from prepare import Run
-from rewards import VARIANTS, Variant
+from prepare import build_optimizer
+from rewards import VARIANTS, Group, Match, Variant, View, majority_vote
+from rollout import Run
 
 EOS = 0  # of `byte_tokenizer` and of every tiny model; also the pad token, as in many real models
 VOCABULARY = 257  # one token per byte, and EOS
@@ -91,6 +91,19 @@ def tiny_rollouts(count: int, seed: int = 0, longest: int = 12, vocabulary: int 
             response[-1] = EOS
         rollouts.append(Rollout(prompt, response, [0.0] * len(response), finished))
     return rollouts
+
+
+def rollout_of(answer: str | None, tokens: int = 1, finished: bool = True, **known: Any) -> Rollout:
+    """A rollout that has been read: its answer, and what else is known of it."""
+    text = "no box" if answer is None else f"\\boxed{{{answer}}}"
+    rollout = Rollout([1], [2] * tokens, [0.0] * tokens, finished, text=text, answer=answer)
+    return replace(rollout, **known)
+
+
+def group_of(answers: Sequence[str | None], view: View = "x", place: int = 0, match: Match = "exact") -> Group:
+    """A group that has voted, of the `place`-th question of a step."""
+    rollouts = [rollout_of(answer) for answer in answers]
+    return Group(place, str(place), view, rollouts, [], majority_vote(answers, match), match)
 
 
 def naive_stats(lm: PreTrainedModel, rollout: Rollout, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
