@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from data import Pair, PromptedPair
-from evaluate import EvaluationSettings, ask_questions, by_group, result_of
+from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
@@ -181,10 +181,11 @@ def evaluate_policy(run: Run) -> dict[str, float]:
         max_response_tokens=config.sampling.max_response_tokens,
         seed=config.run.seed,
     )
-    asked = list(enumerate(run.benchmark.pairs))
+    questions = enumerate(zip(run.benchmark.pairs, run.eval_prompts, strict=True))
+    asked = [Asked(pair.id, place, pair, prompt) for place, (pair, prompt) in questions]
     with run.sampler.loaded(run.policy.lm) as sample:
         shared = distributed.shard_prompts(sample)
-        answered = ask_questions(shared, run.tokenizer, asked, run.eval_prompts, settings)
+        answered = ask_questions(shared, run.tokenizer, asked, settings)
     values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
     measured = {"eval_truncated": fmean(values["truncated"])}
     for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():

@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from config import UserError, flag_name, load_config
 from lm import distributed
 from lm.scoring import PackedLM
-from store.jsonl import changes
+from store.jsonl import changes, fingerprint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
@@ -225,6 +225,15 @@ def verify(path: Path) -> str | None:
         if present[file] != written.get(file):
             return f"{file} is damaged ({present[file][0]:,} bytes; the manifest says {written.get(file)})"
     return None
+
+
+def weights_fingerprint(model: Path) -> str:
+    """Identify the weights in a folder by content: by a checkpoint's manifest, else by its files' sizes and times."""
+    manifest = model.parent / "manifest.json"
+    if manifest.is_file():
+        return fingerprint(manifest.read_bytes())
+    files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
+    return fingerprint([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
 
 
 def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
