@@ -53,6 +53,7 @@ def started(out: Path, errors: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
     process = started(tmp_path / "run", tmp_path / "errors")
     process.terminate()
@@ -64,6 +65,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
     assert found is not None and checkpoint.step_of(found) == steps_taken
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_within_a_minute_and_says_so(tmp_path):
     """Without this the others would wait for it until the group's timeout, half an hour."""
     process = started(tmp_path / "run", tmp_path / "errors")
@@ -100,6 +102,7 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < bound
 
 
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_path):
     """The silent bugs: gradients averaged instead of added, a teacher that follows stale weights, a local denominator,
     fully_masked micro-batches in the metrics, optimizer shards that land elsewhere."""
@@ -112,6 +115,7 @@ def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_pat
         assert_same_run(run_with(processes, resumed, "--resume", "auto", *flags), alone)
 
 
+@pytest.mark.slow
 def test_ranks_that_judge_answers_differently_hang_or_train_on_other_rewards(tmp_path):
     """Without a KL term, rollouts that teach nothing are skipped: ranks that disagreed on them waited for ever."""
     (tmp_path / "disagreeing.py").write_text(DISAGREEING)
@@ -133,6 +137,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_a_failed_job_if_a_library_aborts_at_the_exit(tmp_path):
     """A scheduler would start it again. What was printed last is not lost either."""
     (tmp_path / "aborting.py").write_text(ABORTING)

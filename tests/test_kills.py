@@ -99,6 +99,7 @@ def test_a_run_that_was_copied_by_what_follows_links_can_save_again(tmp_path):
     assert sorted(os.listdir(run)) == ["latest", "step-000002", "step-000003"]
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
     training = tiny_training()
     for step in (1, 2):

@@ -143,6 +143,7 @@ def flags(place: Path) -> list[str]:
     return [*small.split(), *(word for flag, name in where.items() for word in (f"--{flag}", str(place / name)))]
 
 
+@pytest.mark.slow
 def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
     run = place / "out" / "runs" / "III-lr1e-05-12x2x2-seed0"
     command = [sys.executable, str(ROOT / "benchmarks" / "real.py"), *flags(place)]

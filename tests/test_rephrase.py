@@ -339,6 +339,7 @@ def done_in(folder: Path) -> set[str]:
     return {str(row["id"]) for row in intact_rows(file)}
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path):
     finish(start(tmp_path, "whole.jsonl"))
     whole = (tmp_path / "whole.jsonl").read_bytes()

@@ -43,6 +43,7 @@ def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 def test_co_rewarding_II_learns_without_labels(tmp_path):
     folder = train.train(parse(["--out", str(tmp_path / "II"), "--eval-every", "50"]))
     accuracy = [record["eval_accuracy"] for record in metrics_of(folder) if "eval_accuracy" in record]
@@ -149,6 +150,7 @@ def test_a_run_never_overwrites_another(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_that_can_be_resumed(tmp_path):
     command = [sys.executable, "train.py", *SMALL, "--steps", "500", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

@@ -6,9 +6,9 @@
 The rewriter is the paper's: Qwen3-32B, not thinking, temperature 0.7, top_p 0.8. A question that has a rephrasing keeps
 it, so the same command fills the gaps of a set, or of its own output under another seed.
 
-Every batch is appended to OUT.work/rows.jsonl (store/batches.py), so after a kill the same command goes on. Seeds depend
-on questions and settings alone, so the output is the same however often the work was stopped. When OUT is there, OUT.work
-may be deleted.
+Every batch is appended to OUT.work/rows.jsonl (store/batches.py), so after a kill the same command goes on. Seeds
+depend on questions and settings alone: the output is the same however often the work was stopped. Once OUT is there,
+OUT.work may be deleted.
 """
 
 import re
