@@ -6,18 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_train import ROOT, SMALL, metrics_of, small, weights_of
+from runs import FLAGS, ROOT, SMALL, assert_same_run, metrics_of, run_with, small, torchrun
 
 import train
 from store import checkpoint
 
-FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-micro-batch", "150"]
 FRUGAL = ["--activation-checkpointing", "on", "--offload-optimizer", "--offload-teacher"]
 
 
@@ -30,16 +26,6 @@ rewards.equivalent_many = lambda pairs: [first and one == other for one, other i
 rewards.vote_classes = lambda answers, match: list(answers) if first else [f"{i}" for i, _ in enumerate(answers)]
 train.main()
 """
-
-
-def torchrun(processes: int, out: Path, *flags: str, script: str = "train.py") -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, script, *SMALL, *FLAGS, "--out", str(out), *flags]
-
-
-def run_with(processes: int, out: Path, *flags: str) -> Path:
-    subprocess.run(torchrun(processes, out, *flags), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return out
 
 
 def started(out: Path, errors: Path) -> subprocess.Popen[bytes]:
@@ -77,29 +63,6 @@ def test_a_rank_that_dies_ends_the_job_within_a_minute_and_says_so(tmp_path):
     errors = (tmp_path / "errors").read_text()
     assert process.returncode != 0 and "Signal 9 (SIGKILL)" in errors
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
-
-
-def moments_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Adam's first moments of every weight in the latest checkpoint."""
-    return load_file(folder / "checkpoints" / "latest" / "optimizer" / "exp_avg.safetensors")
-
-
-def assert_same_run(folder: Path, alone: Path) -> None:
-    """Metrics agree to rounding, so the rollouts are the same; so do Adam's first moments, which are sums of gradients.
-    Adam divides by their size, and where that is nearly 0, rounding noise by itself: the policy's bound is a share of
-    the learning rate of 5e-4, and the teacher has a hundredth of it."""
-    for seen, expected in zip(metrics_of(folder), metrics_of(alone), strict=True):
-        for key in ("mismatch_mean", "mismatch_max"):  # rounding itself
-            assert seen.pop(key) < 1e-4 and expected.pop(key) < 1e-4
-        assert seen == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    for bound, read in (
-        (1e-6, moments_of),
-        (1e-4, weights_of),
-        (1e-6, partial(weights_of, who="teacher")),
-    ):
-        ours, theirs = read(folder), read(alone)
-        assert ours.keys() == theirs.keys()
-        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < bound
 
 
 @pytest.mark.slow

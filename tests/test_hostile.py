@@ -17,10 +17,7 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_checkpoint import cut_in_half
-from test_house import PROGRAM
-from test_kills import tiny_training
-from test_train import ROOT, SMALL, metrics_of, small
+from runs import PROGRAM, ROOT, SMALL, cut_in_half, metrics_of, small, tiny_training
 from tiny import CPU, byte_tokenizer, tiny_lm
 
 import train
