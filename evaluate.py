@@ -108,15 +108,14 @@ def ask_questions(
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that at least one of k answers, drawn without replacement from n of which `correct` are right, is
-    right: the unbiased estimate of pass@k (arXiv 2107.03374)."""
+    """Estimate pass@k without bias (arXiv 2107.03374): the chance that one of k answers, drawn from n, is right."""
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"pass@{k} of {correct} correct answers out of {n}: needs 1 <= k <= n and 0 <= correct <= n")
     return 1 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
 def question_values(answered: Sequence[Record]) -> dict[str, float]:
-    """What the answers to one question, the greedy one first, add to each number."""
+    """Compute what the answers to one question, the greedy one first, add to each number."""
     greedy, *sampled = answered
     values = {"greedy": float(greedy["correct"])}
     if k := len(sampled):
@@ -133,7 +132,7 @@ def question_values(answered: Sequence[Record]) -> dict[str, float]:
 
 
 def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[float]]:
-    """The questions' values in groups such as "level 3", by each of GROUPINGS that the benchmark has."""
+    """Group the questions' values by each of GROUPINGS that the benchmark has: "level 3" and the like."""
     groups = defaultdict(list)
     for pair, value in zip(benchmark.pairs, values, strict=True):
         for column in GROUPINGS:
@@ -143,10 +142,10 @@ def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[fl
 
 
 def result_of(benchmark: Benchmark, answered: Sequence[Record]) -> dict[str, Any]:
-    """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
+    """Compute every number of a benchmark for result.json: also by group, and its value for every question."""
     n = len(answered) // len(benchmark.pairs)
-    each = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
-    values = {name: [of_one[name] for of_one in each] for name in each[0]}
+    by_question = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
+    values = {name: [of_one[name] for of_one in by_question] for name in by_question[0]}
     main = next((name for name in values if name.startswith("avg@")), "greedy")
     return {
         "questions": len(benchmark.pairs),

@@ -88,12 +88,12 @@ def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_temp
 
 
 def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
-    """In tokens: the rewriter's reply holds the question and its rewrite."""
+    """Return the longest prompt in tokens: the rewriter's reply must hold the question and its rewrite."""
     return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
 
 def read_reply(reply: Rollout) -> tuple[str, str | None]:
-    """The rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
+    """Read the rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
     # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
     blocks = re.split(r"RESULT[_ ]START", said, flags=re.IGNORECASE)[1:]
@@ -121,16 +121,19 @@ def as_row(pair: Pair) -> Record:
 def rewrite_batch(
     settings: RephrasingSettings, pairs: Sequence[Pair], model: InferenceModel, sample: Sample
 ) -> list[Record]:
-    """A row for each pair, with a rephrasing where there is one by now."""
-    tokenizer, template = model.tokenizer, model.template
-    rows, longest = {pair.id: as_row(pair) for pair in pairs}, longest_prompt(settings, tokenizer, template)
+    """Return a row for each pair, with a rephrasing where there is one by now."""
+    tokenizer = model.tokenizer
+    template = model.template
+    rows = {pair.id: as_row(pair) for pair in pairs}
+    longest = longest_prompt(settings, tokenizer, template)
     prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
     for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
         rows[name]["faults"]["question too long"] = 1
         del prompts[name]
     how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_response_tokens}
     for attempt in range(settings.attempts):
-        missing, n = list(prompts), 2**attempt
+        missing = list(prompts)
+        n = 2**attempt
         seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
         said = sample(prompts=list(prompts.values()), seeds=seeds, n=n, **how) if missing else []
         read_answers(said, tokenizer)
@@ -142,7 +145,7 @@ def rewrite_batch(
 
 
 def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
-    """The first rewrite without a fault; the faults of those before it are counted."""
+    """Return the first rewrite without a fault; count the faults of those before it."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
         fault = fault or strict_fault(row["question"], rewrite, row["answer"])
@@ -181,8 +184,9 @@ def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path)
 
 
 def summary(out: Path, rows: Sequence[Record]) -> str:
-    """Questions with a rephrasing, and rewrites turned down by reason."""
-    good, faults = sum(bool(row["rephrased"]) for row in rows), Counter[str]()
+    """Count the questions with a rephrasing, and the rewrites turned down by reason."""
+    good = sum(bool(row["rephrased"]) for row in rows)
+    faults: Counter[str] = Counter()
     for row in rows:
         faults.update(row["faults"])
     lines = [f"{out}: {good:,} of {len(rows):,} questions have a rephrasing; turned down:"]
