@@ -371,13 +371,18 @@ PARTS = {
 }
 
 
+def alone(number: str, endings: Sequence[str]) -> list[str]:
+    """Return the cells of a number that is alone: it is its own lowest and highest, and has no error."""
+    return [number if ending != " error" else "" for ending in endings]
+
+
 def split_cells(name: str, cells: Sequence[str]) -> Table:
     """Split a column of which a cell holds several numbers into one column a number; the name comes first in each."""
     for pattern, endings in PARTS.items():
         found = [re.fullmatch(pattern, cell) for cell in cells]
         if any(found):
             split = zip(found, cells, strict=True)
-            numbers = zip(*(each.groups() if each else (cell,) * len(endings) for each, cell in split), strict=True)
+            numbers = zip(*(each.groups() if each else alone(cell, endings) for each, cell in split), strict=True)
             return [[name + ending, *column] for ending, column in zip(endings, numbers, strict=True)]
     return [[name, *cells]]
 
