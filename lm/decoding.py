@@ -20,7 +20,7 @@ from lm.model import plain_attention, unsharded
 from lm.record import Rollout
 from lm.scoring import autocast
 
-ROWS_PER_CALL = 256  # sampled at once: cu_seqlens the key-value cache
+ROWS_PER_CALL = 256  # sampled at once: bounds the key-value cache
 
 Sample = Callable[..., list[Rollout]]
 

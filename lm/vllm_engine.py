@@ -118,7 +118,7 @@ class VLLMSampler:
             free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
             raise UserError(
                 f"vLLM's {tag} do not fit beside the trainer ({free:.1f} of {total:.1f} GB are free): "
-                f"--engine-memory under {self.capacity.engine_memory}, or the flags that docs/SCALE.md names"
+                f"--engine-memory under {self.capacity.engine_memory}, or the flags that docs/PERFORMANCE.md names"
             ) from error
 
     def _sleep(self) -> None:

@@ -169,7 +169,7 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, error: str) -> VLLMSampler:
 def test_an_engine_that_cannot_wake_up_says_which_flag_helps(monkeypatch):
     sampler = engine_on_a_gpu(monkeypatch, "CUDA Error: out of memory at cumem_allocator.cpp:62")
     sampler._wake("weights")
-    with pytest.raises(UserError, match=r"2.0 of 80.0 GB are free.*--engine-memory under 0.5.*docs/SCALE.md"):
+    with pytest.raises(UserError, match=r"2.0 of 80.0 GB are free.*--engine-memory under 0.5.*docs/PERFORMANCE.md"):
         sampler._wake("kv_cache")
 
 
