@@ -23,27 +23,25 @@ SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\b
 
 
 class UserError(ValueError):
-    """Bad input, in one sentence: the culprit and the cure."""
+    """An error in what the user gave: one sentence with the culprit and the cure."""
 
 
 @contextmanager
 def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
-    """What every command does with what a person has caused: bad input and a full disk end it with exit code 2, Ctrl-C
-    with 130, each in one line."""
+    """Print bad input and a full disk as one line and exit with code 2; exit with 130 on Ctrl-C."""
     try:
         yield
-    except UserError as error:
-        sentence, code = f"error: {error}", 2
     except KeyboardInterrupt as stop:
-        sentence, code = str(stop) or when_stopped, 130
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
-            raise
-        sentence, code = f"error: the disk is full ({error.filename or 'while writing'}): make room, then go on", 2
-    else:
-        return
-    print(sentence, file=sys.stderr)
-    raise SystemExit(code)
+        print(str(stop) or when_stopped, file=sys.stderr)
+        raise SystemExit(130) from None
+    except (UserError, OSError) as error:
+        sentence = str(error)
+        if isinstance(error, OSError):
+            if error.errno != errno.ENOSPC:
+                raise
+            sentence = f"the disk is full ({error.filename or 'while writing'}): make room, then go on"
+        print(f"error: {sentence}", file=sys.stderr)
+        raise SystemExit(2) from None
 
 
 @dataclass(frozen=True)
@@ -160,12 +158,12 @@ class Config:
 
     @property
     def votes(self) -> int:
-        """V, answers of policy or teacher to a wording of a question."""
+        """Return V, the number of answers of policy or teacher to one wording of a question."""
         return self.sampling.votes or self.sampling.rollouts
 
     @property
     def max_sequence_tokens(self) -> int:
-        """Of a prompt and its response together."""
+        """Return the most tokens of a prompt and its response together."""
         return self.data.max_prompt_tokens + self.sampling.max_response_tokens
 
 
@@ -202,36 +200,36 @@ RANGES: dict[str, tuple[float, float, str]] = {
 
 
 def parse(arguments: list[str] | None = None) -> Config:
-    """Settings from the command line; an unknown or mistyped flag ends the program with a hint. Defaults are those of
-    the embedded task or of real models, or where --resume or --config names a run, its settings.
+    """Read the settings from the command line; an unknown or mistyped flag ends the program with a hint.
+
+    Defaults are those of the embedded task or of real models; where --config or --resume names a run, its settings.
 
     Raises:
-        UserError: settings that can only fail, or mislead, later.
+        UserError: Settings that can only fail, or mislead, later.
     """
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    early.add_argument("--config", type=Path)
-    known, given = early.parse_known_args(arguments)
-    early.add_argument("--resume", type=Path)
-    early.add_argument("--model")
-    defaults_of, _ = early.parse_known_args(given)
+    for flag in ("--config", "--resume", "--model"):  # they decide the defaults of all others
+        early.add_argument(flag)
+    known, others = early.parse_known_args(arguments)
     if known.config:
-        default = load_config(known.config)
-        default = replace(default, run=replace(default.run, out=None, resume=None))
-    elif (resume := defaults_of.resume) and str(resume) != "auto":
-        default = load_config(resume / ("trainer.json" if (resume / "trainer.json").is_file() else "config.json"))
-        default = replace(default, run=replace(default.run, out=None))
+        default = load_config(Path(known.config))
+    elif known.resume and known.resume != "auto":
+        in_checkpoint = Path(known.resume, "trainer.json")
+        default = load_config(in_checkpoint if in_checkpoint.is_file() else Path(known.resume, "config.json"))
     else:
-        default = EMBEDDED_DEFAULTS if defaults_of.model in (None, *EMBEDDED_MODELS) else Config()
+        default = EMBEDDED_DEFAULTS if known.model in (None, *EMBEDDED_MODELS) else Config()
+    model = default.model if known.model is None else replace(default.model, name=known.model)
+    default = replace(default, model=model, run=replace(default.run, out=None, resume=known.resume))
     about = (
         "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
+        "with --model NAME those of real models, with --config FILE those of another run's config.json."
     )
-    about += "with --model NAME those of real models, with --config FILE those of another run's config.json."
-    how = (tyro.conf.FlagCreatePairsOff,)
-    return validate(tyro.cli(Config, args=given, default=default, description=about, config=how), default)
+    config = tyro.cli(Config, args=others, default=default, description=about, config=(tyro.conf.FlagCreatePairsOff,))
+    return validate(config, default)
 
 
 def load_config(file: Path) -> Config:
-    """Of a run's config.json, or of a checkpoint's trainer.json."""
+    """Load the settings of a run's config.json, or of a checkpoint's trainer.json."""
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         groups = groups.get("settings", groups)
@@ -243,9 +241,12 @@ def load_config(file: Path) -> Config:
 
 
 def validate(config: Config, default: Config) -> Config:
-    """The settings, refused before anything is loaded if they could only fail or mislead later."""
-    data, optimisation = config.data, config.optimisation
-    values = {name: value for group in vars(config).values() for name, value in vars(group).items()}
+    """Return the settings; refuse, before anything is loaded, those that could only fail or mislead later."""
+    data = config.data
+    optimisation = config.optimisation
+    values: dict[str, Any] = {}
+    for group in vars(config).values():
+        values |= vars(group)
     for name, (lowest, highest, why) in RANGES.items():
         value = values[name]
         if value is not None and not (isinstance(value, int | float) and lowest <= value <= highest):
@@ -258,8 +259,8 @@ def validate(config: Config, default: Config) -> Config:
     if config.votes < config.sampling.rollouts:
         raise UserError(f"--votes {config.votes} are fewer than --rollouts {config.sampling.rollouts}, which all vote")
     if optimisation.mini_batches > data.questions_per_step:
-        few = f"--questions-per-step {data.questions_per_step}"
-        raise UserError(f"--mini-batches {optimisation.mini_batches} of {few}: raise that over it, steps differ by one")
+        limit = f"--questions-per-step {data.questions_per_step}: raise that over it, steps differ by one"
+        raise UserError(f"--mini-batches {optimisation.mini_batches} exceeds {limit}")
     if config.model.name is None:
         if data.source != EMBEDDED_DEFAULTS.data.source:
             raise UserError(f"--data {data.source} without --model: name one, or --model embedded for the built-in toy")
@@ -267,14 +268,14 @@ def validate(config: Config, default: Config) -> Config:
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
     parse_template_options(config.model.template_options)
-    for name, package in {"tensorboard": "tensorboard", "wandb": "wandb"}.items():
-        if values[name] and find_spec(package) is None:
-            raise UserError(f"{flag_name(name)}: pip install {package}, it is not installed")
+    for package in ("tensorboard", "wandb"):
+        if values[package] and find_spec(package) is None:
+            raise UserError(f"--{package}: pip install {package}, it is not installed")
     return config
 
 
 def parse_template_options(template_options: str) -> dict[str, Any]:
-    """What the chat template gets."""
+    """Parse --template-options, which the chat template gets."""
     try:
         return dict(json.loads(template_options))
     except (ValueError, TypeError):
@@ -282,5 +283,5 @@ def parse_template_options(template_options: str) -> dict[str, Any]:
 
 
 def flag_name(name: str) -> str:
-    """Of a setting."""
+    """Return a setting's flag."""
     return "--" + {"source": "data", "name": "model"}.get(name, name).replace("_", "-")

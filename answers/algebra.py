@@ -1,10 +1,9 @@
-r"""Whether two answers are the same by computer algebra: Math-Verify (LaTeX -> SymPy), in processes that can be killed.
+r"""Compare two answers by computer algebra: Math-Verify (LaTeX -> SymPy), in processes that can be killed.
 
-SymPy can loop forever or eat all memory on a short string (`9^{9^{9^9}}`), and nothing inside a Python process stops it
-reliably. So Math-Verify runs in a few long-lived children that the kernel kills at a deadline. A child is this very
-file, started as a program: unlike a fork it inherits no CUDA context, thread or lock; unlike a `multiprocessing` spawn
-it neither imports the parent's `__main__` (torch and all) nor needs one to exist. So torchrun, pytest, threads,
-notebooks and `python -` all work, and this file stays cheap to import.
+SymPy can loop forever or eat all memory on a short string (`9^{9^{9^9}}`), and nothing inside a Python process stops
+it reliably. So Math-Verify runs in a few long-lived children that the kernel kills at a deadline. A child is this very
+file, started as a program. Unlike a fork, it inherits no CUDA context, thread or lock. Unlike a `multiprocessing`
+spawn, it does not import the parent's `__main__`. So torchrun, pytest, threads, notebooks and `python -` all work.
 """
 
 import functools
@@ -22,17 +21,19 @@ from contextlib import suppress
 CPU_SECONDS = 2.0  # per comparison, in CPU time: a busy machine must not change a verdict
 WALL_SECONDS = 60  # the same in real time, as a safety net, and the limit for a child to start
 MEMORY_BYTES = 1 << 30  # address space of one child
-SOMEBODY_ELSE = (-signal.SIGKILL, -signal.SIGTERM)  # exit codes of a child that no deadline and no answer has ended
+# Exit codes of a child that was killed from outside, or that crashed: neither says anything about the pair.
+KILLED = (-signal.SIGKILL, -signal.SIGTERM)
+CRASHED = (-signal.SIGSEGV, -signal.SIGABRT)
 
 # ------------------------------------------------------------ the child
 
 
 @functools.lru_cache(maxsize=4096)
 def parse_answer(answer: str) -> list[object]:
-    r"""Math-Verify's reading: [SymPy object, text], or [text] if it cannot read the answer.
+    r"""Parse an answer with Math-Verify: [SymPy object, text], or [text] if it cannot read the answer.
 
-    Its units are off, because they take the variable c off `f(x) = bx + c`, and so is its search for any
-    number in an unreadable answer, which reads `0.\overline{3}` as 0.
+    Its units are off, because they take the variable c off `f(x) = bx + c`. Its search for any number in an
+    unreadable answer is off, because it reads `0.\overline{3}` as 0.
     """
     from latex2sympy2_extended import NormalizationConfig
     from math_verify import LatexExtractionConfig, parse
@@ -43,16 +44,17 @@ def parse_answer(answer: str) -> list[object]:
 
 
 def verdict(first: str, second: str) -> bytes:
-    """b"=" equal, b"!" not equal, b"?" at least one is unreadable.
+    """Return b"=" for equal, b"!" for not equal, b"?" if at least one is unreadable.
 
-    Math-Verify reads an equation as its right-hand side more readily on the answer's side than on the gold's;
-    both orders must agree, so that the circle `x^2 + y^2 = 1` is not `1`.
+    Math-Verify reads an equation as its right-hand side more readily on the answer's side than on the gold's.
+    So both orders must agree: the circle `x^2 + y^2 = 1` is not `1`.
     """
     from math_verify import verify
     from sympy.core.random import seed
 
     seed(0)  # SymPy tries equality at random points: a verdict must not depend on those before it
-    one, two = parse_answer(first), parse_answer(second)
+    one = parse_answer(first)
+    two = parse_answer(second)
     if len(one) < 2 or len(two) < 2:
         return b"?"
     agree = functools.partial(verify, allow_set_relation_comp=True, timeout_seconds=None)
@@ -60,7 +62,7 @@ def verdict(first: str, second: str) -> bytes:
 
 
 def serve() -> None:
-    """The child's life: JSON pairs in, a byte of verdict out for each, until a deadline or end of input."""
+    """Run the child: read JSON pairs, write a byte of verdict for each, until a deadline or the end of input."""
     replies = os.fdopen(os.dup(1), "wb", buffering=0)
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)  # what a library prints must not look like a verdict
@@ -84,10 +86,10 @@ _mine = threading.local()  # the child of each thread of the pool
 
 
 def get_worker() -> subprocess.Popen[bytes]:
-    """This thread's; another one if a pair or somebody else has killed it.
+    """Return the worker process of this thread, restarting it if it is dead.
 
     Raises:
-        RuntimeError: it cannot start. A silent False here would make every reward 0.
+        RuntimeError: It cannot start. A silent False here would make every reward 0.
     """
     child: subprocess.Popen[bytes] | None = getattr(_mine, "child", None)
     if child and child.poll() is None:
@@ -101,38 +103,38 @@ def get_worker() -> subprocess.Popen[bytes]:
         start_new_session=True,  # Ctrl-C is for the parent, which may want verdicts while it saves
     )
     assert child.stdout
-    if not child.stdout.read(1) and child.wait() not in SOMEBODY_ELSE:
+    if not child.stdout.read(1) and child.wait() not in KILLED:
         raise RuntimeError("Math-Verify does not start, see above; pip install math-verify")
     return child
 
 
 def judge(first: str, second: str) -> bytes:
-    """A byte of `verdict`, or b"" if this pair killed the child; asked again, once, if somebody else did."""
+    """Return the byte of `verdict`, or b"" if this pair ended the child; try once more if something else did."""
     for _ in range(2):
         child = get_worker()
         assert child.stdin and child.stdout
         with suppress(BrokenPipeError):
             child.stdin.write(json.dumps([first, second]).encode() + b"\n")
         reply = child.stdout.read(1)
-        if reply or child.wait() not in SOMEBODY_ELSE:
+        if reply or child.wait() not in KILLED + CRASHED:
             break
     return reply
 
 
 @functools.cache
 def pool() -> ThreadPoolExecutor:
-    """Threads that wait for a child each, as many as this process has cores."""
+    """Start threads that wait for a child each, as many as this process has cores."""
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return ThreadPoolExecutor(max(1, min(8, (os.cpu_count() or 1) // ranks_here)))
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def ask(first: str, second: str) -> Future[bytes]:
-    """Returns at once, so that many pairs are judged side by side; `result()` is that of `judge`."""
+def submit(first: str, second: str) -> Future[bytes]:
+    """Start `judge` on a pair and return at once, so that many pairs are judged side by side."""
     return pool().submit(judge, first, second)
 
 
-for remembered in (ask, pool):  # a fork has none of the threads, and its verdicts must not mix with its parent's
+for remembered in (submit, pool):  # a fork has none of the threads, and its verdicts must not mix with its parent's
     os.register_at_fork(after_in_child=remembered.cache_clear)
 
 

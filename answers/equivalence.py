@@ -3,8 +3,8 @@ r"""Answers: find the boxed one in a response, and tell whether two of them mean
 Two answers are compared in three stages, cheapest first:
 
 1. equal strings, plain numbers and words are decided here, in microseconds;
-2. the rest goes to Math-Verify (algebra.py), whose own normalisation `normalise` completes;
-3. what Math-Verify cannot read is equal only if its normalised text is.
+2. the rest goes to Math-Verify (algebra.py), after `normalise`, which completes its own normalisation;
+3. an answer that Math-Verify cannot read equals only the same normalised text.
 """
 
 import functools
@@ -14,31 +14,35 @@ from concurrent.futures import Future
 from contextlib import suppress
 from fractions import Fraction
 
-from answers.algebra import ask
+from answers.algebra import submit
 
-MAX_CHARACTERS = 400  # longer ones are compared as strings: patterns take quadratic time, and golds of MATH at most 159
+# Longer answers are compared as strings: patterns take quadratic time. Golds of MATH have at most 159 characters.
+MAX_CHARACTERS = 400
 
 # ------------------------------------------------------------ extraction
 
 
 def extract_boxed(text: str) -> str | None:
-    r"""The content, as written, of the last `\boxed{...}` whose braces balance; None if missing or blank.
+    r"""Return the content of the last `\boxed{...}` whose braces balance, as written; None if missing or blank.
 
-    Last is the one that opens last. Escaped braces `\{` and `\}` are text, as in LaTeX, and do not count:
-    `\boxed{\left\{x\right.}` balances, `\boxed{5\}` does not. Linear in the length of the text.
+    The last box is the one that opens last. Escaped braces `\{` and `\}` are text, as in LaTeX, and do not count:
+    `\boxed{\left\{x\right.}` balances, `\boxed{5\}` does not. The time is linear in the length of the text.
     """
     open_braces: list[tuple[int, bool]] = []
-    box_start, box_end = -1, -1
+    box_start = -1
+    content = ""
     for token in re.finditer(r"(?<=\\)boxed\{|\\[\\{}]|[{}]", text):
         if token[0] in ("boxed{", "{"):
             open_braces.append((token.end(), token[0] == "boxed{"))
         elif token[0] == "}" and open_braces:
             start, is_box = open_braces.pop()
             if is_box and start > box_start:
-                box_start, box_end = start, token.start()
-    content = text[box_start:box_end] if box_start >= 0 else ""
+                box_start = start
+                content = text[start : token.start()]
     return content if content.strip() else None
 
+
+# ------------------------------------------------------------ normalisation
 
 # What Math-Verify misreads or reads slowly. Each rule is about how mathematics is written anywhere.
 
@@ -57,29 +61,17 @@ NO_UNIT = (
     r"|sqrt|sin|cos|tan|cot|csc|log|ln|exp|choose|inf|infinity)\b)"
 )
 REWRITES = [
-    # Math delimiters and currencies: an answer is all mathematics, and in one currency.
-    (r"\\?\$|(?<!\\)\\[()\[\]]|[€£¢]", ""),
-    # Thousands: 1,\!657 and 1{,}657; Math-Verify reads 10\,000 and 10 000 as 10 * 000 = 0.
-    (r"\\!\s*|\{(,)\}", r"\1"),
+    # Thousands: Math-Verify reads 10\,000 and 10 000 as 10 * 000 = 0.
     (r"(?<![\d.])(\d{1,3})(?:\\,|\\ |~|\s)\s*(?=\d{3}(?!\d))", r"\1,"),
     (r"(?<!\\)\\[,;:> ]|~|\\q?quad(?![A-Za-z])", " "),
-    # Math-Verify does these three itself; here they make most spellings equal strings or plain numbers.
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
-    (r"\\frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
-    (r"\\(?:left|right)(?![A-Za-z])\.?", ""),
     # 1 1/2 is a mixed number, not 1 * 1/2.
     (r"^\s*(-?\d+) +(\d+)/(\d+)\s*$", r"\1\\frac{\2}{\3}"),
-    # What a function is at a place, and what a calculation comes to: f(2) = 5 and 2 + 3 = 5.
-    (r"^\s*[A-Za-z]\w*\([^()=]*\)\s*=(?!.*=)", ""),
+    # The result of a calculation: 2 + 3 = 5.
     (r"^[\d\s.,()]+(?:(?:[-+*/]|\\times|\\cdot)[\d\s.,()]+)+=(?!.*=)", ""),
-    # Degrees, and a percent sign after anything but a decimal number, are units.
-    (r"\s*\^\s*\{?\s*\\circ\s*\}?(?:\s*[CF](?![A-Za-z]))?|\\degree(?![A-Za-z])|(?<=[})])\s*\\?%", ""),
     (r"\s*(?:\\?%|\bper ?cent(?:age)?\b|\bpct\b)", "%"),
     # Text after a number is its unit; other text is words, in whatever command.
     (rf"(?<=[\d}})i%])(?:[\s/]|\\cdot)*{TEXT}\{{(?!{NO_UNIT})[^{{}}\\]*\}}{POWER}(?!\s*\d)", " "),
     (rf"{TEXT}\{{([^{{}}\\]*)\}}", r" \1"),
-    (r",?\s*\b(?:and|or)\b", ", "),
-    (r"(?<![A-Za-z\\])pi(?![A-Za-z])", r"\\pi "),
     (r"^\s+|(?:[\s.,;]|\\+$)+$", ""),
     # 64 square feet is 64, but x^2 - 42 xy, 3 to 4 and 7 pm stay.
     (rf"^({VALUE})(?={A_UNIT})(?!{NO_UNIT})[A-Za-z]+\.?{POWER}(?:[\s/*-]+[A-Za-z]+\.?{POWER})*$", r"\1"),
@@ -88,12 +80,14 @@ REWRITES = [
 
 @functools.lru_cache(maxsize=1 << 16)
 def normalise(answer: str) -> str:
-    """The answer without delimiters, units and typographic variants, whatever it is compared with."""
+    """Remove units and typographic variants from an answer, whatever it is compared with."""
     answer = (extract_boxed(answer) or answer).translate(SYMBOL_TO_LATEX)
     for pattern, replacement in REWRITES:
         answer = re.sub(pattern, replacement, answer)
     return " ".join(answer.split())
 
+
+# ------------------------------------------------------------ comparison
 
 DECIMAL = r"(?:(?:[1-9]\d{0,2}(?:,\d{3})+|\d+)(?:\.\d*)?|\.\d+)(?:[eE][+-]?\d{1,2})?"
 NUMBER = re.compile(rf"[+-]?\s*(?:{DECIMAL}|\d+\s*/\s*\d+|\\frac\{{\d+\}}\{{\d+\}})", re.ASCII)
@@ -102,7 +96,7 @@ WORDS = re.compile(r"[A-Za-z]{4,}|[A-Za-z]+(?: [A-Za-z]+)+")
 
 
 def plain_number(answer: str) -> Fraction | None:
-    r"""`-1,234.50`, `007`, `3/4` and `\frac{3}{4}` exactly; None for anything else."""
+    r"""Return the exact value of `-1,234.50`, `007`, `3/4` or `\frac{3}{4}`; None for anything else."""
     if NUMBER.fullmatch(answer):
         ratio = answer.replace("}{", "/").replace("\\frac{", "").rstrip("}")
         with suppress(ZeroDivisionError):
@@ -111,12 +105,13 @@ def plain_number(answer: str) -> Fraction | None:
 
 
 def compare_fast(first: str, second: str) -> bool | None:
-    """The verdict on two normalised answers, or None where only algebra can tell."""
+    """Decide on two normalised answers, or return None where only algebra can tell."""
     if not first or not second:
         return False
     if re.sub(BLANKS, "", first) == re.sub(BLANKS, "", second):
         return True
-    one, two = plain_number(first.removesuffix("%")), plain_number(second.removesuffix("%"))
+    one = plain_number(first.removesuffix("%"))
+    two = plain_number(second.removesuffix("%"))
     if one is not None and two is not None:
         # 50% is 50 where the question asks for percent, and 0.5 elsewhere; only the question could tell.
         percent = Fraction(100) ** (first.endswith("%") - second.endswith("%"))
@@ -129,36 +124,38 @@ def compare_fast(first: str, second: str) -> bool | None:
 
 
 def compare(gold: str | None, answer: str | None) -> bool | Future[bytes]:
-    """The verdict if it is cheap, else the one that a child will have reached."""
-    first, second = (gold or "").strip(), (answer or "").strip()
+    """Return the verdict if it is cheap, else the future one of a child."""
+    first = (gold or "").strip()
+    second = (answer or "").strip()
     if not first or not second:
         return False
     if first == second or max(len(first), len(second)) > MAX_CHARACTERS:
         return first == second
     first, second = sorted((normalise(first), normalise(second)))
     known = compare_fast(first, second)
-    return ask(first, second) if known is None else known
+    return submit(first, second) if known is None else known
 
 
 def equivalent(gold: str | None, answer: str | None) -> bool:
-    """Whether two answers mean the same mathematics. Symmetric; a missing or blank answer equals nothing.
+    """Tell whether two answers mean the same mathematics.
 
-    Never hangs, and never raises because of its input: a comparison that exceeds its time or memory is False.
+    The order does not matter, and a missing or blank answer equals nothing. This never hangs, and never raises because
+    of its input: a comparison that exceeds its time or memory is False.
     """
     return equivalent_many([(gold, answer)])[0]
 
 
 def equivalent_many(pairs: Sequence[tuple[str | None, str | None]]) -> list[bool]:
-    """`equivalent` of each pair; the hard ones are judged side by side."""
+    """Compute `equivalent` for each pair, the hard ones side by side."""
     verdicts = [compare(*pair) for pair in pairs]
     return [verdict if isinstance(verdict, bool) else verdict.result() == b"=" for verdict in verdicts]
 
 
 def vote_classes(answers: Sequence[str], match: str = "exact") -> list[str]:
-    """Each answer's class, named by its first member.
+    """Return each answer's class, named by its first member.
 
     match="exact": equal strings, as in the released code. match="math": an answer joins the first class whose
-    name it is equivalent to, so each has one class although equivalence is not transitive (50, 50% and 0.5).
+    name it is equivalent to. So each has one class, although equivalence is not transitive (50, 50% and 0.5).
     """
     if match == "exact":
         return list(answers)

@@ -103,6 +103,16 @@ def test_a_child_killed_in_the_middle_leaves_no_wrong_verdict_and_ends_no_run(
     assert killed[-1].returncode == -signal.SIGKILL and algebra.get_worker() is not killed[-1]
 
 
+@pytest.mark.parametrize("crash", [signal.SIGSEGV, signal.SIGABRT])
+def test_a_child_that_crashes_leaves_no_wrong_verdict(crash: int, child: subprocess.Popen[bytes]) -> None:
+    """The right answer was kept as wrong for the whole run."""
+    child.send_signal(signal.SIGSTOP)  # so that it crashes over the pair
+    threading.Timer(0.1, child.send_signal, [crash]).start()
+    threading.Timer(0.2, child.send_signal, [signal.SIGCONT]).start()
+    assert algebra.judge("x+1", "1+x") == b"="
+    assert child.returncode == -crash
+
+
 def test_a_pair_that_exceeds_its_time_is_not_asked_again(child: subprocess.Popen[bytes]) -> None:
     assert algebra.judge("5", "9^{9^{9^9}}") == b""
     assert child.returncode in (-signal.SIGPROF, -signal.SIGALRM, 1)
