@@ -1,4 +1,4 @@
-"""Which engine samples: the trainer's own model (decoding.py) or vLLM (vllm_engine.py).
+"""Choose and open the engine that samples: the trainer's own model (decoding.py) or vLLM (vllm_engine.py).
 
     with sampler.loaded(lm) as sample:                        # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # n rollouts a prompt, those of a prompt contiguous
