@@ -17,8 +17,8 @@ Of n = k sampled answers to a question, c of them correct:
     maj@k     the most frequent answer is correct; equal mathematics is one answer, ties go to the first
 
 A number is the mean over questions, its standard error std / sqrt(questions): how much it would move with other
-questions of the same kind. Every batch of questions becomes a file in BENCHMARK.parts (see store/parts.py), so a killed
-evaluation goes on where it was, and ends with the same BENCHMARK.jsonl and result.json whatever became of it.
+questions of the same kind. The answers to each batch of questions are appended to BENCHMARK.jsonl (store/batches.py): a
+killed evaluation goes on behind them, and ends with the same BENCHMARK.jsonl and result.json.
 """
 
 import json
@@ -29,21 +29,23 @@ from dataclasses import asdict, dataclass, replace
 from itertools import chain, repeat
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import UserError, exit_on_user_error, flag_name, parse_template_options
+from lm import distributed
 from lm.decoding import Capacity, Sample, request_seed
 from lm.engine import load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_ids
 from rewards import majority_vote, matches, read_answers
 from sources.pairs import Benchmark, Pair, load_benchmark
-from store.jsonl import Record, fingerprint, to_lines, write_atomic
-from store.parts import Part, claim, leave_torchrun, make_parts, missing_parts, read_whole, split
-from store.results import compare, estimate, seeds, table, versions
+from store.batches import claim_folder, work_through
+from store.checkpoint import weights_fingerprint
+from store.jsonl import Record, fingerprint, write_atomic
+from store.results import compare, estimate, read_result, seeds, table, versions
 
 GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
 
@@ -70,46 +72,50 @@ class EvaluationSettings:
     seeds: tuple[str, ...] = ()  # instead of an evaluation: results of runs, of which those of a setting make one line
 
 
-Asked = Sequence[tuple[int, Pair]]  # questions of a benchmark, with their places
+class Asked(NamedTuple):
+    """A question of a benchmark as it is asked."""
+
+    id: str
+    place: int  # in the benchmark
+    pair: Pair
+    prompt: list[int]
 
 
 def ask_questions(
-    sample: Sample,
-    tokenizer: PreTrainedTokenizerBase,
-    asked: Asked,
-    prompts: Sequence[list[int]],
-    settings: EvaluationSettings,
+    sample: Sample, tokenizer: PreTrainedTokenizerBase, asked: Sequence[Asked], settings: EvaluationSettings
 ) -> list[Record]:
-    """The greedy and then the k sampled answers to each question, question by question: lines of BENCHMARK.jsonl.
+    """Sample a greedy and k further answers to each question, question by question: lines of BENCHMARK.jsonl.
 
     The seeds depend on the question alone, so that two evaluations differ by the model alone.
     """
-    seeds = [request_seed(settings.seed, "evaluation", place) for place, _ in asked]
+    prompts = [question.prompt for question in asked]
+    seeds = [request_seed(settings.seed, "evaluation", question.place) for question in asked]
     answered: list[list[Record]] = [[] for _ in asked]
     for n, temperature in ((1, 0.0), (settings.k, settings.temperature)):
         if n == 0:
             continue
-        rollouts = sample(prompts, seeds, n=n, temperature=temperature, max_tokens=settings.max_response_tokens)
+        rollouts = sample(
+            prompts=prompts, seeds=seeds, n=n, temperature=temperature, max_tokens=settings.max_response_tokens
+        )
         read_answers(rollouts, tokenizer)
-        pairs = list(chain.from_iterable(repeat(pair, n) for _, pair in asked))
+        pairs = list(chain.from_iterable(repeat(question.pair, n) for question in asked))
         correct = matches([pair.gold for pair in pairs], [rollout.answer for rollout in rollouts], "math")
         for j, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True)):
             row = {"id": pair.id, "question": pair.question, "gold": str(pair.gold), "greedy": temperature == 0}
             row |= {"answer": rollout.answer, "correct": correct[j], "tokens": len(rollout.response_ids)}
             answered[j // n].append(row | {"truncated": not rollout.finished, "text": rollout.text})
-    return [each for group in answered for each in group]
+    return list(chain.from_iterable(answered))
 
 
 def pass_at_k(n: int, correct: int, k: int) -> float:
-    """Probability that at least one of k answers, drawn without replacement from n of which `correct` are right, is
-    right: the unbiased estimate of pass@k (arXiv 2107.03374)."""
+    """Estimate pass@k without bias (arXiv 2107.03374): the chance that one of k answers, drawn from n, is right."""
     if not 1 <= k <= n or not 0 <= correct <= n:
         raise ValueError(f"pass@{k} of {correct} correct answers out of {n}: needs 1 <= k <= n and 0 <= correct <= n")
     return 1 - math.prod((n - correct - i) / (n - i) for i in range(k))
 
 
 def question_values(answered: Sequence[Record]) -> dict[str, float]:
-    """What the answers to one question, the greedy one first, add to each number."""
+    """Compute what the answers to one question, the greedy one first, add to each number."""
     greedy, *sampled = answered
     values = {"greedy": float(greedy["correct"])}
     if k := len(sampled):
@@ -126,7 +132,7 @@ def question_values(answered: Sequence[Record]) -> dict[str, float]:
 
 
 def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[float]]:
-    """The questions' values in groups such as "level 3", by each of GROUPINGS that the benchmark has."""
+    """Group the questions' values by each of GROUPINGS that the benchmark has: "level 3" and the like."""
     groups = defaultdict(list)
     for pair, value in zip(benchmark.pairs, values, strict=True):
         for column in GROUPINGS:
@@ -136,10 +142,10 @@ def by_group(benchmark: Benchmark, values: Sequence[float]) -> dict[str, list[fl
 
 
 def result_of(benchmark: Benchmark, answered: Sequence[Record]) -> dict[str, Any]:
-    """Every number of a benchmark, as result.json keeps it: also by group, and its value for every question."""
+    """Compute every number of a benchmark for result.json: also by group, and its value for every question."""
     n = len(answered) // len(benchmark.pairs)
-    each = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
-    values = {name: [of_one[name] for of_one in each] for name in each[0]}
+    by_question = [question_values(answered[i : i + n]) for i in range(0, len(answered), n)]
+    values = {name: [of_one[name] for of_one in by_question] for name in by_question[0]}
     main = next((name for name in values if name.startswith("avg@")), "greedy")
     return {
         "questions": len(benchmark.pairs),
@@ -151,55 +157,56 @@ def result_of(benchmark: Benchmark, answered: Sequence[Record]) -> dict[str, Any
     }
 
 
-def evaluate_model(settings: EvaluationSettings) -> Path | None:
-    """Ask, score, show; returns the path of result.json, or None where other processes are still making their parts.
+def evaluate_model(settings: EvaluationSettings) -> Path:
+    """Ask, score, show; return the path of result.json.
 
     Raises:
         UserError: a benchmark, the model or the folder cannot be used.
     """
-    process, folder = leave_torchrun(), Path(str(settings.out))
+    distributed.start()
+    folder = Path(str(settings.out))
     columns = {"question_column": settings.question_column, "answer_column": settings.answer_column}
     loaded = [load_benchmark(name, **columns) for name in settings.benchmarks]
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in loaded]
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     made_with = asdict(settings) | {"out": None, "questions": fingerprint([each.pairs for each in benchmarks])}
-    claim(folder, made_with, folder / "result.json")
-    parts: dict[str, dict[Part, Asked]] = {}
-    for each in benchmarks:
-        places, size = list(enumerate(each.pairs)), settings.questions_per_batch
-        parts[each.name] = split(folder / f"{each.name}.parts", places, size, settings.k + 1)
-    jobs = {part: asked for of_benchmark in parts.values() for part, asked in of_benchmark.items()}
-    if missing := missing_parts(list(jobs), process):
-        answer({part: jobs[part] for part in missing}, settings)
-    results = {}
-    for each in benchmarks:
-        if (rows := read_whole(parts[each.name])) is None:
-            return None
-        write_atomic(folder / f"{each.name}.jsonl", to_lines(rows))
-        results[each.name] = result_of(each, rows)
-    result = {"settings": made_with, "versions": versions(), "benchmarks": results}
-    write_atomic(folder / "result.json", json.dumps(result, indent=2) + "\n")
-    print(table(results), f"kept in {folder / 'result.json'}", sep="\n")
-    return folder / "result.json"
+    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(str(settings.model))))
+    file = folder / "result.json"
+    with claim_folder(folder, made_with, file):
+        if not distributed.run_on_rank0(file.exists):
+            result = {
+                "settings": made_with,
+                "versions": versions(),
+                "benchmarks": ask_all(benchmarks, settings, folder),
+            }
+            distributed.run_on_rank0(lambda: write_atomic(file, json.dumps(result, indent=2) + "\n"))
+    print(table(read_result(str(file))["benchmarks"]), f"kept in {file}", sep="\n")
+    return file
 
 
-def answer(jobs: dict[Part, Asked], settings: EvaluationSettings) -> None:
-    """Load the model and ask for these parts."""
+def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folder: Path) -> dict[str, Any]:
+    """Load the model and ask it all questions; return the results by benchmark."""
     model = load_inference_model(str(settings.model), settings.sampler, settings.chat_template)
     options = parse_template_options(settings.template_options)
-    prompts = {
-        part: [prompt_ids(model.tokenizer, pair.question, model.template, **options) for _, pair in asked]
-        for part, asked in jobs.items()
-    }
-    tokens = max(len(prompt) for each in prompts.values() for prompt in each) + settings.max_response_tokens
-    capacity = Capacity(tokens, sequences=settings.questions_per_batch * max(settings.k, 1))
+    asked: dict[str, list[Asked]] = {}
+    for benchmark in benchmarks:
+        prompts = [prompt_ids(model.tokenizer, pair.question, model.template, **options) for pair in benchmark.pairs]
+        questions = zip(benchmark.pairs, prompts, strict=True)
+        asked[benchmark.name] = [Asked(pair.id, i, pair, prompt) for i, (pair, prompt) in enumerate(questions)]
+    longest = max(len(question.prompt) for question in chain.from_iterable(asked.values()))
+    size = settings.questions_per_batch * distributed.world_size()
+    capacity = Capacity(longest + settings.max_response_tokens, settings.questions_per_batch * max(settings.k, 1))
+    results = {}
     with sampling_from(model, capacity) as sample:
 
-        def ask(part: Part) -> list[Record]:
-            return ask_questions(sample, model.tokenizer, jobs[part], prompts[part], settings)
+        def ask(batch: Sequence[Asked]) -> list[Record]:
+            return ask_questions(distributed.shard_prompts(sample), model.tokenizer, batch, settings)
 
-        make_parts("evaluating", list(jobs), ask, shown="correct")
+        for each in benchmarks:
+            rows = work_through(folder / f"{each.name}.jsonl", asked[each.name], size, ask, "correct", settings.k + 1)
+            results[each.name] = result_of(each, rows)
+    return results
 
 
 def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
@@ -212,7 +219,7 @@ def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
         if (given := getattr(settings, name)) is not None and given < least:
             raise UserError(f"{flag_name(name)} {given} must be at least {least}")
     parse_template_options(settings.template_options)
-    model = newest_policy(settings.model)
+    model = distributed.run_on_rank0(lambda: newest_policy(str(settings.model)))
     name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
     return replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))
 

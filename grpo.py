@@ -21,7 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from config import Config, Method
+from config import Config, Method, Optimisation
 from lm import distributed
 from lm.packing import MicroBatch
 from lm.record import Rollout
@@ -30,23 +30,12 @@ from rewards import Group, rollouts_of
 
 Aggregation = Literal["token", "sequence", "dr-grpo"]
 
-# ---------------------------------------------------------------- advantages, Eq. 3
-
 
 def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True, eps: float = 1e-6) -> Tensor:
-    """Compute the advantage of each rollout within its group (Eq. 3).
+    """Compute the advantage [N] of each rollout within its group (Eq. 3) from rewards [N], groups contiguous.
 
     The standard deviation is the unbiased one (n-1), as in the authors' code. A group whose rewards are all equal
     teaches nothing: its advantages are exactly 0, whatever rounding leaves of its mean.
-
-    Args:
-        rewards: [N], groups of `group_size` contiguous.
-
-    Returns:
-        [N]
-
-    Raises:
-        ValueError: the rewards are not whole groups.
     """
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(f"{tuple(rewards.shape)} rewards are not whole groups of {group_size}")
@@ -65,9 +54,6 @@ def assign_advantages(groups: Sequence[Group], rewards: Sequence[Sequence[float]
     for rollout, reward, advantage in zip(rollouts_of(groups), flat, advantages, strict=True):
         rollout.reward = reward
         rollout.advantage = advantage
-
-
-# ---------------------------------------------------------------- the loss of a token, Eqs. 4 and 5
 
 
 def k3(logp: Tensor, ref_logp: Tensor, cap: float = 0.0) -> Tensor:
@@ -91,16 +77,10 @@ def policy_loss(
     weights: Tensor | None = None,
     clip_high: float | None = None,
 ) -> Tensor:
-    """Compute the clipped surrogate of each token, to be minimised (Eq. 4 without its KL term).
+    """Compute the clipped surrogate of each token [B, T], to be minimised (Eq. 4 without its KL term).
 
-    Args:
-        logp, old_logp, mask: [B, T]
-        advantages: [B]
-        weights: [B, T], detached; multiplies each token's term.
-        clip_high: bounds the ratio above 1 where it differs from the bound below (DAPO, arXiv 2503.14476).
-
-    Returns:
-        [B, T], 0 where `mask` is 0.
+    Advantages are [B], all else [B, T]; the loss is 0 where `mask` is. `weights`, detached, multiply each token's term.
+    `clip_high` bounds the ratio above 1 where that differs from the bound below (DAPO, arXiv 2503.14476).
     """
     ratio = torch.exp(logp - old_logp)
     gain = advantages[:, None] * ratio
@@ -129,9 +109,6 @@ def token_loss(logp: Tensor, old_logp: Tensor, batch: MicroBatch, kl_coef: float
     if batch.reference_logp is not None:
         loss = loss + kl_coef * k3(logp, batch.reference_logp, method.kl_cap)
     return loss
-
-
-# ---------------------------------------------------------------- from tokens to the loss of a step, Eq. 6
 
 
 def split_mini_batches(groups: Sequence[Group], count: int) -> Iterator[list[Group]]:
@@ -172,18 +149,26 @@ def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: fl
     """Add up the losses of a micro-batch's tokens to its share of the step's loss, a scalar.
 
     "token": every response token of the step weighs the same. "sequence": every rollout does (Eq. 4 as printed).
-    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783).
-
-    Args:
-        per_token, mask: [B, T]
-        denominator: one number, or [B] as `assign_denominators` gives it.
+    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `per_token` and `mask` are
+    [B, T], `denominator` is one number, or [B] as `assign_denominators` gives it.
     """
     sums = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)  # [B]
     length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else 1
     return (sums / (length * denominator)).sum()
 
 
-# ---------------------------------------------------------------- the optimizer step
+def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
+    """Compute the rate of step 0 .. total_steps-1: it rises over the first `warmup` (a share), then falls as a cosine.
+
+    The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
+    """
+    warmup_steps = round(settings.warmup * total_steps)
+    if step < warmup_steps:
+        return settings.lr * (step + 1) / warmup_steps
+    if settings.lr_schedule == "constant":
+        return settings.lr
+    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
+    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def optimizer_step(
@@ -196,10 +181,8 @@ def optimizer_step(
 ) -> dict[str, float]:
     """Take one optimizer step on the loss of a mini-batch, whose micro-batches are spread over the ranks (Eqs. 4-6).
 
-    A gradient that is not finite leaves policy and optimizer as they were, and is counted in `skipped_steps`.
-
-    Returns:
-        Metrics: means over the mini-batch's response tokens, the gradient's norm, the learning rate.
+    A gradient that is not finite leaves policy and optimizer as they were, and is counted in `skipped_steps`. The
+    metrics returned are means over the mini-batch's response tokens, the gradient's norm and the learning rate.
     """
     per_batch: list[dict[str, Tensor]] = []
     for batch in distributed.progress_bar(batches, "updating", "micro-batch"):

@@ -1,4 +1,4 @@
-"""What one sees while it trains: the numbers of a step, its labels, a readable sample, and an alarm for collapse.
+"""What one sees of a run: the numbers of a step, its labels and rollouts, evaluations, an alarm for collapse.
 
 Label-free rewards cannot be trusted to show their own failure: under majority voting the reward goes to 1 while the
 model agrees with itself on one wrong answer. Every number here is a mean over the step; gold answers, where there are
@@ -14,7 +14,7 @@ from statistics import fmean
 import torch
 
 from data import Pair, PromptedPair
-from evaluate import EvaluationSettings, ask_questions, by_group, result_of
+from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
@@ -26,14 +26,14 @@ from store.log import Records
 
 
 class Clock:
-    """Seconds by phase: `clock.lap("rollout")` counts what has passed since the last lap as seconds_rollout."""
+    """Seconds by phase: `clock.lap("rollout")` books the time since the last lap as seconds_rollout."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
 
     def lap(self, phase: str, sync: float | None = None) -> None:
-        """`sync`: of these seconds, those that it took to give an engine its weights, which are counted apart."""
+        """Book the time since the last lap; the `sync` seconds that an engine's weights took are booked apart."""
         now = time.perf_counter()
         self.seconds[f"seconds_{phase}"] += now - self.last - (sync or 0.0)
         if sync is not None:
@@ -42,7 +42,7 @@ class Clock:
 
 
 def peak_memory_gb(sleeping_bytes: int = 0) -> float:
-    """Of the trainer on the GPU if there is one, else of the process."""
+    """Return the trainer's peak on the GPU if there is one, else that of the process."""
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - sleeping_bytes) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -52,12 +52,12 @@ def peak_memory_gb(sleeping_bytes: int = 0) -> float:
 
 
 def commonest_answer(groups: Sequence[Group]) -> float:
-    """Share of the most frequent answer among all that are given, to whatever question."""
+    """Compute the share of the most frequent answer among all answers to all questions."""
     given = Counter(rollout.answer for rollout in rollouts_of(groups) if rollout.answer is not None)
     return max(given.values(), default=0) / max(given.total(), 1)
 
 
-# One row a statistic of groups; each is logged of all, and by view and of the teacher where there are several.
+# Statistics of groups: each is logged over all, and by view and for the teacher where there are several.
 STATISTICS: dict[str, Callable[[Sequence[Group]], float]] = {
     "response_tokens": lambda groups: fmean(len(rollout.response_ids) for rollout in rollouts_of(groups)),
     "truncated": lambda groups: fmean(not rollout.finished for rollout in rollouts_of(groups)),
@@ -181,10 +181,11 @@ def evaluate_policy(run: Run) -> dict[str, float]:
         max_response_tokens=config.sampling.max_response_tokens,
         seed=config.run.seed,
     )
-    asked = list(enumerate(run.benchmark.pairs))
+    questions = enumerate(zip(run.benchmark.pairs, run.eval_prompts, strict=True))
+    asked = [Asked(pair.id, place, pair, prompt) for place, (pair, prompt) in questions]
     with run.sampler.loaded(run.policy.lm) as sample:
         shared = distributed.shard_prompts(sample)
-        answered = ask_questions(shared, run.tokenizer, asked, run.eval_prompts, settings)
+        answered = ask_questions(shared, run.tokenizer, asked, settings)
     values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
     measured = {"eval_truncated": fmean(values["truncated"])}
     for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
@@ -198,7 +199,7 @@ def evaluate_policy(run: Run) -> dict[str, float]:
 # ---------------------------------------------------------------- the alarm
 
 WINDOW = 5  # steps that an alarm averages over
-# One row a sign of collapse: its metric, and when its means over the first and the last steps are alarming.
+# Signs of collapse: a metric, and when its means over the first and the last steps are alarming.
 SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "one answer to many questions": ("commonest_answer", lambda first, now: now > max(0.4, 1.5 * first)),
     "answers stop coming": ("answered", lambda first, now: now < first - 0.2),
@@ -209,7 +210,7 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 
 
 def first_step_warnings(seen: dict[str, float]) -> dict[str, str]:
-    """What the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
+    """Find what the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
     signs = {}
     if seen["answered"] < 0.1:
         signs["no box"] = (
@@ -224,7 +225,7 @@ def first_step_warnings(seen: dict[str, float]) -> dict[str, str]:
 
 
 def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
-    """Signs that the policy games its reward, comparing the last steps with the first: {sign: what was seen}.
+    """Find signs that the policy games its reward, by the last steps against the first: {sign: what was seen}.
 
     Sharpening alone raises the vote share and lowers entropy in healthy runs too; what gives collapse away is the same
     answer to different questions, answers that stop coming, or a length or an entropy that leaves its range.
@@ -233,14 +234,15 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
         return {}
     seen = {}
     for sign, (key, is_alarming) in SIGNS.items():
-        first, now = (fmean(m.get(key, 0.0) for m in part) for part in (history[:WINDOW], history[-WINDOW:]))
+        first = fmean(step.get(key, 0.0) for step in history[:WINDOW])
+        now = fmean(step.get(key, 0.0) for step in history[-WINDOW:])
         if is_alarming(first, now):
             seen[sign] = f"{key} {first:.2f} -> {now:.2f}"
     return seen
 
 
 def step_warnings(history: Sequence[dict[str, float]], first: bool) -> dict[str, str]:
-    """What is to be warned of after a step: of the `first` one what it shows at once, of all signs of collapse."""
+    """Find what to warn of after a step: signs of collapse, and after the `first` one what it shows at once."""
     seen = first_step_warnings(history[-1]) if first else {}
     if history[-1]["skipped_steps"]:
         seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"

@@ -1,6 +1,5 @@
 """From settings to a run that is ready for its first step: questions, models, optimizer, sampler."""
 
-import math
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from itertools import chain
@@ -10,7 +9,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from baselines import BASELINES
-from config import EMBEDDED_MODELS, Config, Data, Optimisation, UserError, flag_name, parse_template_options
+from config import EMBEDDED_MODELS, Config, Data, UserError, flag_name, parse_template_options
 from data import PromptedPair, steps_per_epoch, tokenize_pairs
 from lm import distributed
 from lm.decoding import Capacity
@@ -158,20 +157,6 @@ def total_steps(config: Config, questions: int) -> int:
 def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
     """Build AdamW on the float32 master weights; every step sets its learning rate."""
     return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
-
-
-def learning_rate(step: int, total_steps: int, settings: Optimisation) -> float:
-    """Compute the rate of step 0 .. total_steps-1: it rises over the first `warmup` (a share), then falls as a cosine.
-
-    The first step already has peak / warm-up steps; starting from 0, as the authors' code does, wastes it.
-    """
-    warmup_steps = round(settings.warmup * total_steps)
-    if step < warmup_steps:
-        return settings.lr * (step + 1) / warmup_steps
-    if settings.lr_schedule == "constant":
-        return settings.lr
-    progress = (step - warmup_steps) / max(total_steps - warmup_steps, 1)
-    return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def train_state(run: Run) -> checkpoint.Training:

@@ -66,12 +66,10 @@ class Group:
 
     @property
     def answers(self) -> list[str | None]:
-        """Return the G answers."""
         return [rollout.answer for rollout in self.rollouts]
 
     @property
     def sampled_tokens(self) -> int:
-        """Return the response tokens of all V rollouts."""
         return sum(len(rollout.response_ids) for rollout in self.rollouts + self.votes_only)
 
 
@@ -86,9 +84,6 @@ def read_answers(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase
     for rollout, text in zip(rollouts, texts, strict=True):
         rollout.text = text
         rollout.answer = extract_boxed(text)
-
-
-# ---------------------------------------------------------------- votes
 
 
 def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote:
@@ -134,9 +129,6 @@ def vote_shares(group: Group, vote: Vote) -> list[float]:
     return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in names]
 
 
-# ---------------------------------------------------------------- rewards
-
-
 def agreement(group: Group) -> list[float]:
     """Pay 1 for an answer that matches the group's label, else 0; without a label, 0 (Eqs. 7-10)."""
     labels = [group.label] * len(group.rollouts)
@@ -156,9 +148,6 @@ def self_certainty(group: Group) -> list[float]:
     return [rollout.token_stats["self_certainty"] for rollout in group.rollouts]
 
 
-# ---------------------------------------------------------------- variants
-
-
 @dataclass(frozen=True)
 class Variant:
     """A row of the table below; `label_of` is empty where the reward needs no labels."""
@@ -174,11 +163,7 @@ class Variant:
     semi_supervised: bool = False  # where a question has a gold answer, that is the label instead of the vote's
 
     def __post_init__(self) -> None:
-        """Refuse a row that cannot be computed.
-
-        Raises:
-            ValueError: a label by a vote that nobody casts, or not one label for each view.
-        """
+        """Refuse a row with a label by a vote that nobody casts, or without one label for each view."""
         answers = {"policy": self.policy_views, "teacher": self.teacher_views}
         for voter, view in self.label_of.values():
             if voter != "gold" and view not in answers[voter]:

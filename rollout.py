@@ -45,11 +45,7 @@ class Run:
 def generate_rollouts(
     run: Run, model: PackedLM, role: Voter, views: Sequence[View], questions: Sequence[PromptedPair], step: int
 ) -> list[Group]:
-    """Sample V responses of `model` to every question in every view, and let each group vote.
-
-    Returns:
-        Groups by view, then by question; the first G rollouts of each can be trained on. Every rank gets all of them.
-    """
+    """Sample V responses of `model` to every question in every view; return groups that have voted, on every rank."""
     if not views:
         return []
     config = run.config

@@ -40,11 +40,18 @@ from tqdm import tqdm
 
 import metrics
 from data import questions_of_step
-from grpo import assign_advantages, assign_denominators, optimizer_step, select_with_gradient, split_mini_batches
+from grpo import (
+    assign_advantages,
+    assign_denominators,
+    learning_rate,
+    optimizer_step,
+    select_with_gradient,
+    split_mini_batches,
+)
 from lm import distributed
 from lm.packing import micro_batches
 from lm.scoring import assign_token_stats, score
-from prepare import learning_rate, prepare, train_state
+from prepare import prepare, train_state
 from rewards import Group, label_groups, rollouts_of
 from rollout import Run, generate_rollouts
 from store import checkpoint, curves
@@ -78,10 +85,11 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
 
     # 3. Majority votes become pseudo-labels; the variant says whose vote labels which group.           Eqs. 7-10
     label_groups(variant, groups, teacher_groups, gold_answers)
+    rollouts = rollouts_of(groups)
 
     # 4. Rewards compare answers with labels, advantages compare rewards within a group.                Eq. 3
     if variant.needs_token_stats:
-        assign_token_stats(run.policy, rollouts_of(groups), run.device, config)
+        assign_token_stats(run.policy, rollouts, run.device, config)
     rewards = distributed.run_on_rank0(lambda: [variant.reward(group) for group in groups])
     assign_advantages(groups, rewards)
     clock.lap("reward")
@@ -198,12 +206,10 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
 
 
 def is_due(step: int, every: int) -> bool:
-    """Tell whether something is done at this step that is done every so many; 0: never."""
     return every > 0 and step % every == 0
 
 
 def main(config: Config | None = None) -> None:
-    """Run the command line, or a config."""
     with exit_on_user_error():
         folder = train(config or parse())
     if distributed.is_rank0():

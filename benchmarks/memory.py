@@ -33,7 +33,7 @@ GPUS = (1, 2, 4, 8)
 CUDA_GRAPHS = 1e9  # assumed: vLLM logs what its capture took
 CURE = (
     "where it does not fit, try in this order: a lower --engine-memory, --activation-checkpointing on, "
-    "fewer --tokens-per-micro-batch, --offload-teacher, --offload-optimizer, more GPUs (docs/SCALE.md)"
+    "fewer --tokens-per-micro-batch, --offload-teacher, --offload-optimizer, more GPUs (docs/PERFORMANCE.md)"
 )
 
 

@@ -13,8 +13,8 @@ folders of any name. MODEL is a hub name, a folder, or a .gguf file (which needs
 
 Everything is kept in --out: the start model, each run, each evaluation. What is there is not made again, and what a
 kill has cut off goes on from its last checkpoint (imitation, minutes, begins again). --results gets one file,
-results.json, which is written again and again meanwhile. In the end it fills the tables of docs/REAL.md and draws its
-figure; the text around them stays.
+results.json, which is written again and again meanwhile. In the end it writes every table as
+docs/results/real-NAME.csv, fills in those that docs/RESULTS.md shows, and draws the figure; the text stays.
 """
 
 import json
@@ -56,7 +56,7 @@ from one_step import (
     reworded,
 )
 from study import COLUMNS as OF_STUDY
-from study import fill_in, table
+from study import Table, publish
 
 from baselines import BASELINES
 from config import UserError, exit_on_user_error
@@ -113,7 +113,7 @@ class Settings:
     attempts: int = 2  # at a command that fails, before its run is given up
     out: Path = ROOT / "runs" / "real"
     results: Path | None = None  # folder of results.json (None: --out)
-    document: Path = ROOT / "docs" / "REAL.md"
+    document: Path = ROOT / "docs" / "RESULTS.md"
 
 
 # ---------------------------------------------------------------- start model
@@ -346,7 +346,7 @@ def short(value: Any) -> Any:
 
 
 def write_results(settings: Settings) -> None:
-    """What the document needs, of everything in --out, as one small file."""
+    """What the tables need, of everything in --out, as one small file."""
     out = settings.out
     evaluations = {file.parent.name: file for file in sorted(out.glob("evaluations/*/result.json"))}
     result = {
@@ -409,11 +409,11 @@ def by_label(result: Record) -> dict[str, dict[str, Record]]:
 # ---------------------------------------------------------------- tables and figure
 
 
-def imitation_table(result: Record) -> str:
+def imitation_table(result: Record) -> Table:
     counts = result["imitation"]["questions"]
     steps = ("questions", "solved by the rule", "asked elsewhere, dropped")
     rows = [[name, *(str(counts.get(f"{name}: {step}", 0)) for step in steps)] for name in IMITATED]
-    return table(["", *steps], rows)
+    return [["", *steps], *rows]
 
 
 def accuracy_cell(evaluations: Sequence[Record], benchmark: str, greedy: bool, before: Record | None) -> str:
@@ -427,7 +427,7 @@ def accuracy_cell(evaluations: Sequence[Record], benchmark: str, greedy: bool, b
     return written(estimate(values), "accuracy", "+" if before else "")
 
 
-def accuracy_table(result: Record, change: bool) -> str:
+def accuracy_table(result: Record, change: bool) -> Table:
     """Before and after, or the change between them."""
     start = result["evaluations"].get("start")
     header = ["", "seeds", *(f"{name}, {how}" for name in BENCHMARKS for how in ("sampled", "greedy"))]
@@ -440,10 +440,10 @@ def accuracy_table(result: Record, change: bool) -> str:
             compared = start if change else None
             cells = [accuracy_cell(group, name, how, compared) for name in BENCHMARKS for how in (False, True)]
             rows.append([row, "" if row == "before" else str(len(group)), *cells])
-    return table(header, rows)
+    return [header, *rows]
 
 
-def training_table(result: Record) -> str:
+def training_table(result: Record) -> Table:
     """Means of the first and the last five steps, of all seeds."""
     rows = []
     for row, runs in by_label(result).items():
@@ -456,10 +456,10 @@ def training_table(result: Record) -> str:
             cells.append(" to ".join(f"{fmean(side):.2f}" for side in zip(*ends, strict=True)) if ends else "-")
         warned = sum(any(detect_collapse(each[:i]) for i in range(len(each))) for each in histories)
         rows.append([row, str(len(runs)), str(steps), *cells, str(warned)])
-    return table(["", "seeds", "steps done", *COLUMNS, "warned"], rows)
+    return [["", "seeds", "steps done", *COLUMNS, "warned"], *rows]
 
 
-def time_table(result: Record) -> str:
+def time_table(result: Record) -> Table:
     """Median seconds of a step by phase, after the first step."""
     rows = []
     for row, runs in by_label(result).items():
@@ -471,10 +471,10 @@ def time_table(result: Record) -> str:
         first = next(iter(runs.values()))
         dtype = "" if first["dtype"] == "auto" else f", {first['dtype']}"
         rows.append([row, first["versions"]["device"] + dtype, *cells])
-    return table(["", "device", *PHASES, "sampled tokens/s", "peak memory (GB)"], rows)
+    return [["", "device", *PHASES, "sampled tokens/s", "peak memory (GB)"], *rows]
 
 
-def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) -> str:
+def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) -> Table:
     """The same questions before and after: of each method its first run that was evaluated."""
     shown = {"before": result["read"].get("start", [])}
     for row, runs in by_label(result).items():
@@ -484,12 +484,8 @@ def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) 
     rows = []
     for i, asked in enumerate(shown["before"]):
         cells = [f"{'right' if read[i]['correct'] else 'wrong'}: {read[i]['text']}" for read in shown.values()]
-        rows.append([in_a_cell(each) for each in (asked["question"], asked["gold"], *cells)])
-    return table(["question", "gold", *shown], rows)
-
-
-def in_a_cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
+        rows.append([" ".join(each.split()) for each in (asked["question"], asked["gold"], *cells)])
+    return [["question", "gold", *shown], *rows]
 
 
 def draw(result: Record, file: Path) -> None:
@@ -513,8 +509,8 @@ def report(result: Record, document: Path) -> None:
     tables = {"imitation": imitation_table(result), "accuracy": accuracy_table(result, change=False)}
     tables |= {"change": accuracy_table(result, change=True), "training": training_table(result)}
     tables |= {"time": time_table(result), "rollouts": rollouts_table(result)}
-    for name, content in tables.items():
-        fill_in(document, name, content)
+    for name, rows in tables.items():
+        publish(document, f"real-{name}", rows)
     if result["runs"]:
         draw(result, document.with_name("real.png"))
 

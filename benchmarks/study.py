@@ -5,10 +5,11 @@
     python benchmarks/study.py --seeds 0 --jobs 1     # a first look
     python benchmarks/study.py --jobs 0               # no new runs: the tables of those that are there
 
-Fills the tables of docs/STUDY.md, draws its figures, and leaves the text around them alone. A run that is already there
-is not repeated; one that two sections need is made once.
+Writes every table as docs/results/study-NAME.csv, fills in those that docs/RESULTS.md shows, and draws the figures; the
+text of the document stays. A run that is already there is not repeated; one that two sections need is made once.
 """
 
+import csv
 import json
 import random
 import re
@@ -41,6 +42,7 @@ from store import curves
 from store.jsonl import read_rows
 
 History = list[dict[str, Any]]
+Table = list[list[str]]  # the header, then the rows
 
 STEPS = 40
 ALWAYS = f"--steps {STEPS} --eval-every 10 --eval-samples 2"
@@ -77,7 +79,7 @@ CROSSING = {
     "I: labels from the other wording": "--variant I",
     "majority on both, labels from the same": "--variant majority --views both",
 }
-# Section of docs/STUDY.md -> row of its table -> flags of train.py. {runs} becomes the folder of the runs.
+# Section of the study -> row of its table -> flags of train.py. {runs} becomes the folder of the runs.
 SECTIONS: dict[str, dict[str, str]] = {
     "usual": at_rates("embedded", ("5e-4", "1e-3")),
     "misreading": at_rates("embedded-misreading", ("5e-4",)),
@@ -212,6 +214,7 @@ def learns(history: History) -> bool:
 
 
 SAMPLED, GREEDY = "eval_accuracy", "eval_accuracy/greedy"
+ENDS = [("usual", "5e-4", SAMPLED), ("usual", "1e-3", SAMPLED), ("misreading", "5e-4", ON_MISREAD)]
 COLUMNS = {
     "sampled": SAMPLED,
     "greedy": GREEDY,
@@ -241,11 +244,7 @@ COLUMNS_OF = {
 SHORT = {name: COLUMNS[name] for name in ("sampled", "greedy", "label accuracy", "reward", "vote share")}
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
-
-
-def section_table(name: str, histories: dict[str, list[History]]) -> str:
+def section_table(name: str, histories: dict[str, list[History]]) -> Table:
     columns = COLUMNS if name == "usual" else COLUMNS_OF.get(name, SHORT)
     rows = [
         [row, str(len(group)), *(spread([last(key, history) for history in group]) for key in columns.values())]
@@ -253,10 +252,21 @@ def section_table(name: str, histories: dict[str, list[History]]) -> str:
     ]
     start = next(iter(histories.values()))
     before = [spread([first(key, history) for history in start]) for key in columns.values()]
-    return table(["", "seeds", *columns], [["before, or first step", "", *before], *rows])
+    return [["", "seeds", *columns], ["before, or first step", "", *before], *rows]
 
 
-def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
+def summary_table(results: dict[str, dict[str, list[History]]]) -> Table:
+    """Where each method ends: the usual task at two learning rates, and the wording that is misread at first."""
+    rows = []
+    for name in METHODS:
+        usual, faster, misread = (results[section][f"{name}, {rate}"] for section, rate, _ in ENDS)
+        cells = [(usual, SAMPLED), (faster, SAMPLED), (misread, ON_MISREAD), (misread, ON_OTHERS)]
+        rows.append([name, *(spread([last(key, run) for run in runs]) for runs, key in cells)])
+    header = ["", "usual task", "twice the learning rate", "misread wording, greedy", "other wordings, greedy"]
+    return [header, *rows]
+
+
+def survival_table(results: dict[str, dict[str, list[History]]]) -> Table:
     """Of each method and learning rate, how many seeds survive, and how many learn."""
     columns = [("usual", "survives", rate) for rate in RATES] + [("spellings", "survives spellings", "5e-4")]
     columns += [("misreading", "learns", rate) for rate in RATES]
@@ -269,7 +279,7 @@ def survival_table(results: dict[str, dict[str, list[History]]]) -> str:
             ]
             cells.append(f"{sum(held)} of {len(held)}" if held else "-")
         rows.append([name, *cells])
-    return table(["", *(f"{verb}, {rate}" for _, verb, rate in columns)], rows)
+    return [["", *(f"{verb}, {rate}" for _, verb, rate in columns)], *rows]
 
 
 def first_warning(history: History) -> int | None:
@@ -277,7 +287,7 @@ def first_warning(history: History) -> int | None:
     return next((int(history[n - 1]["step"]) for n in range(1, len(history)) if detect_collapse(history[:n])), None)
 
 
-def alarm_table(results: dict[str, dict[str, list[History]]]) -> str:
+def alarm_table(results: dict[str, dict[str, list[History]]]) -> Table:
     """Of each method in all sections: how often the alarm goes off in runs that end better, and worse, than they began,
     from what step on, and at what sampled accuracy of the evaluation before."""
     runs = {id(run): (flags.split()[1], run) for flags, run in each_run(results)}
@@ -290,13 +300,32 @@ def alarm_table(results: dict[str, dict[str, list[History]]]) -> str:
         false = sum(first_warning(run) is not None for run in better)
         when = f"{min(steps)}, {median_low(steps)}, {max(steps)}" if steps else "-"
         rows.append([method, f"{len(steps)} of {len(worse)}", when, f"{false} of {len(better)}"])
-    return table(["", "warned, of those that end worse", "at step (first, median, last)", "false alarms"], rows)
+    return [["", "warned, of those that end worse", "at step (first, median, last)", "false alarms"], *rows]
 
 
 def each_run(results: dict[str, dict[str, list[History]]]) -> Iterator[tuple[str, History]]:
     for section, rows in results.items():
         for row, group in rows.items():
             yield from ((SECTIONS[section][row], history) for history in group)
+
+
+def draw_overview(histories: dict[str, list[History]], file: Path) -> None:
+    """Draw README's figure: held-out accuracy beside reward, of the paper's methods on the usual task.
+
+    The reward of self-certainty is over 10 where a vote pays at most 1, so that axis is logarithmic above 1.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for axis, key in zip(axes, (SAMPLED, "reward"), strict=True):
+        for i, name in enumerate(VARIANTS):
+            style = {"color": curves.COLOURS[i], "linestyle": curves.DASHES[i % len(curves.DASHES)], "label": name}
+            curves.draw_metric(axis, key, histories[f"{name}, 5e-4"], **style)
+        axis.set(title=curves.PANELS[key], xlabel="training step")
+        axis.grid(alpha=0.25)
+    axes[0].set_ylim(-0.02, 1.02)
+    axes[1].set_yscale("symlog", linthresh=1)
+    lines = axes[0].get_lines()
+    figure.legend(lines, [line.get_label() for line in lines], loc="outside lower center", ncols=7, frameon=False)
+    figure.savefig(file, dpi=160)
 
 
 def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
@@ -314,11 +343,10 @@ def draw_misreading(histories: dict[str, list[History]], file: Path) -> None:
 
 
 def draw_methods(results: dict[str, dict[str, list[History]]], file: Path) -> None:
-    """Where each method ends, a dot a seed: the usual task at two rates, and the wording that is misread at first."""
-    panels = [("usual", "5e-4", SAMPLED), ("usual", "1e-3", SAMPLED), ("misreading", "5e-4", ON_MISREAD)]
+    """Draw where each method ends, one dot per seed: the usual task at two rates, and the wording misread at first."""
     titles = ["usual task, sampled", "twice the learning rate, sampled", "misread wording, greedy"]
     figure, axes = plt.subplots(1, 3, figsize=(10, 4.6), layout="constrained", sharey=True)
-    for axis, (section, rate, key), title in zip(axes, panels, titles, strict=True):
+    for axis, (section, rate, key), title in zip(axes, ENDS, titles, strict=True):
         groups = {name: results[section][f"{name}, {rate}"] for name in METHODS}
         start = fmean(value for run in groups["gt"] if (value := first(key, run)) is not None)
         axis.axvline(start, color="grey", linestyle=":", label="before")
@@ -333,10 +361,60 @@ def draw_methods(results: dict[str, dict[str, list[History]]], file: Path) -> No
     figure.savefig(file, dpi=160)
 
 
+# ---------------------------------------------------------------- documents
+
+# A cell of several numbers, and what its columns are called in a CSV file.
+PARTS = {
+    r"(\S+) \((\S+) to (\S+)\)": ("", " lowest", " highest"),
+    r"(\S+) ± (\S+)": ("", " error"),
+    r"(\S+) to (\S+)": (" first", " last"),
+}
+
+
+def alone(number: str, endings: Sequence[str]) -> list[str]:
+    """Return the cells of a number that is alone: it is its own lowest and highest, and has no error."""
+    return [number if ending != " error" else "" for ending in endings]
+
+
+def split_cells(name: str, cells: Sequence[str]) -> Table:
+    """Split a column of which a cell holds several numbers into one column a number; the name comes first in each."""
+    for pattern, endings in PARTS.items():
+        found = [re.fullmatch(pattern, cell) for cell in cells]
+        if any(found):
+            split = zip(found, cells, strict=True)
+            numbers = zip(*(each.groups() if each else alone(cell, endings) for each, cell in split), strict=True)
+            return [[name + ending, *column] for ending, column in zip(endings, numbers, strict=True)]
+    return [[name, *cells]]
+
+
+def write_csv(rows: Table, file: Path) -> None:
+    """Write a table with one number a cell; what was not measured is empty."""
+    names, *others = zip(*rows, strict=True)
+    columns = [[names[0] or "name", *names[1:]]]
+    for name, *cells in others:
+        columns += split_cells(name, ["" if cell == "-" else cell for cell in cells])
+    file.parent.mkdir(exist_ok=True)
+    with file.open("w", encoding="utf-8", newline="") as stream:
+        csv.writer(stream, lineterminator="\n").writerows(zip(*columns, strict=True))
+
+
+def publish(document: Path, name: str, rows: Table) -> None:
+    """Write results/NAME.csv beside the document, and fill in the table after its line `<!-- NAME -->`, if any."""
+    write_csv(rows, document.parent / "results" / f"{name}.csv")
+    header, *others = rows
+    lines = [" | ".join(row) for row in (header, ["---"] * len(header), *others)]
+    fill_in(document, name, "\n".join(f"| {line} |" for line in lines))
+
+
 def fill_in(document: Path, name: str, content: str) -> None:
-    """Replace the table that follows the document's line `<!-- name -->`."""
+    """Replace the table that follows the document's line `<!-- NAME -->`; without such a line, do nothing."""
     text = document.read_text()
     document.write_text(re.sub(rf"(<!-- {name} -->\n)(?:\|.*\n)*", lambda found: found[1] + content + "\n", text))
+
+
+def table_name(section: str) -> str:
+    """Return the name of a section's table and CSV file."""
+    return "study-" + "-".join(re.findall(r"\w+", section))
 
 
 def main(
@@ -344,7 +422,7 @@ def main(
     jobs: int = 2,
     only: tuple[str, ...] = tuple(SECTIONS),
     runs: Path = ROOT / "runs" / "study",
-    document: Path = ROOT / "docs" / "STUDY.md",
+    document: Path = ROOT / "docs" / "RESULTS.md",
 ) -> None:
     sections = {name: SECTIONS[name] for name in only}
     each = [(flags, seed) for seed in seeds for rows in sections.values() for flags in rows.values()]
@@ -358,17 +436,19 @@ def main(
         for name, rows in sections.items()
     }
     for name, histories in results.items():
-        fill_in(document, name, section_table(name, histories))
+        publish(document, table_name(name), section_table(name, histories))
     if "usual" in results:
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
+        draw_overview(results["usual"], document.with_name("figure.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading", "spellings"} <= set(results):
-        fill_in(document, "survival", survival_table(results))
+        publish(document, "study-summary", summary_table(results))
+        publish(document, "study-survival", survival_table(results))
         draw_methods(results, document.with_name("methods.png"))
     if set(results) == set(SECTIONS):
-        fill_in(document, "alarm", alarm_table(results))
+        publish(document, "study-alarm", alarm_table(results))
 
 
 if __name__ == "__main__":

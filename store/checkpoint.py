@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from config import UserError, flag_name, load_config
 from lm import distributed
 from lm.scoring import PackedLM
-from store.jsonl import changes
+from store.jsonl import changes, fingerprint
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
@@ -47,7 +47,7 @@ HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch"}
 
 @dataclass
 class Training:
-    """What a checkpoint holds, or is loaded into."""
+    """The state that a checkpoint holds, or is loaded into."""
 
     policy: PackedLM
     teacher: PackedLM | None
@@ -61,11 +61,12 @@ class Training:
 
 
 def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every: int = 0) -> Path:
-    """Write folder/step-N for the state after N optimizer steps, point folder/latest to it, remove older ones: all but
-    the last `keep` (0: none) and every `keep_every`-th step. All processes must call this.
+    """Write folder/step-N for the state after N steps, and point folder/latest to it. All processes must call this.
+
+    Older checkpoints are removed, but for the last `keep` (0: none are) and every `keep_every`-th step.
 
     Raises:
-        UserError: weights that are not finite, a disk that is full, say; the checkpoints before are untouched.
+        UserError: weights that are not finite, or a full disk, say; the checkpoints before are untouched.
     """
     finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in training.policy.parameters())
     if not all(distributed.all_gather([finite])):
@@ -99,12 +100,12 @@ def begin(aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """A file, a link (and not what it points to) or a folder."""
+    """Remove a file, a folder, or a link and not what it points to."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """In the first process's own memory, put together from all shards, one at a time; a tied weight once."""
+    """Put tensors together from all shards, one at a time, in the CPU memory of rank 0; a tied weight once."""
     whole: dict[int, Tensor] = {}
     for tensor in tensors.values():
         if id(tensor) not in whole:
@@ -114,13 +115,14 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments_of(training: Training, moment: str) -> dict[str, Tensor]:
-    """Of the weights that have had a gradient."""
-    states, named = training.optimizer.state, training.policy.lm.named_parameters()
+    """Return a moment of AdamW for each weight that has had a gradient."""
+    states = training.optimizer.state
+    named = training.policy.lm.named_parameters()
     return {name: states[parameter][moment] for name, parameter in named if parameter in states}
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> float:
-    """Those that were not skipped."""
+    """Return the number of optimizer steps that were not skipped."""
     return max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
 
 
@@ -134,16 +136,16 @@ def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
 
 
 def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
-    """From here on the checkpoint exists."""
+    """Commit a checkpoint: write its manifest, sync, rename."""
     (aside / "trainer.json").write_text(json.dumps(trainer, indent=2) + "\n")
     (aside / "manifest.json").write_text(json.dumps(manifest_of(aside), indent=2) + "\n")
     for path in [*aside.rglob("*"), aside]:
         sync(path)
-    replaced, latest = final.with_suffix(".replaced.incomplete"), final.parent / "latest"
     if final.exists():
-        final.rename(replaced)
+        final.rename(final.with_suffix(".replaced.incomplete"))
     aside.rename(final)
     sync(final.parent)
+    latest = final.parent / "latest"
     if latest.is_dir() and not latest.is_symlink():  # the run's folder was copied by something that follows links
         latest.rename(latest.with_suffix(".copied.incomplete"))
     link = final.parent / "latest.incomplete"
@@ -154,7 +156,7 @@ def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
 
 
 def sync(path: Path) -> None:
-    """Not in the page cache but on the disk: a machine that loses its power loses no checkpoint."""
+    """Bring a file from the page cache to the disk: a machine that loses its power loses no checkpoint."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -163,7 +165,7 @@ def sync(path: Path) -> None:
 
 
 def manifest_of(folder: Path) -> dict[str, list[Any]]:
-    """{file: [bytes, SHA-256]} of all files but the manifest."""
+    """Return {file: [bytes, SHA-256]} for all files but the manifest."""
 
     def describe_file(path: Path) -> list[Any]:
         with path.open("rb") as stream:
@@ -175,7 +177,7 @@ def manifest_of(folder: Path) -> dict[str, list[Any]]:
 
 
 def prune(written: Path, keep: int, keep_every: int) -> None:
-    """Never the checkpoint that has just been written, also where older runs have left newer ones."""
+    """Remove older checkpoints; never the one just written, also where an earlier run has left newer ones."""
     for old in newest_first(written.parent)[keep:] if keep else []:
         if old != written and (not keep_every or step_of(old) % keep_every):
             remove(old.rename(old.with_suffix(".incomplete")))
@@ -191,8 +193,10 @@ def newest_first(folder: Path) -> list[Path]:
 
 
 def find_checkpoint(resume: str, out: str | None) -> Path | None:
-    """The checkpoint that --resume names, of a run the newest intact one; `auto` is that of the run in --out, or None
-    if it has none yet, so that one command both starts a run and continues it."""
+    """Find the checkpoint that --resume names; of a run, the newest intact one.
+
+    `auto` means the run in --out, and None if that has no checkpoint yet: one command starts a run and continues it.
+    """
     if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
         resume, out = "auto", resume
     if resume != "auto":
@@ -212,7 +216,7 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
 
 
 def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None if it is as it was written."""
+    """Say what is wrong with a checkpoint, None if it is as it was written."""
     try:
         written = {**json.loads((path / "manifest.json").read_text())}
         present = manifest_of(path)
@@ -227,23 +231,39 @@ def verify(path: Path) -> str | None:
     return None
 
 
+def weights_fingerprint(model: Path) -> str:
+    """Identify the weights in a folder by content: by a checkpoint's manifest, else by its files' sizes and times."""
+    manifest = model.parent / "manifest.json"
+    if manifest.is_file():
+        return fingerprint(manifest.read_bytes())
+    files = sorted(path for path in model.rglob("*") if path.is_file()) if model.is_dir() else []
+    return fingerprint([(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files])
+
+
 def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
-    """Of these settings from those of the checkpoint, as a sentence's end; more steps are none."""
-    before = asdict(load_config(path / "trainer.json"))
-    old, new = (
-        {flag_name(name): value for group in groups.values() for name, value in group.items()}
-        for groups in (before, settings)
-    )
+    """Describe the settings that differ from the checkpoint's, as a sentence's end; more steps are no difference."""
+    old = by_flag(asdict(load_config(path / "trainer.json")))
+    new = by_flag(settings)
     lengths = {name: old.get(name) or math.inf for name in ("--steps", "--epochs")}
     more = {name for name, n in lengths.items() if isinstance(n, int | float) and n < (new.get(name) or 0)}
     return changes(old, new, HARMLESS | more)
 
 
+def by_flag(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Return the settings of all groups under their flags."""
+    flags: dict[str, Any] = {}
+    for group in settings.values():
+        flags |= {flag_name(name): value for name, value in group.items()}
+    return flags
+
+
 def restore(path: Path, training: Training) -> int:
-    """Put policy, teacher and optimizer into the state of the checkpoint; returns the number of steps taken."""
+    """Put policy, teacher and optimizer into the state of the checkpoint; return the number of steps taken."""
     try:
         saved = json.loads((path / "trainer.json").read_text())
-        step, optimizer_steps, questions = int(saved["step"]), float(saved["optimizer_steps"]), saved["questions"]
+        step = int(saved["step"])
+        optimizer_steps = float(saved["optimizer_steps"])
+        questions = saved["questions"]
         if step < 0:
             raise ValueError("a step before the first")
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
@@ -263,7 +283,7 @@ def restore(path: Path, training: Training) -> int:
 
 
 def restore_model(folder: Path, model: PackedLM) -> None:
-    """The first process reads, and gives the others their shards."""
+    """Read a model on rank 0, which gives the others their shards."""
 
     def read() -> dict[str, Tensor]:
         how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
@@ -275,8 +295,9 @@ def restore_model(folder: Path, model: PackedLM) -> None:
 
 
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
-    """AdamW's state, which does not exist before its first step, made and filled with what was saved."""
-    named, states = dict(training.policy.lm.named_parameters()), dict[str, dict[str, Tensor]]()
+    """Make AdamW's state, which does not exist before its first step, and fill it with what was saved."""
+    named = dict(training.policy.lm.named_parameters())
+    states: dict[str, dict[str, Tensor]] = {}
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping

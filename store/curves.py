@@ -3,6 +3,7 @@
 import json
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,34 +29,37 @@ WITHOUT_EFFECT = ("run", "memory")  # groups of settings that change no curve bu
 
 
 def settings_of_run(folder: Path) -> dict[str, str]:
-    """What its curves depend on, the seed apart."""
+    """Return the settings that a run's curves depend on, but for the seed."""
     file = folder / "config.json"
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
-        kept = [settings for group, settings in groups.items() if group not in WITHOUT_EFFECT]
-        return {flag_name(name): str(value) for settings in kept for name, value in settings.items()}
+        found: dict[str, str] = {}
+        for group, settings in groups.items():
+            if group not in WITHOUT_EFFECT:
+                found |= {flag_name(name): str(value) for name, value in settings.items()}
+        return found
     except (OSError, ValueError, AttributeError) as problem:
         raise UserError(f"{file} is missing or damaged ({problem}): repair it, or leave the run out") from problem
 
 
 def by_settings(runs: Sequence[Path]) -> dict[str, list[int]]:
-    """Which of these runs have the same settings, but for the seed, by a label: their variant, and what differs."""
+    """Group the places of runs that differ by the seed alone, under a label: the variant, and what differs."""
     groups: dict[tuple[tuple[str, str], ...], list[int]] = {}
     for i, folder in enumerate(runs):
         groups.setdefault(tuple(settings_of_run(folder).items()), []).append(i)
     every = [dict(settings) for settings in groups]
-    names = dict.fromkeys(name for settings in every for name in settings if name != "--variant")
+    names = dict.fromkeys(chain.from_iterable(every))
     differing = [name for name in names if len({settings.get(name) for settings in every}) > 1]
 
     def label(settings: dict[str, str]) -> str:
-        others = (f"{name} {settings.get(name)}" for name in differing)
+        others = (f"{name} {settings.get(name)}" for name in differing if name != "--variant")
         return " ".join([settings.get("--variant", "run"), *others])
 
     return {label(dict(settings)): places for settings, places in groups.items()}
 
 
 def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Record]]]:
-    """Metrics of the runs that have finished a step."""
+    """Read the metrics of the runs that have finished a step."""
     histories: dict[Path, list[Record]] = {}
     for folder in dict.fromkeys(folders):
         if not (folder / "metrics.jsonl").is_file():
@@ -71,7 +75,7 @@ def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Record
 
 
 def draw_metric(axis: Any, key: str, runs: Sequence[list[Record]], **style: Any) -> None:
-    """The mean of the runs' curves (of a step over those that got there), and a band from lowest to highest."""
+    """Draw the mean of the runs' curves, of a step over those that got there, and a band from lowest to highest."""
     window = 1 if key.startswith("eval") else WINDOW
     of_step: dict[int, list[float]] = defaultdict(list)
     for history in runs:
@@ -83,12 +87,13 @@ def draw_metric(axis: Any, key: str, runs: Sequence[list[Record]], **style: Any)
     steps = sorted(of_step)
     axis.plot(steps, [fmean(of_step[step]) for step in steps], **style)
     if len(runs) > 1:
-        lowest, highest = ([side(of_step[step]) for step in steps] for side in (min, max))
+        lowest = [min(of_step[step]) for step in steps]
+        highest = [max(of_step[step]) for step in steps]
         axis.fill_between(steps, lowest, highest, color=style["color"], alpha=0.15, linewidth=0)
 
 
 def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
-    """One panel a metric, one line a method; returns the file."""
+    """Draw a panel for each metric, with a line for each setting; return the file."""
     from matplotlib.figure import Figure
 
     groups = histories_by_settings(folders)
@@ -96,8 +101,8 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
     axes = list(figure.subplots(2, 4, sharex=True).flat)
     for axis, (key, heading) in zip(axes, PANELS.items(), strict=True):
         for i, (label, runs) in enumerate(groups.items()):
-            colour, dash = COLOURS[i % len(COLOURS)], DASHES[i % len(DASHES)]
-            draw_metric(axis, key, runs, color=colour, linestyle=dash, label=label)
+            style = {"color": COLOURS[i % len(COLOURS)], "linestyle": DASHES[i % len(DASHES)]}
+            draw_metric(axis, key, runs, label=label, **style)
         axis.set_title(heading, fontsize=10)
         axis.grid(alpha=0.25)
         if key in SHARES:
@@ -106,7 +111,7 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
             axis.set_yscale("symlog", linthresh=1)
         if not axis.lines:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
-    lines = {str(line.get_label()): line for axis in axes for line in axis.lines}
+    lines = {str(line.get_label()): line for line in chain.from_iterable(axis.lines for axis in axes)}
     legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     legend.set_title(f"against training steps; means over the last {WINDOW}, held-out accuracy as measured")
     figure.suptitle(title)

@@ -14,32 +14,43 @@ from store import checkpoint
 
 
 @contextmanager
-def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
-    """The run's folder, and the checkpoint to go on from if there is one. Other runs are kept out of it for as long as
-    this one lives, however it ends; a run that ends before it has written anything leaves nothing behind."""
+def lock(folder: Path) -> Iterator[None]:
+    """Make a folder and keep others out of it for as long as this process lives, however it ends.
+
+    Raises:
+        UserError: somebody else writes to it, or it cannot be written.
+    """
     with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
+            held.callback(os.close, handle)
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
+        held.callback(remove_if_empty, folder)
+        yield
 
-        def claim() -> tuple[Path, Path | None]:
-            folder, resumed = folder_of(config)
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW)
-                held.callback(os.close, lock)
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(f"{folder}: another run is writing to it; wait for it, or name another --out") from None
-            except OSError as error:
-                raise UserError(f"{folder}: cannot be written to ({error.strerror}); name another --out") from error
-            held.callback(remove_if_empty, folder)
-            if resumed and resumed.parents[1] != folder.resolve():
-                branch_off(resumed.parents[1], folder)
-            return folder, resumed
 
-        yield distributed.run_on_rank0(claim)
+@contextmanager
+def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
+    """Find and lock the run's folder; yield it, and the checkpoint to go on from if there is one."""
+
+    def claim(held: ExitStack) -> tuple[Path, Path | None]:
+        folder, resumed = folder_of(config)
+        held.enter_context(lock(folder))
+        if resumed and resumed.parents[1] != folder.resolve():
+            branch_off(resumed.parents[1], folder)
+        return folder, resumed
+
+    with ExitStack() as held:
+        yield distributed.run_on_rank0(lambda: claim(held))
 
 
 def folder_of(config: Config) -> tuple[Path, Path | None]:
-    """Where this run writes, and the checkpoint to go on from: in its own run, unless --out names another folder."""
+    """Decide where this run writes, and the checkpoint to go on from: in its own run, unless --out names a folder."""
     resume, out = config.run.resume, config.run.out
     resumed = checkpoint.find_checkpoint(resume, out) if resume else None
     if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
@@ -56,7 +67,7 @@ def folder_of(config: Config) -> tuple[Path, Path | None]:
 
 
 def new_folder(config: Config) -> Path:
-    """A folder that no other run has written to, or one to resume in from the very beginning."""
+    """Find a folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
         folder = Path(config.run.out)
         if (folder / "metrics.jsonl").exists():
@@ -76,6 +87,7 @@ def new_folder(config: Config) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
+    """Leave nothing behind where nothing was written."""
     if [path.name for path in folder.iterdir()] == [".lock"]:
         (folder / ".lock").unlink()
         folder.rmdir()
@@ -84,6 +96,6 @@ def remove_if_empty(folder: Path) -> None:
 
 
 def branch_off(run: Path, folder: Path) -> None:
-    """The log of the steps before."""
+    """Copy the log of the steps before."""
     for log in run.glob("*.jsonl"):
         shutil.copyfile(log, folder / log.name)

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -13,25 +14,27 @@ Record = dict[str, Any]
 
 
 def write_atomic(path: Path, text: str) -> None:
-    """Aside, then renamed: never half a file, whatever happens."""
+    """Write a file aside and rename it: never half a file, whatever happens."""
     aside = path.with_name(f"{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")  # half a surrogate pair becomes JSON's escape
     os.replace(aside, path)
 
 
 def to_lines(rows: Iterable[Record]) -> str:
-    """JSON lines, as people read them."""
+    """Write records as JSON lines that people can read."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def append_rows(path: Path, rows: Iterable[Record]) -> None:
+    """Append records to a file of JSON lines."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(to_lines(rows))
 
 
 def read_rows(path: Path) -> list[Record]:
-    r"""Its whole lines: half of one, which a kill may have left at the end, is no row. Split at "\n" alone:
-    `splitlines` also cuts at U+2028 and its like, which JSON allows inside a string.
+    r"""Read the whole lines of a file; half of one, which a kill may have left at the end, is none.
+
+    Split at "\n" alone: `splitlines` also cuts at U+2028 and its like, which JSON allows inside a string.
 
     Raises:
         UserError: a line that is no JSON object.
@@ -46,13 +49,22 @@ def read_rows(path: Path) -> list[Record]:
     return rows
 
 
+def intact_rows(path: Path) -> list[Record]:
+    """Read the lines before the first that is damaged; none where there is no file."""
+    rows: list[Record] = []
+    with suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
+        for line in path.read_bytes().split(b"\n")[:-1]:
+            rows.append({**json.loads(line)})
+    return rows
+
+
 def fingerprint(thing: object) -> str:
-    """Of whatever has a repr; equal things, equal fingerprints, on every machine."""
+    """Hash whatever has a repr: equal things have equal fingerprints on every machine."""
     return blake2b(repr(thing).encode(errors="backslashreplace"), digest_size=8).hexdigest()
 
 
 def changes(before: Mapping[str, Any], now: Mapping[str, Any], harmless: Iterable[str] = ()) -> str:
-    """The settings that differ, as a sentence's end: `rollouts (was 8, is 16)`; empty if none do."""
+    """Describe the settings that differ as a sentence's end, `rollouts (was 8, is 16)`; empty if none do."""
     before, now = json.loads(json.dumps([before, now], default=str))
     differing = [name for name in sorted({*before, *now} - set(harmless)) if before.get(name) != now.get(name)]
     return ", ".join(f"{name} (was {before.get(name)}, is {now.get(name)})" for name in differing)

@@ -1,4 +1,4 @@
-"""The log of a run: what was measured at every step, its labels, a sample of its rollouts, what was warned of.
+"""The log of a run: the measurements of every step, its labels, the rollouts to one question, the warnings.
 
 metrics.jsonl    an object a step                 labels.jsonl    one for each label of a step
 rollouts.jsonl   a question a step, to read       warnings.txt    a line for each warning
@@ -20,7 +20,8 @@ class RunLog:
     """metrics.jsonl, labels.jsonl and rollouts.jsonl of a run's folder, on request TensorBoard and Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
-        self.folder, self.metrics_file = folder, folder / "metrics.jsonl"
+        self.folder = folder
+        self.metrics_file = folder / "metrics.jsonl"
         for name in LOGS:
             keep_steps_before(folder / name, first_step)
         self.history = read_rows(self.metrics_file)
@@ -35,34 +36,37 @@ class RunLog:
         if config["run"]["wandb"]:
             import wandb
 
-            name, where = folder.name, str(folder)
-            self.wandb = wandb.init(project="co-rewarding", name=name, dir=where, config=config, resume="allow")
+            self.wandb = wandb.init(
+                project="co-rewarding", name=folder.name, dir=str(folder), config=config, resume="allow"
+            )
 
     def headline(self) -> dict[str, str]:
-        """The numbers that matter, for the progress bar."""
+        """Return the latest of the numbers that matter, for the progress bar."""
         shown = {"reward": "reward", "label_accuracy": "label acc", "eval_accuracy": "held-out acc"}
         latest = {name: next((m[key] for m in reversed(self.history) if key in m), None) for key, name in shown.items()}
         return {name: f"{value:.2f}" for name, value in latest.items() if value is not None}
 
     def warnings(self, signs: dict[str, str]) -> list[str]:
-        """A line for each sign that was not said before; they are kept in warnings.txt too."""
+        """Return a line for each sign that was not said before, and keep them in warnings.txt."""
         new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
         self.alarms |= set(new)
         if new:
-            file, step = self.metrics_file.with_name("warnings.txt"), int(self.history[-1]["step"])
+            file = self.folder / "warnings.txt"
+            step = int(self.history[-1]["step"])
             before = file.read_text(encoding="utf-8") if file.exists() else ""
             write_atomic(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
         return list(new.values())
 
     def write(self, metrics: dict[str, float], records: Records) -> None:
-        """Of one step; what a skipped step could not measure is left out, as NaN is no JSON."""
+        """Write one step; what it could not measure because it was skipped is left out: NaN is no JSON."""
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         metrics |= self.flipped(records.get("labels", []))
         self.history.append(metrics)
         append_rows(self.metrics_file, [metrics])
         for name, rows in records.items():
             append_rows(self.folder / f"{name}.jsonl", rows)
-        step, measured = int(metrics["step"]), {key: value for key, value in metrics.items() if key != "step"}
+        step = int(metrics["step"])
+        measured = {key: value for key, value in metrics.items() if key != "step"}
         if self.board:
             for key, value in measured.items():
                 self.board.add_scalar(key, value, step)
@@ -70,7 +74,7 @@ class RunLog:
             self.wandb.log(measured, step=step)
 
     def flipped(self, labels: list[Record]) -> dict[str, float]:
-        """labels_flipped: of questions seen before, the share whose label is another one now, by view."""
+        """Compute labels_flipped: of labels to questions seen before, the share that is another one now."""
         now = {(row["id"], row["view"]): row["label"] for row in labels}
         flips = [self.label_of[key] != label for key, label in now.items() if key in self.label_of]
         self.label_of |= now
@@ -84,14 +88,15 @@ class RunLog:
 
 
 def keep_steps_before(file: Path, step: int) -> None:
-    """What a killed run wrote after its last checkpoint, perhaps half a line, is going to be written again."""
+    """Drop what a killed run wrote after its last checkpoint: it is going to be written again."""
     rows = read_rows(file) if file.exists() else []
     write_atomic(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
 
 
 def closing_table(folder: Path) -> str:
-    """What a run achieved, where the time went, and where it lies."""
-    history, seconds = read_rows(folder / "metrics.jsonl"), Counter[str]()
+    """Say what a run achieved, where the time went, and where its files are."""
+    history = read_rows(folder / "metrics.jsonl")
+    seconds: Counter[str] = Counter()
     for metrics in history:
         seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
 

@@ -9,6 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -23,7 +24,7 @@ Estimate = dict[str, Any]  # value, its standard error (None for a single questi
 
 
 def versions() -> dict[str, str]:
-    """What numbers depend on besides settings: packages, the device, and the commit if this is a git repository."""
+    """Return what numbers depend on besides settings: packages, the device, and the commit if there is one."""
     found = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
     for name in ("torch", "transformers", "vllm", "math-verify"):
         with suppress(metadata.PackageNotFoundError):
@@ -37,13 +38,13 @@ def versions() -> dict[str, str]:
 
 
 def estimate(values: Sequence[float], of_mean: bool = True) -> Estimate:
-    """Their mean with its standard error, or with their standard deviation."""
+    """Compute the mean of values with its standard error, or with their standard deviation."""
     error = stdev(values) / (math.sqrt(len(values)) if of_mean else 1) if len(values) > 1 else None
     return {"value": fmean(values), "error": error, "questions": len(values)}
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """A result.json, or the one in an evaluation's folder."""
+    """Read a result.json, or the one in an evaluation's folder."""
     file = Path(path, "result.json") if Path(path).is_dir() else Path(path)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -53,7 +54,7 @@ def read_result(path: str) -> dict[str, Any]:
 
 
 def written(number: Estimate, name: str, sign: str = "") -> str:
-    """`43.2 ± 1.8`: percent, or tokens."""
+    """Write an estimate in percent, or in tokens: `43.2 ± 1.8`."""
     scale = 1 if name.startswith("tokens") else 100
     error = "" if number["error"] is None else f" ± {scale * number['error']:.1f}"
     return f"{scale * number['value']:{sign},.1f}{error}"
@@ -65,7 +66,7 @@ def in_columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def table(results: dict[str, dict[str, Any]]) -> str:
-    """A row for each number, a column for each benchmark; then its main number by level, subject and the like."""
+    """Lay out a row for each number and a column for each benchmark; then its main number by level and the like."""
     rows = [["", *results], ["questions", *(f"{result['questions']:,}" for result in results.values())]]
     for name in next(iter(results.values()))["numbers"]:  # all have the same
         rows.append([name, *(written(result["numbers"][name], name) for result in results.values())])
@@ -77,15 +78,20 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def compare(before_path: str, after_path: str) -> str:
-    """Every number that both results have: before, after, and their mean difference question by question, whose
-    standard error is smaller than that of two separate means, as both were asked the same questions."""
-    before, after = read_result(before_path), read_result(after_path)
+    """Compare every number that both results have: before, after, and their mean difference question by question.
+
+    Its standard error is smaller than that of two separate means, since both were asked the same questions.
+    """
+    before = read_result(before_path)
+    after = read_result(after_path)
     shared = [name for name in before["benchmarks"] if name in after["benchmarks"]]
     if not shared:
         raise UserError(f"{before_path} and {after_path} have no benchmark in common")
-    rows, notes = [["", "", "before", "after", "difference"]], []
+    rows = [["", "", "before", "after", "difference"]]
+    notes = []
     for benchmark in shared:
-        a, b = before["benchmarks"][benchmark], after["benchmarks"][benchmark]
+        a = before["benchmarks"][benchmark]
+        b = after["benchmarks"][benchmark]
         if a["fingerprint"] != b["fingerprint"]:
             raise UserError(
                 f"{benchmark} has other questions in {before_path} than in {after_path}: evaluate one again"
@@ -96,7 +102,8 @@ def compare(before_path: str, after_path: str) -> str:
             rows.append([benchmark, name, *both, written(difference, name, sign="+")])
         if (main := a["groups of"]) in b["values"]:
             correct = [(x > 0.5, y > 0.5) for x, y in zip(a["values"][main], b["values"][main], strict=True)]
-            gained, lost = correct.count((False, True)), correct.count((True, False))
+            gained = correct.count((False, True))
+            lost = correct.count((True, False))
             notes.append(f"{benchmark}: {gained:,} questions gained, {lost:,} lost ({main} over 1/2)")
     for kind in ("settings", "versions"):
         if changed := changes(before[kind], after[kind]):
@@ -105,14 +112,13 @@ def compare(before_path: str, after_path: str) -> str:
 
 
 def seeds(paths: Sequence[str]) -> str:
-    """A line for each setting of the runs whose policies these results measure: the mean of its seeds, and behind the
-    sign their standard deviation."""
+    """Lay out a line for each setting of the runs that were measured: the mean over its seeds ± standard deviation."""
     results = [read_result(path) for path in paths]
     groups = by_settings([run_of(result, path) for result, path in zip(results, paths, strict=True)])
     lines = []
-    for benchmark in dict.fromkeys(name for result in results for name in result["benchmarks"]):
-        measured = [result["benchmarks"].get(benchmark, {}).get("numbers") for result in results]
-        names = dict.fromkeys(name for numbers in measured if numbers for name in numbers)
+    for benchmark in dict.fromkeys(chain.from_iterable(result["benchmarks"] for result in results)):
+        measured = [result["benchmarks"].get(benchmark, {}).get("numbers", {}) for result in results]
+        names = dict.fromkeys(chain.from_iterable(measured))
         rows = [[benchmark, "seeds", *names]]
         for label, places in groups.items():
             of_seeds = [measured[i] for i in places if measured[i]]
@@ -126,7 +132,7 @@ def seeds(paths: Sequence[str]) -> str:
 
 
 def run_of(result: dict[str, Any], path: str) -> Path:
-    """The run whose policy this result measures."""
+    """Find the run whose policy a result measures."""
     model = Path(str(result["settings"].get("model")))
     for folder in model.parents:
         if (folder / "metrics.jsonl").is_file():

@@ -39,6 +39,7 @@ HOSTILE = [
 ]
 
 
+@pytest.mark.slow
 def test_hostile_answers_neither_raise_nor_hang() -> None:
     assert not any(equivalent_many([("x+2", answer) for answer in HOSTILE]))
     assert equivalent("x+2", "2+x"), "the children must have been replaced"

@@ -17,6 +17,7 @@ def run_benchmark(file: str, *flags: str) -> str:
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_runs_on_a_cpu_and_no_part_of_it_fails(tmp_path):
     flags = ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1", "--steps", "2"]
     run_benchmark("gpu.py", *flags, "--out", str(tmp_path / "gpu.json"))
@@ -26,6 +27,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_no_part_of_it_fails(tmp_path):
     assert result["resume"]["largest_gap"]["grad_norm"] == 0, "on a CPU a resumed run is the same to the bit"
 
 
+@pytest.mark.slow
 def test_a_part_that_fails_does_not_end_the_others(tmp_path):
     run_benchmark("gpu.py", "--models", "tiny", "--parts", "nothing", "head", "--out", str(tmp_path / "gpu.json"))
     result = json.loads((tmp_path / "gpu.json").read_text())
@@ -38,6 +40,7 @@ def test_the_step_beside_trl_runs():
     assert "| --- |" in run_benchmark("step_vs_trl.py", *flags)
 
 
+@pytest.mark.slow
 def test_the_two_choices_of_a_laptop_are_measured():
     flags = ["--questions", "2", "--rollouts", "2", "--response-tokens", "4", "--trained", "2", "--repeats", "1"]
     printed = run_benchmark("cpu.py", *flags, "--no-vllm")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_train import SMALL, metrics_of, small
+from runs import SMALL, cut_in_half, metrics_of, small
 
 import train
 from config import UserError, parse
@@ -26,10 +26,6 @@ def finished(tmp_path_factory) -> Path:
 @pytest.fixture
 def folder(finished, tmp_path) -> Path:
     return shutil.copytree(finished, tmp_path / "run", symlinks=True)
-
-
-def cut_in_half(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
 
 
 def flip_a_bit(file: Path) -> None:

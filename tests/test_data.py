@@ -330,9 +330,13 @@ def test_a_million_characters_are_read_and_then_dropped_as_too_long(tmp_path, su
     else:
         pq.write_table(pa.table({"question": [long, "q"]}), path)
     report = Report()
-    kept = tokenize_pairs(load_pairs(str(path)), byte_tokenizer(), 200, report=report)
+    kept = tokenize_pairs(load_pairs(str(path)), encode, 200, report=report)
     assert [each.pair.question for each in kept] == ["q"]
     assert report.dropped["too long"] == 1 and max(report.tokens["x"]) > 1_000_000
+
+
+def encode(question: str) -> list[int]:
+    return prompt_ids(byte_tokenizer(), question)
 
 
 BAD_FILES = {
@@ -587,7 +591,7 @@ def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
     kept = {}
     for views in (("x",), ("x'",), ("x", "x'")):
         report = Report()
-        prompted = tokenize_pairs(pairs, byte_tokenizer(), fixed + 1, views=views, report=report)
+        prompted = tokenize_pairs(pairs, encode, fixed + 1, views=views, report=report)
         kept[views] = [each.pair.id for each in prompted]
         assert all(set(each.prompts) == set(views) for each in prompted)
         assert report.dropped["too long"] == 3 - len(prompted)
@@ -596,24 +600,24 @@ def test_a_pair_is_dropped_if_either_needed_side_is_too_long():
 
 def test_nothing_left_is_an_error_that_says_how_long_the_prompts_are():
     with pytest.raises(UserError, match=r"fits --max-prompt-tokens 5 \(tokens of x: min \d+, median \d+, max \d+\)"):
-        tokenize_pairs([Pair("0", "q")], byte_tokenizer(), 5)
+        tokenize_pairs([Pair("0", "q")], encode, 5)
 
 
 def test_only_a_run_on_rephrasings_loses_pairs_without_them():
     pairs, report = [Pair("0", "q"), Pair("1", "q", "r")], Report()
-    assert len(tokenize_pairs(pairs, byte_tokenizer(), 512)) == 2
-    assert [e.pair.id for e in tokenize_pairs(pairs, byte_tokenizer(), 512, views=("x", "x'"), report=report)] == ["1"]
+    assert len(tokenize_pairs(pairs, encode, 512)) == 2
+    assert [e.pair.id for e in tokenize_pairs(pairs, encode, 512, views=("x", "x'"), report=report)] == ["1"]
     assert report.dropped["no rephrasing"] == 1
     with pytest.raises(UserError, match="make rephrasings with `python -m tools.rephrase`"):
-        tokenize_pairs(pairs[:1], byte_tokenizer(), 512, views=("x", "x'"))
+        tokenize_pairs(pairs[:1], encode, 512, views=("x", "x'"))
 
 
 def test_a_run_that_needs_gold_says_so():
     pairs, report = [Pair("0", "q"), Pair("1", "p", gold="1")], Report()
-    assert [e.pair.id for e in tokenize_pairs(pairs, byte_tokenizer(), 512, needs_gold=True, report=report)] == ["1"]
+    assert [e.pair.id for e in tokenize_pairs(pairs, encode, 512, needs_gold=True, report=report)] == ["1"]
     assert report.dropped["no gold"] == 1
     with pytest.raises(UserError, match="--answer-column"):
-        tokenize_pairs(pairs[:1], byte_tokenizer(), 512, needs_gold=True)
+        tokenize_pairs(pairs[:1], encode, 512, needs_gold=True)
 
 
 # ---------------------------------------------------------------- benchmarks

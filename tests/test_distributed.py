@@ -6,18 +6,14 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
-from test_train import ROOT, SMALL, metrics_of, small, weights_of
+from runs import FLAGS, ROOT, SMALL, assert_same_run, metrics_of, run_with, small, torchrun
 
 import train
 from store import checkpoint
 
-FLAGS = ["--variant", "III", "--steps", "2", "--save-every", "1", "--tokens-per-micro-batch", "150"]
 FRUGAL = ["--activation-checkpointing", "on", "--offload-optimizer", "--offload-teacher"]
 
 
@@ -32,16 +28,6 @@ train.main()
 """
 
 
-def torchrun(processes: int, out: Path, *flags: str, script: str = "train.py") -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, script, *SMALL, *FLAGS, "--out", str(out), *flags]
-
-
-def run_with(processes: int, out: Path, *flags: str) -> Path:
-    subprocess.run(torchrun(processes, out, *flags), cwd=ROOT, check=True, capture_output=True, timeout=300)
-    return out
-
-
 def started(out: Path, errors: Path) -> subprocess.Popen[bytes]:
     """A long run on two processes that has taken its first step."""
     command = torchrun(2, out, "--steps", "500", "--save-every", "0")
@@ -53,6 +39,7 @@ def started(out: Path, errors: Path) -> subprocess.Popen[bytes]:
     return process
 
 
+@pytest.mark.slow
 def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
     process = started(tmp_path / "run", tmp_path / "errors")
     process.terminate()
@@ -64,6 +51,7 @@ def test_sigterm_to_torchrun_saves_on_all_ranks_what_can_be_resumed(tmp_path):
     assert found is not None and checkpoint.step_of(found) == steps_taken
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_ends_the_job_within_a_minute_and_says_so(tmp_path):
     """Without this the others would wait for it until the group's timeout, half an hour."""
     process = started(tmp_path / "run", tmp_path / "errors")
@@ -77,29 +65,7 @@ def test_a_rank_that_dies_ends_the_job_within_a_minute_and_says_so(tmp_path):
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
 
 
-def moments_of(folder: Path) -> dict[str, torch.Tensor]:
-    """Adam's first moments of every weight in the latest checkpoint."""
-    return load_file(folder / "checkpoints" / "latest" / "optimizer" / "exp_avg.safetensors")
-
-
-def assert_same_run(folder: Path, alone: Path) -> None:
-    """Metrics agree to rounding, so the rollouts are the same; so do Adam's first moments, which are sums of gradients.
-    Adam divides by their size, and where that is nearly 0, rounding noise by itself: the policy's bound is a share of
-    the learning rate of 5e-4, and the teacher has a hundredth of it."""
-    for seen, expected in zip(metrics_of(folder), metrics_of(alone), strict=True):
-        for key in ("mismatch_mean", "mismatch_max"):  # rounding itself
-            assert seen.pop(key) < 1e-4 and expected.pop(key) < 1e-4
-        assert seen == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    for bound, read in (
-        (1e-6, moments_of),
-        (1e-4, weights_of),
-        (1e-6, partial(weights_of, who="teacher")),
-    ):
-        ours, theirs = read(folder), read(alone)
-        assert ours.keys() == theirs.keys()
-        assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < bound
-
-
+@pytest.mark.slow
 def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_path):
     """The silent bugs: gradients averaged instead of added, a teacher that follows stale weights, a local denominator,
     fully_masked micro-batches in the metrics, optimizer shards that land elsewhere."""
@@ -112,6 +78,7 @@ def test_two_processes_do_what_one_does_and_hand_over_to_four_and_to_one(tmp_pat
         assert_same_run(run_with(processes, resumed, "--resume", "auto", *flags), alone)
 
 
+@pytest.mark.slow
 def test_ranks_that_judge_answers_differently_hang_or_train_on_other_rewards(tmp_path):
     """Without a KL term, rollouts that teach nothing are skipped: ranks that disagreed on them waited for ever."""
     (tmp_path / "disagreeing.py").write_text(DISAGREEING)
@@ -133,6 +100,7 @@ runpy.run_path("train.py", run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_a_failed_job_if_a_library_aborts_at_the_exit(tmp_path):
     """A scheduler would start it again. What was printed last is not lost either."""
     (tmp_path / "aborting.py").write_text(ABORTING)

@@ -4,7 +4,6 @@ import ast
 import re
 import sys
 from contextlib import redirect_stdout
-from dataclasses import replace
 from functools import cache
 from io import StringIO
 from pathlib import Path
@@ -14,17 +13,22 @@ import pytest
 import torch
 from tiny import ScriptedSampler, tiny_run
 
-import rewards
 import train
+from baselines import BASELINES
 from config import parse
 from data import Pair
-from rewards import VARIANTS, Group, Variant, majority_vote
+from rewards import VARIANTS, Variant
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import study  # noqa: E402
+
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 by_name = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 # Of torchrun, sbatch, pip, pytest, lm_eval and LiveCodeBench: flags of other programs that the documents show.
 FOREIGN = {
+    "--index-url",
     "--nproc-per-node",
     "--nnodes",
     "--rdzv-backend",
@@ -81,7 +85,7 @@ def missing_names(text: str) -> list[str]:
 
 
 def test_a_name_in_the_documents_was_renamed_or_removed():
-    assert missing_names("`grpo.py: k3` `lm/packing.py: Rollout.logp` `tests/test_docs.py::names_in`") == []
+    assert missing_names("`grpo.py: k3` `lm/record.py: Rollout.logp` `tests/test_docs.py::names_in`") == []
     assert missing_names("`grpo.py: k4` `gone.py: k3` `tests/test_grpo.py::test_k4`") == [
         "grpo.py: k4",
         "gone.py: k3",
@@ -130,7 +134,8 @@ def test_a_document_names_a_flag_that_no_program_has(document):
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/PAPER.md", "docs/FORK.md", "docs/METHODS.md", "docs/TTT.md", "docs/SCALE.md"]
+    "document",
+    ["README.md", *(f"docs/{name}.md" for name in ("PAPER", "FORK", "METHODS", "EVALUATION", "PERFORMANCE"))],
 )
 def test_a_training_command_in_a_document_has_a_flag_that_train_refuses(document):
     text = (ROOT / document).read_text().replace("\\\n", " ")
@@ -148,16 +153,10 @@ def test_a_link_leads_nowhere(document):
     assert [target for target in relative if not (document.parent / target).exists()] == []
 
 
-def rows_added_by(document: str, namespace: dict[str, Any]) -> dict[str, Variant]:
-    """What the one block of Python in a document adds to the table of variants, which stays as it was."""
+def example_of(document: str) -> str:
+    """The one block of Python in a document."""
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
-    before = dict(VARIANTS)
-    try:
-        exec(compile(code, document, "exec"), namespace)
-        return {name: row for name, row in VARIANTS.items() if name not in before}
-    finally:
-        VARIANTS.clear()
-        VARIANTS.update(before)
+    return code
 
 
 def one_step(variant: Variant, answers: list[str]) -> tuple[dict[str, float], dict[str, Any], bool]:
@@ -170,7 +169,13 @@ def one_step(variant: Variant, answers: list[str]) -> tuple[dict[str, float], di
 
 
 def test_the_worked_reward_of_the_fork_guide_does_not_run():
-    (variant,) = rows_added_by("docs/FORK.md", {}).values()
+    before = dict(VARIANTS)
+    try:
+        exec(compile(example_of("docs/FORK.md"), "docs/FORK.md", "exec"), {})
+        (variant,) = [row for name, row in VARIANTS.items() if name not in before]
+    finally:
+        VARIANTS.clear()
+        VARIANTS.update(before)
     answers = ["so \\boxed{4}", "\\boxed{4}", "surely it must be \\boxed{4}", "\\boxed{5}"]
     seen, sample, moved = one_step(variant, answers)
     assert sample["label"] == "4" and sample["label_from"] == "teacher on x"
@@ -178,35 +183,36 @@ def test_the_worked_reward_of_the_fork_guide_does_not_run():
     assert seen["reward"] == 0.625 and seen["label_accuracy"] == 1.0 and moved
 
 
-def test_the_reward_of_the_readme_does_not_run_inside_rewards_py():
-    (variant,) = rows_added_by("README.md", dict(vars(rewards))).values()
-    boxed = ["4", "5", "6"]
-    asked = Group([""] * 3, boxed, [1] * 3, [True] * 3, majority_vote(boxed), "exact", "4", label_share=0.9)
-    assert variant.reward([asked, replace(asked, label_share=0.3)]) == [[1, 0, 0], [0, 0, 0]]
+def test_the_reward_of_the_readme_does_not_run_at_the_end_of_baselines_py():
+    namespace: dict[str, Any] = {"__name__": "baselines"}
+    pasted = (ROOT / "baselines.py").read_text() + "\n\n" + example_of("README.md")
+    exec(compile(pasted, "baselines.py", "exec"), namespace)
+    ((_, variant),) = [(name, row) for name, row in namespace["BASELINES"].items() if name not in BASELINES]
     _, sure, moved = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 4, 5, 6)])
-    assert sure["rewards"] == [1.0, 1.0, 0.0, 0.0] and moved
+    assert sure["rewards"] == [0.5, 0.5, 0.25, 0.25] and moved
     _, unsure, _ = one_step(variant, [f"\\boxed{{{answer}}}" for answer in (4, 5, 6, 7)])
     assert unsure["rewards"] == [0.0] * 4
 
 
 def test_the_study_replaces_another_table_or_the_text_beside_it(tmp_path):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import study
-
-    document = tmp_path / "STUDY.md"
-    document.write_text("# Title\n<!-- usual -->\n| old |\n| --- |\n\ntext\n\n<!-- noise -->\nend\n")
+    document = tmp_path / "RESULTS.md"
+    document.write_text("# Title\n<!-- study-usual -->\n| old |\n| --- |\n\ntext\n\n<!-- study-noise -->\nend\n")
     for _ in range(2):
-        study.fill_in(document, "usual", "| new |")
-        study.fill_in(document, "noise", "| noisy |")
-    assert document.read_text() == "# Title\n<!-- usual -->\n| new |\n\ntext\n\n<!-- noise -->\n| noisy |\nend\n"
+        study.publish(document, "study-usual", [["", "new"], ["I", "0.85 (0.82 to 0.89)"], ["II", "-"]])
+        study.publish(document, "study-noise", [["noisy"], ["1"]])
+        study.publish(document, "study-votes", [["", "change"], ["I", "+3.0 ± 1.0"], ["II", "0.5"]])
+    tables = "<!-- study-usual -->\n|  | new |\n| --- | --- |\n| I | 0.85 (0.82 to 0.89) |\n| II | - |\n\ntext\n\n"
+    assert document.read_text() == f"# Title\n{tables}<!-- study-noise -->\n| noisy |\n| --- |\n| 1 |\nend\n"
+    usual = (tmp_path / "results" / "study-usual.csv").read_text()
+    assert usual == "name,new,new lowest,new highest\nI,0.85,0.82,0.89\nII,,,\n"
+    votes = (tmp_path / "results" / "study-votes.csv").read_text()
+    assert votes == "name,change,change error\nI,+3.0,1.0\nII,0.5,\n"
 
 
-def test_a_section_of_the_study_names_flags_that_do_not_exist_or_has_no_place_in_its_document():
-    sys.path.insert(0, str(ROOT / "benchmarks"))
-    import study
-
-    document = (ROOT / "docs" / "STUDY.md").read_text()
+def test_a_section_of_the_study_names_flags_that_do_not_exist_or_has_no_table():
+    text = (ROOT / "docs" / "RESULTS.md").read_text()
     for name, rows in study.SECTIONS.items():
-        assert f"<!-- {name} -->" in document
+        table = f"results/{study.table_name(name)}.csv"
+        assert (ROOT / "docs" / table).is_file() and f"]({table})" in text
         for flags in rows.values():
             parse(f"{flags} {study.ALWAYS}".split())

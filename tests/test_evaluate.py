@@ -28,6 +28,9 @@ from lm.record import Rollout
 from rewards import equivalent
 from sources.benchmarks import SOURCES
 from sources.pairs import Benchmark, Pair, load_benchmark
+from store import batches
+from store.checkpoint import weights_fingerprint
+from store.folder import lock
 from store.jsonl import Record
 from store.results import compare, estimate, seeds, table
 
@@ -180,59 +183,76 @@ def files_of(tmp_path: Path) -> dict[str, bytes]:
 def test_killed_evaluation_repeats_or_loses_questions(
     tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed at any of its files, it ends with the files of an undisturbed run, and asks nothing twice that it kept."""
+    """Killed at any write, it ends with the files of an undisturbed run, and asks nothing twice that it kept."""
     settings = settings_of(tmp_path)
     evaluate_model(settings)
-    undisturbed, real = files_of(tmp_path), os.replace
+    undisturbed, real = files_of(tmp_path), batches.append_rows
     assert undisturbed.keys() == {"settings.json", "own.jsonl", "result.json"}
-    for fatal in range(1, 1 + 4 + 2 + 1):
+    for fatal in range(4):
         shutil.rmtree(tmp_path / "out")
-        replaced: list[Path] = []
+        written: list[int] = []
 
-        def dies(old: Path, new: Path, replaced: list[Path] = replaced, fatal: int = fatal) -> None:
-            replaced.append(new)
-            if len(replaced) == fatal:
-                Path(old).write_text('{"id": "4", "quest')
+        def dies(file: Path, rows: list[Record], written: list[int] = written, fatal: int = fatal) -> None:
+            if len(written) == fatal:
+                real(file, rows[:3])
+                with file.open("a") as stream:
+                    stream.write('{"id": "4", "quest')
                 raise MemoryError
-            real(old, new)
+            written.append(len(rows) // 4)
+            real(file, rows)
 
         with monkeypatch.context() as patched, pytest.raises(MemoryError):
-            patched.setattr(os, "replace", dies)
+            patched.setattr(batches, "append_rows", dies)
             evaluate_model(settings)
-        kept = sum(path.parent.name == "own.parts" and path.suffix == ".jsonl" for path in replaced[:-1])
         guesser.requests.clear()
         evaluate_model(settings)
         assert files_of(tmp_path) == undisturbed
-        assert len(guesser.requests) == 2 * (7 - min(2 * kept, 7)), "a greedy and a sampled request for each"
+        assert len(guesser.requests) == 2 * (7 - sum(written)), "a greedy and a sampled request for each"
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"id": "2", "quest', b"\xff\n", b"[]\n" * 8])
-def test_damaged_part_ends_the_evaluation_for_good(tmp_path: Path, guesser: Guesser, damage: bytes) -> None:
+@pytest.mark.parametrize("damage", [b"", b'{"id": "2", "quest', b"\xff\n", b"[]\n" * 8, b'{"id": "5"}\n' * 4])
+def test_damaged_answers_end_the_evaluation_for_good(tmp_path: Path, guesser: Guesser, damage: bytes) -> None:
     settings = settings_of(tmp_path)
     evaluate_model(settings)
     undisturbed = files_of(tmp_path)
-    (tmp_path / "out" / "own.parts" / "000002.jsonl").write_bytes(damage)
+    lines = undisturbed["own.jsonl"].splitlines(keepends=True)
+    (tmp_path / "out" / "own.jsonl").write_bytes(b"".join(lines[:8]) + damage + b"".join(lines[12:]))
+    (tmp_path / "out" / "result.json").unlink()
     guesser.requests.clear()
     evaluate_model(settings)
     assert files_of(tmp_path) == undisturbed
-    assert set(guesser.requests) == {"What is 2 modulo 2?", "What is 3 modulo 2?"}
+    assert set(guesser.requests) == {f"What is {i} modulo 2?" for i in range(2, 7)}
 
 
-def test_two_processes_ask_twice_or_disagree_with_one(
-    tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_finished_evaluation_asks_again(tmp_path: Path, guesser: Guesser, capsys: pytest.CaptureFixture[str]) -> None:
     evaluate_model(settings_of(tmp_path))
-    alone, asked = files_of(tmp_path), sorted(guesser.requests)
-    shutil.rmtree(tmp_path / "out")
+    shown = capsys.readouterr().out
     guesser.requests.clear()
-    capsys.readouterr()
-    for rank, finished in ((1, False), (0, True)):  # the last one puts the parts together
-        monkeypatch.setenv("RANK", str(rank))
-        monkeypatch.setenv("WORLD_SIZE", "2")
-        assert (evaluate_model(settings_of(tmp_path)) is not None) == finished
-        assert ("avg@3" in capsys.readouterr().out) == finished
-    assert files_of(tmp_path) == alone
-    assert sorted(guesser.requests) == asked
+    evaluate_model(settings_of(tmp_path))
+    assert guesser.requests == [] and capsys.readouterr().out == shown
+
+
+def test_a_new_policy_under_an_old_name_gets_the_old_result(tmp_path: Path, guesser: Guesser) -> None:
+    """A run is deleted, trained again and evaluated into the same folder: its weights are others."""
+    policy = tmp_path / "step-000001" / "policy"
+    policy.mkdir(parents=True)
+    for manifest in ("one", "another"):
+        (policy.parent / "manifest.json").write_text(manifest)
+        if manifest == "one":
+            evaluate_model(settings_of(tmp_path, model=str(policy)))
+    with pytest.raises(UserError, match=r"begun with other settings: weights \(was .*delete it"):
+        evaluate_model(settings_of(tmp_path, model=str(policy)))
+    (policy / "model.safetensors").write_text("weights")
+    (policy.parent / "manifest.json").unlink()
+    before = weights_fingerprint(policy)
+    (policy / "model.safetensors").write_text("others!")
+    os.utime(policy / "model.safetensors", ns=(1, 1))
+    assert weights_fingerprint(policy) != before
+
+
+def test_two_evaluations_at_once_share_a_result(tmp_path: Path, guesser: Guesser) -> None:
+    with lock(tmp_path / "out"), pytest.raises(UserError, match="another run is writing to it"):
+        evaluate_model(settings_of(tmp_path))
 
 
 @pytest.fixture
@@ -254,8 +274,8 @@ def test_resumed_sampling_differs_from_undisturbed_sampling(tmp_path: Path, babb
     evaluate_model(settings)
     lines = tmp_path / "out" / "own.jsonl"
     whole = lines.read_bytes()
-    lines.unlink()
-    (tmp_path / "out" / "own.parts" / "000004.jsonl").unlink()
+    lines.write_bytes(b"".join(whole.splitlines(keepends=True)[: 4 * 3]))
+    (tmp_path / "out" / "result.json").unlink()
     evaluate_model(settings)
     assert lines.read_bytes() == whole
 

@@ -14,6 +14,7 @@ import torch
 
 from config import UserError
 from lm import distributed, vllm_engine
+from lm.decoding import Capacity
 from lm.packing import as_autocast_would, runs_flash
 from lm.vllm_engine import VLLMSampler
 
@@ -118,6 +119,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 def test_co_rewarding_II_learns_in_bfloat16_under_fsdp(tmp_path):
     """Float32 on one process is what all other tests train in, and nobody with a GPU."""
     seen = in_a_group_of_one(LEARNS_IN_BFLOAT16, str(tmp_path / "run"))
@@ -160,14 +162,14 @@ def engine_on_a_gpu(monkeypatch: pytest.MonkeyPatch, error: str) -> VLLMSampler:
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (2 * 10**9, 80 * 10**9))
     sampler = VLLMSampler.__new__(VLLMSampler)
-    sampler.llm, sampler.on_gpu, sampler.engine_memory = Engine(error), True, 0.5
+    sampler.llm, sampler.on_gpu, sampler.capacity = Engine(error), True, Capacity(32, 4, 0.5)
     return sampler
 
 
 def test_an_engine_that_cannot_wake_up_says_which_flag_helps(monkeypatch):
     sampler = engine_on_a_gpu(monkeypatch, "CUDA Error: out of memory at cumem_allocator.cpp:62")
     sampler._wake("weights")
-    with pytest.raises(UserError, match=r"2.0 of 80.0 GB are free.*--engine-memory under 0.5.*docs/SCALE.md"):
+    with pytest.raises(UserError, match=r"2.0 of 80.0 GB are free.*--engine-memory under 0.5.*docs/PERFORMANCE.md"):
         sampler._wake("kv_cache")
 
 
@@ -187,7 +189,7 @@ def test_an_engine_asks_the_machine_and_not_the_weights(monkeypatch):
     monkeypatch.setattr(vllm_engine, "preserve_host_state", lambda on_gpu: warnings.catch_warnings())
     monkeypatch.setattr(VLLMSampler, "_sleep", lambda self: None)
     monkeypatch.setattr(vllm_engine, "start_engine", lambda lm, settings: seen.update(settings))
-    VLLMSampler(tiny_lm(), [EOS], torch.bfloat16, 32, rows=4, engine_memory=0.4)
+    VLLMSampler(tiny_lm(), [EOS], torch.bfloat16, Capacity(32, 4, engine_memory=0.4))
     assert seen["enable_sleep_mode"] and seen["gpu_memory_utilization"] == 0.4 and "enforce_eager" not in seen
 
 

@@ -37,6 +37,7 @@ from grpo import (
     assign_denominators,
     group_advantages,
     k3,
+    learning_rate,
     optimizer_step,
     policy_loss,
     select_with_gradient,
@@ -45,7 +46,7 @@ from lm.packing import micro_batches, pack
 from lm.record import Rollout
 from lm.scoring import PackedLM, score
 from metrics import Clock
-from prepare import build_optimizer, learning_rate
+from prepare import build_optimizer
 from rewards import VARIANTS
 from rollout import Run
 

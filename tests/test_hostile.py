@@ -17,17 +17,14 @@ from typing import Any, NoReturn
 import pytest
 import torch
 from matplotlib.figure import Figure
-from test_checkpoint import cut_in_half
-from test_house import PROGRAM
-from test_kills import tiny_training
-from test_train import ROOT, SMALL, metrics_of, small
+from runs import PROGRAM, ROOT, SMALL, cut_in_half, metrics_of, small, tiny_training
 from tiny import CPU, byte_tokenizer, tiny_lm
 
-import rollout
 import train
 from config import Config, UserError, parse
 from lm.model import load_policy
 from lm.record import Rollout
+from rewards import Group, rollouts_of
 from store import checkpoint
 from store.jsonl import read_rows
 
@@ -45,7 +42,7 @@ def test_a_separator_of_unicode_in_a_question_or_a_text_makes_a_run_unresumable(
             each.text = f"\ud800{SEPARATORS} \\boxed{{{SEPARATORS}}}"
             each.answer = SEPARATORS
 
-    monkeypatch.setattr(rollout, "read_answers", say_it)
+    monkeypatch.setattr("rollout.read_answers", say_it)
     flags = ["--data", str(tmp_path / "data.jsonl"), "--model", "embedded", "--save-every", "1"]
     flags += ["--max-prompt-tokens", "512"]
     run = train.train(small(tmp_path / "run", *flags, "--steps", "1"))
@@ -109,6 +106,7 @@ def interrupted(*_: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_four_runs_that_start_at_once_share_a_folder(tmp_path):
     command = [sys.executable, str(ROOT / "train.py"), *SMALL, "--steps", "1"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -118,6 +116,7 @@ def test_four_runs_that_start_at_once_share_a_folder(tmp_path):
     assert [len(metrics_of(folder)) for folder in folders] == [1] * 4
 
 
+@pytest.mark.draws
 def test_a_full_disk_while_curves_are_drawn_ends_a_finished_run_in_an_error(tmp_path, monkeypatch):
     def full(*_: object, **__: object) -> NoReturn:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -132,12 +131,15 @@ def test_a_full_disk_while_curves_are_drawn_ends_a_finished_run_in_an_error(tmp_
 
 def diverge(monkeypatch: pytest.MonkeyPatch, in_steps: Callable[[int], bool]) -> None:
     """The advantages of these steps are not finite."""
-    advantages, calls = train.group_advantages, iter(range(1000))
+    assign, calls = train.assign_advantages, iter(range(1000))
 
-    def broken(*how: Any) -> torch.Tensor:
-        return advantages(*how) * (float("inf") if in_steps(next(calls)) else 1.0)
+    def broken(groups: list[Group], rewards: list[list[float]]) -> None:
+        assign(groups, rewards)
+        if in_steps(next(calls)):
+            for rollout in rollouts_of(groups):
+                rollout.advantage = float("inf")
 
-    monkeypatch.setattr(train, "group_advantages", broken)
+    monkeypatch.setattr(train, "assign_advantages", broken)
 
 
 def test_a_run_that_skips_every_step_ends_with_exit_code_0(tmp_path, monkeypatch, capsys):
@@ -152,13 +154,14 @@ def test_a_run_that_skips_every_step_ends_with_exit_code_0(tmp_path, monkeypatch
 
 
 def test_one_mini_batch_without_a_gradient_counts_as_a_step_without_one(tmp_path, monkeypatch):
-    advantages = train.group_advantages
+    assign = train.assign_advantages
 
-    def half_broken(*how: Any) -> torch.Tensor:
-        whole = advantages(*how)
-        return whole * torch.where(torch.arange(len(whole)) < len(whole) // 2, float("inf"), 1.0)
+    def half_broken(groups: list[Group], rewards: list[list[float]]) -> None:
+        assign(groups, rewards)
+        for rollout in groups[0].rollouts:
+            rollout.advantage = float("inf")
 
-    monkeypatch.setattr(train, "group_advantages", half_broken)
+    monkeypatch.setattr(train, "assign_advantages", half_broken)
     run = train.train(small(tmp_path / "run", "--steps", "12", "--mini-batches", "2"))
     assert [row["skipped_steps"] for row in metrics_of(run)] == [0.5] * 12
 
@@ -364,6 +367,7 @@ def test_a_model_that_somebody_else_wrote_is_loaded_with_trust():
     assert calls >= 4
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize("name", [".lock", "config.json", "metrics.jsonl", "rollouts.jsonl", "curves.png"])
 def test_a_link_in_a_runs_folder_overwrites_what_it_points_to(tmp_path, name):
     precious, run = tmp_path / "precious", tmp_path / "run"

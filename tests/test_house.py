@@ -5,9 +5,7 @@ from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-FOLDERS = ("lm", "answers", "sources", "embedded", "store", "tools")
-PROGRAM = sorted([*ROOT.glob("*.py"), *(file for folder in FOLDERS for file in (ROOT / folder).glob("*.py"))])
+from runs import PROGRAM, ROOT
 
 
 def name_of(file: Path) -> str:

@@ -12,15 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_train import SMALL, assert_same_weights, metrics_of, small, weights_of
-from tiny import byte_tokenizer, tiny_lm
+from runs import SMALL, assert_same_weights, metrics_of, small, tiny_training, weights_of
 from tqdm import tqdm
 
 import train
 from config import parse
-from lm.model import frozen_copy
-from lm.scoring import PackedLM
-from prepare import build_optimizer
 from store import checkpoint
 
 FLAGS = ["--steps", "4", "--save-every", "1"]
@@ -77,15 +73,6 @@ def kill_at(operation: int) -> None:
     sys.addaudithook(hook)
 
 
-def tiny_training() -> checkpoint.Training:
-    """On a tiny model, after an optimizer step."""
-    policy = PackedLM(tiny_lm())
-    optimizer = build_optimizer(policy, (0.9, 0.99), 0.0)
-    sum(parameter.sum() for parameter in policy.parameters()).backward()
-    optimizer.step()
-    return checkpoint.Training(policy, frozen_copy(policy), byte_tokenizer(), optimizer, {"run": {}}, "questions")
-
-
 def test_a_run_that_was_copied_by_what_follows_links_can_save_again(tmp_path):
     """`latest` is then a real folder, which no link replaces."""
     training = tiny_training()
@@ -99,6 +86,7 @@ def test_a_run_that_was_copied_by_what_follows_links_can_save_again(tmp_path):
     assert sorted(os.listdir(run)) == ["latest", "step-000002", "step-000003"]
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_file_operation_leaves_a_whole_checkpoint(tmp_path):
     training = tiny_training()
     for step in (1, 2):

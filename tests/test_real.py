@@ -132,17 +132,18 @@ def place(tmp_path: Path) -> Path:
     }.items():
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in of))
     (data / "SVAMP.json").write_text((FIXTURES / "SVAMP.json").read_text())
-    (tmp_path / "REAL.md").write_text((ROOT / "docs" / "REAL.md").read_text())
+    (tmp_path / "RESULTS.md").write_text((ROOT / "docs" / "RESULTS.md").read_text())
     return tmp_path
 
 
 def flags(place: Path) -> list[str]:
     small = "--methods III --steps 12 --questions-per-step 2 --rollouts 2 --max-response-tokens 6 --k 1 --limit 3 "
     small += "--eval-every 0 --save-every 1 --jobs 2 --imitation-steps 2 --imitation-batch 2"
-    where = {"model": "model", "data-dir": "data", "out": "out", "results": "results", "document": "REAL.md"}
+    where = {"model": "model", "data-dir": "data", "out": "out", "results": "results", "document": "RESULTS.md"}
     return [*small.split(), *(word for flag, name in where.items() for word in (f"--{flag}", str(place / name)))]
 
 
+@pytest.mark.slow
 def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
     run = place / "out" / "runs" / "III-lr1e-05-12x2x2-seed0"
     command = [sys.executable, str(ROOT / "benchmarks" / "real.py"), *flags(place)]
@@ -162,16 +163,16 @@ def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
     assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(13))
     assert (run / "policy").is_dir() and not (run / "checkpoints").exists()
 
-    document = (place / "REAL.md").read_text()
+    document = (place / "RESULTS.md").read_text()
     assert "| III, lr 1e-05, 12 steps of 2 x 2 | 1 |" in document and (place / "real.png").is_file()
     result = json.loads((place / "results" / "results.json").read_text())
     assert result["imitation"]["questions"]["singleeq: asked elsewhere, dropped"] == 2
     assert len(result["read"]["start"]) and result["evaluations"].keys() == {"start", run.name}
     # A second time there is nothing to do, and the tables can be made elsewhere, of results.json alone.
-    (place / "REAL.md").write_text((ROOT / "docs" / "REAL.md").read_text())
+    (place / "RESULTS.md").write_text((ROOT / "docs" / "RESULTS.md").read_text())
     (place / "out").rename(place / "moved")
     real.main(replace(settings, jobs=0))
-    assert (place / "REAL.md").read_text() == document
+    assert (place / "RESULTS.md").read_text() == document
 
 
 def test_a_run_of_another_papers_method_has_no_place_in_the_tables():

@@ -1,13 +1,13 @@
-"""tools/rephrase.py, store/parts.py, sources/faults.py, the sampler's top_p: each test is named after the bug it
+"""tools/rephrase.py, store/batches.py, sources/faults.py, the sampler's top_p: each test is named after the bug it
 prevents."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -24,7 +24,7 @@ from lm.engine import InferenceModel
 from lm.model import load_pretrained, stop_token_ids
 from lm.record import Rollout
 from sources.faults import lost_numbers, numbers, strict_fault
-from store.parts import leave_torchrun
+from store.jsonl import intact_rows
 from tools import rephrase
 from tools.rephrase import RephrasingSettings, read_reply
 
@@ -281,7 +281,8 @@ from lm.engine import InferenceModel
 from lm.record import Rollout
 from tools import rephrase
 
-def sample(prompts, keys, n, **how):
+def sample(prompts, seeds, n, **how):
+    keys = seeds
     time.sleep({seconds})
     with open({log!r}, "a") as log:
         log.writelines(f"{{key[2]}} {{key[3]}}\\n" for key in keys)
@@ -304,12 +305,13 @@ rephrase.main()
 """
 
 
-def start(folder: Path, out: str, *flags: str, seconds: float = 0.0, **environment: str) -> subprocess.Popen:
+def start(folder: Path, out: str, *flags: str, seconds: float = 0.0, launcher: Sequence[str] = ()) -> subprocess.Popen:
     """`python -m tools.rephrase` on ten questions in batches of two, by a random stub that notes what it was asked."""
     script = folder / f"stub{seconds}.py"
     script.write_text(STUB.format(root=str(ROOT), seconds=seconds, log=str(folder / "asked.txt")))
     command = [
         sys.executable,
+        *launcher,
         script,
         "--data",
         questions(folder, 10),
@@ -320,7 +322,6 @@ def start(folder: Path, out: str, *flags: str, seconds: float = 0.0, **environme
     ]
     return subprocess.Popen(
         [*map(str, command), "--batch-size", "2", "--attempts", "2", *flags],
-        env=os.environ | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -333,25 +334,27 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def parts_in(folder: Path) -> set[str]:
-    return {path.name for path in folder.glob("killed.jsonl.parts/*.jsonl")}
+def done_in(folder: Path) -> set[str]:
+    file = folder / "killed.jsonl.work" / "rows.jsonl"
+    return {str(row["id"]) for row in intact_rows(file)}
 
 
+@pytest.mark.slow
 def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path):
     finish(start(tmp_path, "whole.jsonl"))
     whole = (tmp_path / "whole.jsonl").read_bytes()
     texts = [row["rephrased"] for row in map(json.loads, whole.splitlines())]
     assert len(texts) == 10 and len({text and text.split()[0] for text in texts}) > 1  # the seeds reach the stub
     for sign in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
-        already = parts_in(tmp_path)
+        already = done_in(tmp_path)
         process = start(tmp_path, "killed.jsonl", seconds=1.5)
-        while process.poll() is None and parts_in(tmp_path) == already:
+        while process.poll() is None and done_in(tmp_path) == already:
             time.sleep(0.01)
         process.send_signal(sign)
         error = process.communicate(timeout=60)[1]
         assert "Traceback" not in error and ("stopped; the same command goes on" in error) == (sign == signal.SIGINT)
-        assert process.returncode != 0 and parts_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
-    done = {row["id"] for name in parts_in(tmp_path) for row in rows_of(tmp_path / "killed.jsonl.parts" / name)}
+        assert process.returncode != 0 and done_in(tmp_path) > already and not (tmp_path / "killed.jsonl").exists()
+    done = done_in(tmp_path)
     (tmp_path / "asked.txt").unlink()
     finish(start(tmp_path, "killed.jsonl"))
     asked = {line.split()[0] for line in (tmp_path / "asked.txt").read_text().splitlines()}
@@ -361,55 +364,24 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
 
 def test_two_processes_write_what_one_writes(tmp_path):
     finish(start(tmp_path, "one.jsonl"))
-    pair = [start(tmp_path, "two.jsonl", seconds=0.1, RANK=str(rank), WORLD_SIZE="2") for rank in (0, 1)]
-    summaries = [finish(process) for process in pair]
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    summary = finish(start(tmp_path, "two.jsonl", launcher=torchrun))
     asked = Counter((tmp_path / "asked.txt").read_text().splitlines())
     assert set(asked.values()) == {2}  # by the one process, and by one of the two
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert any("of 10 questions have a rephrasing" in summary for summary in summaries)
+    assert summary.count("of 10 questions have a rephrasing") == 1
 
 
 @pytest.mark.parametrize("damage", [b"", b'{"id": "q2", "quest', b"null\n\xff\n", b"{}\n"])
-def test_a_damaged_part_is_taken_for_a_whole_one(tmp_path, monkeypatch, damage):
+def test_damaged_rows_are_taken_for_whole_ones(tmp_path, monkeypatch, damage):
     use(monkeypatch, Scripted(answer_in_other_words))
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
     rephrase.rephrase(settings)
     whole = settings.out.read_bytes()
-    (tmp_path / "pairs.jsonl.parts" / "000002.jsonl").write_bytes(damage)
+    settings.out.unlink()
+    (tmp_path / "pairs.jsonl.work" / "rows.jsonl").write_bytes(whole.splitlines(keepends=True)[0] + damage)
     rephrase.rephrase(settings)
     assert settings.out.read_bytes() == whole
-
-
-def test_a_process_of_torchrun_uses_its_own_gpu_and_joins_no_group(monkeypatch):
-    for visible, local_rank, expected in ((None, "3", "3"), ("4,6", "1", "6"), ("", "1", ""), ("4,6", None, "4,6")):
-        given = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank, "CUDA_VISIBLE_DEVICES": visible}
-        for name, value in given.items():
-            monkeypatch.delenv(name, raising=False)
-            if value is not None:
-                monkeypatch.setenv(name, value)
-        assert leave_torchrun() == (5, 8)
-        assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
-        assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & os.environ.keys()
-
-
-def test_a_file_that_was_being_written_at_the_kill_is_not_taken_for_a_batch(tmp_path, monkeypatch):
-    use(monkeypatch, Scripted(answer_in_other_words))
-    settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
-    real, calls = os.replace, []
-
-    def dies(old, new):
-        calls.append(new)
-        if len(calls) == 3:
-            Path(old).write_text('{"id": "q2", "quest')
-            raise MemoryError
-        real(old, new)
-
-    monkeypatch.setattr(os, "replace", dies)
-    with pytest.raises(MemoryError):
-        rephrase.rephrase(settings)
-    monkeypatch.setattr(os, "replace", real)
-    rephrase.rephrase(settings)
-    assert [row["id"] for row in rows_of(settings.out)] == ["q0", "q1", "q2", "q3", "q4"]
 
 
 def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monkeypatch):
@@ -421,7 +393,7 @@ def test_a_run_is_not_continued_with_other_settings_or_questions(tmp_path, monke
         rephrase.rephrase(replace(settings, temperature=0.9))
     rephrase.rephrase(replace(settings, temperature=0.9, out=tmp_path / "another.jsonl"))
     questions(tmp_path, 4)
-    with pytest.raises(UserError, match=r"parts was begun with other settings: questions"):
+    with pytest.raises(UserError, match=r"work was begun with other settings: questions"):
         rephrase.rephrase(settings)
     assert settings.out.read_bytes() == finished
 
@@ -480,7 +452,7 @@ def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):
     command = [sys.executable, "-m", "tools.rephrase", "--data", questions(tmp_path), "--model", "m", "--out", out]
     result = subprocess.run([*map(str, command)], check=False, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert (result.returncode, result.stderr.count("\n")) == (2, 1)
-    assert result.stderr.startswith(f"error: {out}.parts/settings.json, kept for {out}, cannot be used")
+    assert result.stderr.startswith(f"error: {out}.work/settings.json, kept for {out}, cannot be used")
 
 
 # ---------------------------------------------------------------- top_p

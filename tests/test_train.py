@@ -7,10 +7,10 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from runs import ROOT, SMALL, assert_same_weights, metrics_of, small, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
@@ -19,30 +19,8 @@ import train
 from config import Config, UserError, parse
 from embedded.word_problems import word_problems
 
-ROOT = Path(__file__).resolve().parents[1]
-SMALL = ["--questions-per-step", "4", "--rollouts", "4", "--eval-data", "None"]
-TIMING = ("seconds_", "tokens_per_second", "peak_memory_gb")
 
-
-def small(out: Path, *flags: str) -> Config:
-    return parse([*SMALL, "--out", str(out), *flags])
-
-
-def metrics_of(folder: Path) -> list[dict[str, float]]:
-    """metrics.jsonl without what a clock or a memory gauge said."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith(TIMING)} for line in lines]
-
-
-def weights_of(folder: Path, who: str = "policy") -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(folder / "checkpoints" / "latest" / who).state_dict()
-
-
-def assert_same_weights(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> None:
-    assert first.keys() == second.keys()
-    assert all(torch.equal(first[name], second[name]) for name in first)
-
-
+@pytest.mark.slow
 def test_co_rewarding_II_learns_without_labels(tmp_path):
     folder = train.train(parse(["--out", str(tmp_path / "II"), "--eval-every", "50"]))
     accuracy = [record["eval_accuracy"] for record in metrics_of(folder) if "eval_accuracy" in record]
@@ -149,6 +127,7 @@ def test_a_run_never_overwrites_another(tmp_path):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_sigterm_saves_a_checkpoint_that_can_be_resumed(tmp_path):
     command = [sys.executable, "train.py", *SMALL, "--steps", "500", "--out", str(tmp_path / "run")]
     process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)

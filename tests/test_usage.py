@@ -212,8 +212,8 @@ CURES = {
     ),
     "--template-options yes": ("is no JSON object", "--template-options {}"),
     "--eval-data math501": ("choose from math500, gsm8k", "--eval-data gsm8k --data-dir two"),
-    "--offload-teacher": ("here all is in the CPU's memory, leave it out", ""),
-    "--offload-optimizer": ("here all is in the CPU's memory, leave it out", ""),
+    "--offload-teacher": ("has no effect on a CPU: leave it out", ""),
+    "--offload-optimizer": ("has no effect on a CPU: leave it out", ""),
     "--sampler vllm": ("or take --sampler hf", "--sampler hf"),
     "--out notes.txt": ("name another --out", "--out elsewhere"),
 }
@@ -290,6 +290,7 @@ def test_the_ends_of_a_range_that_an_error_names_are_refused(name):
             config.parse(["--rollouts", "2", config.flag_name(name), f"{value}"])
 
 
+@pytest.mark.slow
 def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here):
     flags = "--out mine"
     trained(flags)
@@ -358,6 +359,7 @@ def test_the_cure_for_a_run_that_diverges_does_not_work(monkeypatch, here):
     trained("--lr 0.05 --out other")
 
 
+@pytest.mark.slow
 def test_the_cures_for_models_do_not_work(monkeypatch, capsys, with_everything):
     """A tokenizer without an end-of-sequence token, and a family that cannot be packed."""
     shutil.copytree(resolve("embedded"), "mute")
@@ -383,6 +385,7 @@ def test_the_cures_for_models_do_not_work(monkeypatch, capsys, with_everything):
     trained("--model model --data questions.jsonl")
 
 
+@pytest.mark.slow
 def test_the_cures_for_what_cannot_be_downloaded_do_not_work(monkeypatch, capsys, with_everything):
     def no_network(*_: Any, **__: Any) -> str:
         raise ConnectionError

@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_distributed import FLAGS, assert_same_run, run_with
-from test_train import ROOT, SMALL
+from runs import FLAGS, ROOT, SMALL, assert_same_run, run_with
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import prepare

@@ -27,7 +27,7 @@ def ask(
     chat_template: str | None = None,
     seed: int = 0,
 ) -> None:
-    """Of a run, a folder or a hub name."""
+    """Ask the model of a run, a folder or a hub name."""
     asked = load_inference_model(newest_policy(model), "auto", chat_template)
     prompt = prompt_ids(asked.tokenizer, question, asked.template)
     with sampling_from(asked, Capacity(len(prompt) + max_response_tokens, sequences=k)) as sample:

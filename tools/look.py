@@ -27,7 +27,7 @@ WIDTH = 60  # characters that make a text legible
 
 
 def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
-    """As many beside each other as the terminal has place for."""
+    """Lay texts out side by side, as many as the terminal has place for."""
     said = zip(headings, texts, strict=True)
     return Columns(
         Panel(Text(text, overflow="fold", no_wrap=False), title=Text(heading), width=WIDTH) for heading, text in said
@@ -35,7 +35,7 @@ def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
 
 
 def described(row: Record) -> Group:
-    """One wording of the question: who voted for what, and what the policy said."""
+    """Describe one wording of the question: who voted for what, and what the policy said."""
     votes = Table.grid(padding=(0, 2))
     for who, answers in row["votes"].items():
         counts = Counter("(none)" if answer is None else answer for answer in answers).most_common()

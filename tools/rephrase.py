@@ -6,9 +6,9 @@
 The rewriter is the paper's: Qwen3-32B, not thinking, temperature 0.7, top_p 0.8. A question that has a rephrasing keeps
 it, so the same command fills the gaps of a set, or of its own output under another seed.
 
-Every batch of questions becomes a file in OUT.parts (see store/parts.py), so after a kill the same command goes on.
-Batches and seeds depend on nothing but questions and settings: the output is the same however often the work was
-stopped and whatever the number of processes. When OUT has been put together, OUT.parts may be deleted.
+Every batch is appended to OUT.work/rows.jsonl (store/batches.py), so after a kill the same command goes on. Seeds
+depend on questions and settings alone: the output is the same however often the work was stopped. Once OUT is there,
+OUT.work may be deleted.
 """
 
 import re
@@ -22,6 +22,7 @@ import tyro
 from transformers import PreTrainedTokenizerBase
 
 from config import exit_on_user_error
+from lm import distributed
 from lm.decoding import Capacity, Sample, request_seed
 from lm.engine import InferenceModel, load_inference_model, sampling_from
 from lm.model import newest_policy
@@ -30,8 +31,9 @@ from lm.record import Rollout
 from rewards import read_answers
 from sources.faults import TEMPLATE_ECHO, strict_fault
 from sources.pairs import Pair, Report, load_pairs
-from store.jsonl import Record, fingerprint, to_lines, write_atomic
-from store.parts import Part, claim, leave_torchrun, make_parts, missing_parts, read_whole, split
+from store.batches import claim_folder, work_through
+from store.checkpoint import weights_fingerprint
+from store.jsonl import Record, fingerprint, read_rows, to_lines, write_atomic
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -86,12 +88,12 @@ def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_temp
 
 
 def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
-    """In tokens: the rewriter's reply holds the question and its rewrite."""
+    """Return the longest prompt in tokens: the rewriter's reply must hold the question and its rewrite."""
     return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
 
 
 def read_reply(reply: Rollout) -> tuple[str, str | None]:
-    """The rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
+    """Read the rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
     # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
     blocks = re.split(r"RESULT[_ ]START", said, flags=re.IGNORECASE)[1:]
@@ -119,18 +121,21 @@ def as_row(pair: Pair) -> Record:
 def rewrite_batch(
     settings: RephrasingSettings, pairs: Sequence[Pair], model: InferenceModel, sample: Sample
 ) -> list[Record]:
-    """A row for each pair, with a rephrasing where there is one by now."""
-    tokenizer, template = model.tokenizer, model.template
-    rows, longest = {pair.id: as_row(pair) for pair in pairs}, longest_prompt(settings, tokenizer, template)
+    """Return a row for each pair, with a rephrasing where there is one by now."""
+    tokenizer = model.tokenizer
+    template = model.template
+    rows = {pair.id: as_row(pair) for pair in pairs}
+    longest = longest_prompt(settings, tokenizer, template)
     prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
     for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
         rows[name]["faults"]["question too long"] = 1
         del prompts[name]
     how = {"temperature": settings.temperature, "top_p": settings.top_p, "max_tokens": settings.max_response_tokens}
     for attempt in range(settings.attempts):
-        missing, n = list(prompts), 2**attempt
+        missing = list(prompts)
+        n = 2**attempt
         seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
-        said = sample(list(prompts.values()), seeds, n=n, **how) if missing else []
+        said = sample(prompts=list(prompts.values()), seeds=seeds, n=n, **how) if missing else []
         read_answers(said, tokenizer)
         for i, name in enumerate(missing):
             rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
@@ -140,7 +145,7 @@ def rewrite_batch(
 
 
 def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
-    """The first rewrite without a fault; the faults of those before it are counted."""
+    """Return the first rewrite without a fault; count the faults of those before it."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
         fault = fault or strict_fault(row["question"], rewrite, row["answer"])
@@ -152,28 +157,36 @@ def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
 
 def rephrase(settings: RephrasingSettings) -> None:
     """Give each question a second wording, by a model, checked."""
-    settings, report = replace(settings, model=newest_policy(settings.model)), Report()
+    distributed.start()
+    settings = replace(settings, model=distributed.run_on_rank0(lambda: newest_policy(settings.model)))
+    report = Report()
     pairs = load_pairs(settings.data, question=settings.question_column, answer=settings.answer_column, report=report)
-    process, folder, size = leave_torchrun(), Path(f"{settings.out}.parts"), settings.batch_size
-    claim(folder, asdict(settings) | {"out": None, "questions": fingerprint(pairs)}, settings.out)
-    parts = split(folder, pairs, size)
-    if missing := missing_parts(list(parts), process):
-        model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
-        tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
-        with sampling_from(model, Capacity(tokens, size)) as sample:
+    made_with = asdict(settings) | {"out": None, "questions": fingerprint(pairs)}
+    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(settings.model)))
+    folder = Path(f"{settings.out}.work")
+    with claim_folder(folder, made_with, settings.out):
+        if not distributed.run_on_rank0(settings.out.exists):
+            rows = rewrite_all(settings, pairs, folder / "rows.jsonl")
+            distributed.run_on_rank0(lambda: write_atomic(settings.out, to_lines(rows)))
+    print(report, summary(settings.out, read_rows(settings.out)), sep="\n")
 
-            def rewrite(part: Part) -> list[Record]:
-                return rewrite_batch(settings, parts[part], model, sample)
 
-            make_parts("rephrasing", missing, rewrite, shown="rephrased")
-    if (rows := read_whole(parts)) is not None:  # the process that finds nothing missing is the last
-        write_atomic(settings.out, to_lines(rows))
-        print(report, summary(settings.out, rows), sep="\n")
+def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path) -> list[Record]:
+    """Load the rewriter, and let it rewrite all questions."""
+    model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
+    tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
+    with sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
+
+        def rewrite(batch: Sequence[Pair]) -> list[Record]:
+            return rewrite_batch(settings, batch, model, distributed.shard_prompts(sample))
+
+        return work_through(file, pairs, settings.batch_size * distributed.world_size(), rewrite, shown="rephrased")
 
 
 def summary(out: Path, rows: Sequence[Record]) -> str:
-    """Questions with a rephrasing, and rewrites turned down by reason."""
-    good, faults = sum(bool(row["rephrased"]) for row in rows), Counter[str]()
+    """Count the questions with a rephrasing, and the rewrites turned down by reason."""
+    good = sum(bool(row["rephrased"]) for row in rows)
+    faults: Counter[str] = Counter()
     for row in rows:
         faults.update(row["faults"])
     lines = [f"{out}: {good:,} of {len(rows):,} questions have a rephrasing; turned down:"]
@@ -182,7 +195,7 @@ def summary(out: Path, rows: Sequence[Record]) -> str:
 
 def main() -> None:
     settings = tyro.cli(RephrasingSettings, description=__doc__)
-    with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.parts"):
+    with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.work"):
         rephrase(settings)
 
 
