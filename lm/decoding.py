@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 
 from lm import distributed
 from lm.model import plain_attention, unsharded
@@ -48,14 +48,6 @@ class Sampler(Protocol):
         ...
 
 
-def top_p_filter(logp: Tensor, top_p: float) -> Tensor:
-    """Cut a distribution [N, V] to its likeliest tokens, as many as it takes to hold top_p together; renormalise it."""
-    sorted_logp, tokens = logp.sort(dim=-1, descending=True)
-    before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
-    cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
-    return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
-
-
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
     """Draw a token for each row of `logits` [N, V]: where the cumulative distribution passes its uniform number [N].
 
@@ -64,7 +56,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.
     """
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if top_p < 1:
-        logp = top_p_filter(logp, top_p)
+        logp = torch.log_softmax(TopPLogitsWarper(top_p)(None, logp), dim=-1)
     if temperature == 0:
         token = logp.argmax(dim=-1, keepdim=True)
     else:

@@ -48,11 +48,7 @@ class VLLMSampler:
     """A vLLM engine; several can live in a process, but closing one closes torch.distributed for all."""
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        eos_ids: Sequence[int],
-        compute_dtype: torch.dtype,
-        capacity: Capacity,
+        self, lm: PreTrainedModel, eos_ids: Sequence[int], compute_dtype: torch.dtype, capacity: Capacity
     ) -> None:
         self.eos_ids = list(eos_ids)
         self.dtype = compute_dtype
@@ -149,15 +145,7 @@ class VLLMSampler:
             raise UserError(f"vLLM stopped loading before the weight {left[0]}")
         self._checked = checked
 
-    def _sample(
-        self,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        n: int,
-        temperature: float,
-        max_tokens: int,
-        top_p: float = 1.0,
-    ) -> list[Rollout]:
+    def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:
             raise UserError("sampling outside of `loaded`: the engine's weights belong to no model")
         from vllm import SamplingParams
@@ -165,9 +153,7 @@ class VLLMSampler:
         asked = [{"prompt_token_ids": prompt} for prompt, _ in product(prompts, range(n))]
         parameters = [
             SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
+                **how,  # temperature, max_tokens, top_p
                 seed=seed + g,  # any integer of 64 bits except -1, which vLLM reads as none
                 stop_token_ids=self.eos_ids,
                 logprobs=0,  # of the sampled token only
@@ -178,11 +164,13 @@ class VLLMSampler:
         ]
         with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
-        responses = [output.outputs[0] for output in outputs]
-        return [
-            Rollout(request["prompt_token_ids"], list(o.token_ids), list(o.logprobs.logprobs), o.finish_reason == "stop")
-            for request, o in zip(asked, responses, strict=True)
-        ]
+        rollouts = []
+        for request, output in zip(asked, outputs, strict=True):
+            (response,) = output.outputs
+            logp = list(response.logprobs.logprobs)
+            finished = response.finish_reason == "stop"
+            rollouts.append(Rollout(request["prompt_token_ids"], list(response.token_ids), logp, finished))
+        return rollouts
 
     def _check(self, lm: PreTrainedModel) -> None:
         """Compare the engine's log-probs of a few sampled tokens with the model's own."""
