@@ -31,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from config import UserError
 from lm import distributed
-from lm.decoding import Capacity, Sample
+from lm.decoding import Capacity, Sample, Sampler
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
 
@@ -44,7 +44,7 @@ CHECKED_PROMPT, CHECKED_RESPONSE = 160, 32  # tokens of the check after the firs
 CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """A vLLM engine; several can live in a process, but closing one closes torch.distributed for all."""
 
     def __init__(
@@ -54,18 +54,14 @@ class VLLMSampler:
         self.dtype = compute_dtype
         self.capacity = capacity
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
-        self.sync_seconds: float | None = None
         self._held = False
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
-        settings: dict[str, Any] = {
-            "dtype": str(compute_dtype).removeprefix("torch."),
-            "max_model_len": capacity.sequence_tokens,
-        }
-        if self.on_gpu:
-            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
-        else:
-            settings |= cpu_limits(lm.config, compute_dtype, capacity)
+        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+        if not self.on_gpu:
+            settings = cpu_limits(lm.config, compute_dtype, capacity)
+        settings["dtype"] = str(compute_dtype).removeprefix("torch.")
+        settings["max_model_len"] = capacity.sequence_tokens
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
         with preserve_host_state(self.on_gpu):
             self.llm = start_engine(lm, settings)
@@ -75,7 +71,6 @@ class VLLMSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         if self._held:
             raise UserError("the engine holds a model already: leave its `with` first")
         begin = time.perf_counter()
@@ -126,8 +121,6 @@ class VLLMSampler:
         """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
-        checked = self._checked
-        self._checked = False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -136,14 +129,10 @@ class VLLMSampler:
                 tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
                 yield name, distributed.full_tensor(tensor)  # one at a time: whole, the model would not fit
 
-        tensors = stream()
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         except Exception as error:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
-        if left := next(tensors, None):
-            raise UserError(f"vLLM stopped loading before the weight {left[0]}")
-        self._checked = checked
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:

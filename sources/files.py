@@ -31,8 +31,6 @@ PUBLISHED = {
 
 
 class Columns(NamedTuple):
-    """The names of a file's columns."""
-
     question: str = "question"
     rephrased: str = "rephrased"
     answer: str = "answer"
@@ -172,7 +170,6 @@ def read_pairs(files: Sequence[Path], columns: Columns) -> list[Pair]:
 
 
 def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
-    """Read each cell as what it says."""
     cells_at = {f"{source}, row {number}": row for number, row in enumerate(rows, 1)}
     for place, row in cells_at.items():
         if not isinstance(row, dict) or None in row:  # None: DictReader's name for cells beyond the header
