@@ -245,7 +245,6 @@ def load_config(file: Path) -> Config:
 
 def validate(config: Config, default: Config) -> Config:
     """Return the settings; refuse, before anything is loaded, those that could only fail or mislead later."""
-    data = config.data
     optimisation = config.optimisation
     values: dict[str, Any] = {}
     for group in vars(config).values():
@@ -261,12 +260,12 @@ def validate(config: Config, default: Config) -> Config:
         config = replace(config, optimisation=replace(optimisation, steps=None))
     if config.votes < config.sampling.rollouts:
         raise UserError(f"--votes {config.votes} are fewer than --rollouts {config.sampling.rollouts}, which all vote")
-    if optimisation.mini_batches > data.questions_per_step:
-        limit = f"--questions-per-step {data.questions_per_step}: raise that over it, steps differ by one"
+    if optimisation.mini_batches > config.data.questions_per_step:
+        limit = f"--questions-per-step {config.data.questions_per_step}: raise that over it, steps differ by one"
         raise UserError(f"--mini-batches {optimisation.mini_batches} exceeds {limit}")
     if config.model.name is None:
-        if data.source != EMBEDDED_DEFAULTS.data.source:
-            raise UserError(f"--data {data.source} without --model: name one, or --model embedded for the built-in toy")
+        if config.data.source != EMBEDDED_DEFAULTS.data.source:
+            raise UserError(f"--data {config.data.source} without --model: name one, or --model embedded")
         config = replace(config, model=replace(config.model, name="embedded"))
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
@@ -286,5 +285,4 @@ def parse_template_options(template_options: str) -> dict[str, Any]:
 
 
 def flag_name(name: str) -> str:
-    """Return a setting's flag."""
     return "--" + {"source": "data", "name": "model"}.get(name, name).replace("_", "-")

@@ -1,4 +1,4 @@
-"""The embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
+r"""Make the embedded task: word problems with two steps of arithmetic, in several wordings, made on the spot.
 
 Each problem has four wordings that name its numbers in different orders; another wording of the same problem is its
 rephrasing. Some are held out, in every wording. models/ holds start models, which `benchmarks/start_models.py` has
@@ -9,7 +9,7 @@ differ, whose majority is mostly but not always right, and which a careless rewa
 import hashlib
 import operator
 import random
-from itertools import product
+from itertools import chain, product, starmap
 from typing import Any, Literal, NamedTuple
 
 Split = Literal["train", "held-out"]
@@ -69,17 +69,18 @@ class Problem(NamedTuple):
         return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
 
     def work(self, first: str = "", second: str = "", slips: tuple[int, int] = (0, 0)) -> Work:
-        """The way to the answer; with other operators, or with slips of arithmetic, to another one."""
+        """Work out the answer, or another one with other operators or with slips of arithmetic."""
         right_first, places, right_second = FAMILIES[self.family].steps
-        first, second = first or right_first, second or right_second
         x, y, z = (self.operands[place] for place in places)
+        first = first or right_first
+        second = second or right_second
         middle = OPERATORS[first](x, y) + slips[0]
         result = OPERATORS[second](middle, z) + slips[1]
         return Work(f"{x}{first}{y}={middle}", f"{middle}{second}{z}={result}", result)
 
 
-POSSIBLE = [Problem(f, numbers) for f, family in enumerate(FAMILIES) for numbers in product(*family.numbers)]
-PROBLEMS = [problem for problem in POSSIBLE if problem.work().result > 0]
+POSSIBLE = [product([number], product(*family.numbers)) for number, family in enumerate(FAMILIES)]
+PROBLEMS = [problem for problem in starmap(Problem, chain.from_iterable(POSSIBLE)) if problem.work().result > 0]
 # A sixth of the problems is set aside by a hash that no seed changes, and held out in every wording if some training
 # problem ends with the same sum: what is tested is reading a new problem, not arithmetic never seen.
 SET_ASIDE = {problem for problem in PROBLEMS if hashlib.sha256(repr(problem).encode()).digest()[0] < 43}
@@ -92,7 +93,7 @@ PROBLEMS_OF: dict[Split, list[Problem]] = {
 
 
 def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]:
-    """Every problem of the split in each of its wordings, each with another wording as its rephrasing."""
+    """Return every problem of the split in each of its wordings, each with another wording as its rephrasing."""
     rng = random.Random(f"word problems {seed}")
     rows = []
     for problem in PROBLEMS_OF[split]:

@@ -1,4 +1,4 @@
-"""Sampling with the trainer's own model: any device, any family of transformers.
+"""Sample with the trainer's own model: any device, any family of transformers.
 
 Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T response tokens, V vocabulary.
 """
@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from inspect import signature
-from itertools import chain, product
-from typing import Any, NamedTuple, Protocol
+from itertools import product
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel, TopPLogitsWarper
 
 from lm import distributed
 from lm.model import plain_attention, unsharded
@@ -26,34 +26,25 @@ Sample = Callable[..., list[Rollout]]
 
 
 class Capacity(NamedTuple):
-    """What a sampler must be able to hold at once."""
+    """The most that a sampler must be able to hold at once."""
 
     sequence_tokens: int  # of the longest prompt and response together
     sequences: int
     engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
 
 
-class Sampler(Protocol):
-    """What the loop needs of an engine."""
+class Sampler:
+    """An engine that samples."""
 
-    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
-    sleeping_bytes: int  # that PyTorch counts as the GPU's while the engine sleeps, and that are free
+    sync_seconds: float | None = None  # time that the last load of weights took; None where sampling needs none
+    sleeping_bytes = 0  # memory that PyTorch counts as used while the engine sleeps, and that is free
 
     def loaded(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
-        ...
+        raise NotImplementedError
 
     def close(self) -> None:
         """End what the sampler runs, if anything; after the last communication between ranks."""
-        ...
-
-
-def top_p_filter(logp: Tensor, top_p: float) -> Tensor:
-    """Cut a distribution [N, V] to its likeliest tokens, as many as it takes to hold top_p together; renormalise it."""
-    sorted_logp, tokens = logp.sort(dim=-1, descending=True)
-    before = sorted_logp.exp().cumsum(dim=-1) - sorted_logp.exp()  # held by likelier tokens
-    cut = torch.zeros_like(logp, dtype=torch.bool).scatter(-1, tokens, before >= top_p)
-    return torch.log_softmax(logp.masked_fill(cut, -torch.inf), dim=-1)
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -64,7 +55,7 @@ def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.
     """
     logp = torch.log_softmax(logits.float() / (temperature or 1.0), dim=-1)
     if top_p < 1:
-        logp = top_p_filter(logp, top_p)
+        logp = torch.log_softmax(TopPLogitsWarper(top_p)(None, logp), dim=-1)
     if temperature == 0:
         token = logp.argmax(dim=-1, keepdim=True)
     else:
@@ -94,17 +85,19 @@ class Decoding:
     """A batch of sequences, n for each prompt, that grows by a token a step, with the next token's logits [N, V]."""
 
     def __init__(self, lm: PreTrainedModel, prompts: Sequence[list[int]], n: int) -> None:
-        self.lm, self.cache = lm, DynamicCache(config=lm.config)
+        self.lm = lm
+        self.cache = DynamicCache(config=lm.config)
         self.cache_name = "cache" if "cache" in signature(lm.forward).parameters else "past_key_values"  # from 5.20 on
         # Padding on the left, so that all rows grow at the same end.
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
         padded = [torch.tensor(prompt) for prompt in prompts]
         input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
         columns = torch.arange(input_ids.shape[1], device=lm.device)
         self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
         logits = self._next_logits(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
         self.cache.batch_repeat_interleave(n)
-        self.mask, self.logits = self.mask.repeat_interleave(n, dim=0), logits.repeat_interleave(n, dim=0)
+        self.mask = self.mask.repeat_interleave(n, dim=0)
+        self.logits = logits.repeat_interleave(n, dim=0)
 
     def step(self, token: Tensor, kept: Tensor) -> None:
         """Append a token [N] to each sequence, and go on with those of `kept` [N] alone."""
@@ -125,67 +118,57 @@ class Decoding:
         return logits[:, -1]
 
 
-class TransformersSampler:
-    """Sampling with the trainer's own model, or a copy where that is sharded: any device, any family.
+class TransformersSampler(Sampler):
+    """A sampler that is the trainer's own model, or a copy where that is sharded.
 
     A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
     """
 
-    sync_seconds: float | None = None
-    sleeping_bytes = 0
-
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
         self.compute_dtype = compute_dtype
 
-    def close(self) -> None:
-        """Do nothing: there is no engine."""
-
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        """Yield the function that samples from the model's present weights."""
         lm = unsharded(lm, self.compute_dtype)
 
         def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
+            rollouts = [Rollout(prompt, [], [], finished=False) for prompt, _ in product(prompts, range(n))]
+            own_seeds = [seed + g for seed, g in product(seeds, range(n))]
             per_call = max(1, ROWS_PER_CALL // n)
-            calls = [slice(start, start + per_call) for start in range(0, len(prompts), per_call)]
-            with autocast(lm.device, self.compute_dtype):
-                parts = [self._sample(lm, prompts[call], seeds[call], n, **how) for call in calls]
-            return list(chain.from_iterable(parts))
+            for start in range(0, len(prompts), per_call):
+                rows = slice(start * n, (start + per_call) * n)
+                with torch.no_grad(), autocast(lm.device, self.compute_dtype):
+                    decoding = Decoding(lm, prompts[start : start + per_call], n)
+                    self._respond(decoding, rollouts[rows], own_seeds[rows], **how)
+            return rollouts
 
         with plain_attention(lm):
             yield sample
 
-    @torch.no_grad()
-    def _sample(
+    def _respond(
         self,
-        lm: PreTrainedModel,
-        prompts: Sequence[list[int]],
+        decoding: Decoding,
+        rollouts: Sequence[Rollout],
         seeds: Sequence[int],
-        n: int,
         temperature: float,
         max_tokens: int,
         top_p: float = 1.0,
-    ) -> list[Rollout]:
-        own_seeds = [seed + g for seed, g in product(seeds, range(n))]
-        uniforms = uniform_numbers(own_seeds, max_tokens, lm.device)  # [T, N]
-        response_ids: list[list[int]] = [[] for _ in range(len(prompts) * n)]  # of each row
-        logps: list[list[float]] = [[] for _ in response_ids]
-        active = torch.arange(len(response_ids), device=lm.device)  # rows that still go on
-        stop_ids = torch.tensor(self.eos_ids, device=lm.device)
-        decoding = Decoding(lm, prompts, n)
+    ) -> None:
+        """Fill in the responses, each drawn from the stream of its own seed."""
+        device = decoding.logits.device
+        uniforms = uniform_numbers(seeds, max_tokens, device)  # [T, N]
+        active = torch.arange(len(rollouts), device=device)  # rows that still go on
+        stop_ids = torch.tensor(self.eos_ids, device=device)
         for position in distributed.progress_bar(range(max_tokens), "sampling", "token"):
             token, logp = draw(decoding.logits, uniforms[position, active], temperature, top_p)
             for row, token_id, its_logp in zip(active.tolist(), token.tolist(), logp.tolist(), strict=True):
-                response_ids[row].append(token_id)
-                logps[row].append(its_logp)
+                rollouts[row].response_ids.append(token_id)
+                rollouts[row].logp.append(its_logp)
+                rollouts[row].finished = token_id in self.eos_ids
             goes_on = torch.isin(token, stop_ids, invert=True)
             active = active[goes_on]
             if len(active) == 0 or position + 1 == max_tokens:
                 break
             decoding.step(token, goes_on)
-        return [
-            Rollout(prompts[row // n], ids, logps[row], finished=ids[-1] in self.eos_ids)
-            for row, ids in enumerate(response_ids)
-        ]

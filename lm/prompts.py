@@ -1,20 +1,17 @@
-"""A question -> the tokens of its prompt, through the model's chat template.
+"""Turn a question into the tokens of its prompt, through the model's chat template.
 
 The prompt is the authors': a system message, then the bare question, for base models too.
 """
-
-from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from config import SYSTEM_PROMPT, UserError
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 PLACEHOLDER = "<The question stands here: 6f1d0a52.>"  # in no chat template
 
@@ -29,8 +26,9 @@ def read_chat_template(path: str) -> str:
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
 ) -> str:
-    """What the model reads: the instruction, the question, and the beginning of its own turn."""
-    name, cure = tokenizer.name_or_path, "give one with --chat-template FILE.jinja"
+    """Write what the model reads: the instruction, the question, and the beginning of its own turn."""
+    name = tokenizer.name_or_path
+    cure = "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
         raise UserError(f"the tokenizer of {name} has no chat template: {cure}")
     complaint = "it leaves out the question"
@@ -54,14 +52,14 @@ def prompt_text(
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
 ) -> list[int]:
-    """The tokens of a prompt; options, such as enable_thinking, go to the chat template."""
+    """Return the tokens of a prompt; options, such as enable_thinking, go to the chat template."""
     return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template, **options))
 
 
 def chat_ids(tokenizer: PreTrainedTokenizerBase, question: str, render: Callable[[str], str]) -> list[int]:
-    """The tokens of the text that `render`, a chat template, makes of a question.
+    """Return the tokens of the text that `render`, a chat template, makes of a question.
 
-    Only the template may speak in special tokens: where a question spells one, it is encoded as the text that it is.
+    Only the template may use special tokens: where a question spells one, it is encoded as the text that it is.
     """
 
     def encode(text: str, **how: bool) -> list[int]:

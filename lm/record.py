@@ -6,7 +6,7 @@ from math import nan
 
 @dataclass
 class Rollout:
-    """One sampled response. It is filled in on its way: text and answer, reward, advantage, denominator.
+    """A sampled response, filled in on its way: text and answer, reward, advantage, denominator.
 
     A number that is not known yet is NaN, so that training on it by mistake makes a loss that is not finite.
     """
@@ -23,5 +23,4 @@ class Rollout:
     denominator: float = field(default=nan, compare=False)  # what the losses of its tokens are divided by
 
     def __len__(self) -> int:
-        """Return the tokens of prompt and response."""
         return len(self.prompt_ids) + len(self.response_ids)

@@ -1,4 +1,4 @@
-"""Log-probs of responses without logits in memory: ordinary autograd, whatever the objective.
+"""Compute log-probs of responses without all logits in memory: ordinary autograd, whatever the objective.
 
 The head works on response positions only, a chunk of tokens at a time, forward and backward, so that a tensor
 [tokens, vocabulary] never exists whole.
@@ -22,7 +22,8 @@ from lm.record import Rollout
 
 # Logits at once. In float32 1 GiB on a GPU, a fifth faster there than 256 MiB; on a CPU 32 MiB, where larger ones leave
 # the cache and smaller ones add up too often.
-ON_GPU, ON_CPU = 2**28, 2**23
+ON_GPU = 2**28
+ON_CPU = 2**23
 LOGITS_PER_CHUNK = ON_GPU if torch.cuda.is_available() else ON_CPU
 # oneDNN, which multiplies in bfloat16 on a CPU, keeps what it compiles for each of the last 1,024 shapes, and PyTorch
 # too: micro-batches that are never of one length would cost some GB. Both read this when they first multiply.
@@ -31,8 +32,10 @@ for cache in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 
 class TokenStats(NamedTuple):
-    """Per response token [B, T], 0 where the mask is; of the distribution at the sampling temperature. Log-probs alone
-    carry a gradient."""
+    """Statistics of each response token [B, T], 0 where the mask is, at the sampling temperature.
+
+    Log-probs alone carry a gradient.
+    """
 
     logp: Tensor
     entropy: Tensor  # nats
@@ -45,8 +48,11 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 
 
 def token_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """TokenStats [3, n] of logits [n, V], which are overwritten, and target [n, 1]; and [2, n] what makes probabilities
-    of logits, exp(z - highest) / total. Spelled out, because `log_softmax` takes three times as long on a CPU."""
+    """Compute TokenStats [3, n] from logits [n, V], which are overwritten, and target [n, 1].
+
+    The second result [2, n] is what makes probabilities of logits, exp(z - highest) / total. All is spelled out,
+    because `log_softmax` takes three times as long on a CPU.
+    """
     highest = logits.amax(dim=-1, keepdim=True)
     z = logits.sub_(highest)  # so that exp cannot overflow
     exp_z = z.exp()
@@ -58,7 +64,7 @@ def token_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class ChunkedHead(torch.autograd.Function):
-    """(hidden [R, H], weight [V, H], targets [R], temperature) -> log-probs, entropy, self-certainty, each [R].
+    """Function (hidden [R, H], weight [V, H], targets [R], temperature) -> TokenStats, each [R].
 
     Log-probs alone carry a gradient, d log p(y) / d z = (onehot(y) - softmax(z)) / temperature. Logits are computed
     again in the backward pass: a fourth matrix product instead of three is the price of never keeping them. Sums over
@@ -68,7 +74,8 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
-        lean, statistics = weight.to(hidden.dtype), hidden.new_empty(3, len(hidden), dtype=torch.float32)
+        lean = weight.to(hidden.dtype)
+        statistics = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         normalisers = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         for chunk in token_chunks(len(hidden), len(weight)):
             logits = chunk_logits(hidden[chunk], lean, temperature)
@@ -83,7 +90,8 @@ class ChunkedHead(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden, weight, targets, (highest, total) = ctx.saved_tensors
-        lean, grad_hidden = weight.to(hidden.dtype), torch.empty_like(hidden)
+        lean = weight.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for chunk in token_chunks(len(hidden), len(weight)):
             scale = grad_logp[chunk, None] / ctx.temperature
@@ -101,13 +109,13 @@ class ChunkedHead(torch.autograd.Function):
 
 
 def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Float32 [n, V], at the temperature."""
+    """Return the float32 logits [n, V] at the temperature."""
     logits = (hidden @ weight.T).float()
     return logits if temperature == 1 else logits.div_(temperature)
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """In which every model computes here, when it is trained and when it is sampled from."""
+    """Return the autocast context for training and sampling."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -1,4 +1,4 @@
-"""vLLM as the sampler, inside the trainer's process: the second one behind `lm/decoding.py: Sampler`.
+"""Sample with vLLM inside the trainer's process, behind the interface of `lm/decoding.py: Sampler`.
 
     sampler = VLLMSampler(lm, ...)
     with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
@@ -12,7 +12,6 @@ has an engine of its own. The calls below are the same in vLLM 0.24 to 0.33.
 
 import math
 import os
-import random
 import tempfile
 import time
 import warnings
@@ -25,7 +24,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -33,7 +31,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from config import UserError
 from lm import distributed
-from lm.decoding import Capacity, Sample
+from lm.decoding import Capacity, Sample, Sampler
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
 
@@ -46,31 +44,24 @@ CHECKED_PROMPT, CHECKED_RESPONSE = 160, 32  # tokens of the check after the firs
 CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
-class VLLMSampler:
-    """One engine; several of them can live in a process, but closing one closes torch.distributed for all."""
+class VLLMSampler(Sampler):
+    """A vLLM engine; several can live in a process, but closing one closes torch.distributed for all."""
 
     def __init__(
-        self,
-        lm: PreTrainedModel,
-        eos_ids: Sequence[int],
-        compute_dtype: torch.dtype,
-        capacity: Capacity,
+        self, lm: PreTrainedModel, eos_ids: Sequence[int], compute_dtype: torch.dtype, capacity: Capacity
     ) -> None:
         self.eos_ids = list(eos_ids)
         self.dtype = compute_dtype
         self.capacity = capacity
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
-        self.sync_seconds: float | None = None
-        self._held = self._checked = False
+        self._held = False
+        self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
-        settings: dict[str, Any] = {
-            "dtype": str(compute_dtype).removeprefix("torch."),
-            "max_model_len": capacity.sequence_tokens,
-        }
-        if self.on_gpu:
-            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
-        else:
-            settings |= cpu_limits(lm.config, compute_dtype, capacity)
+        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+        if not self.on_gpu:
+            settings = cpu_limits(lm.config, compute_dtype, capacity)
+        settings["dtype"] = str(compute_dtype).removeprefix("torch.")
+        settings["max_model_len"] = capacity.sequence_tokens
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
         with preserve_host_state(self.on_gpu):
             self.llm = start_engine(lm, settings)
@@ -80,7 +71,6 @@ class VLLMSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
         if self._held:
             raise UserError("the engine holds a model already: leave its `with` first")
         begin = time.perf_counter()
@@ -102,8 +92,7 @@ class VLLMSampler:
                 self._sleep()
 
     def close(self) -> None:
-        """End the engine, and torch.distributed with it; left to the interpreter's exit, it would destroy groups that
-        are gone by then."""
+        """End the engine, and torch.distributed with it, before the interpreter's exit: by then its groups are gone."""
         self.llm.llm_engine.engine_core.shutdown()
 
     def _wake(self, tag: str) -> None:
@@ -126,11 +115,12 @@ class VLLMSampler:
             self.llm.sleep(level=2)  # drops the weights too: the next `loaded` loads them anyway
 
     def _load(self, lm: PreTrainedModel) -> None:
-        """All of the model's tensors under their Hugging Face names, a tied one under each of its names: vLLM fuses and
-        shards them itself, but fills a fused block from a part of it without complaint."""
+        """Load all of the model's tensors under their Hugging Face names, a tied one under each of its names.
+
+        vLLM fuses and shards them itself, but fills a fused block from a part of it without complaint.
+        """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
-        checked, self._checked = self._checked, False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -139,50 +129,37 @@ class VLLMSampler:
                 tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
                 yield name, distributed.full_tensor(tensor)  # one at a time: whole, the model would not fit
 
-        tensors = stream()
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
         except Exception as error:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
-        if left := next(tensors, None):
-            raise UserError(f"vLLM stopped loading before the weight {left[0]}")
-        self._checked = checked
 
-    def _sample(
-        self,
-        prompts: Sequence[list[int]],
-        seeds: Sequence[int],
-        n: int,
-        temperature: float,
-        max_tokens: int,
-        top_p: float = 1.0,
-    ) -> list[Rollout]:
+    def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:
             raise UserError("sampling outside of `loaded`: the engine's weights belong to no model")
         from vllm import SamplingParams
 
-        rows = [(prompt, seed + g) for (prompt, seed), g in product(zip(prompts, seeds, strict=True), range(n))]
+        asked = [{"prompt_token_ids": prompt} for prompt, _ in product(prompts, range(n))]
         parameters = [
             SamplingParams(
-                temperature=temperature,
-                top_p=top_p,
-                max_tokens=max_tokens,
-                seed=seed,  # any integer of 64 bits except -1, which vLLM reads as none
+                **how,  # temperature, max_tokens, top_p
+                seed=seed + g,  # any integer of 64 bits except -1, which vLLM reads as none
                 stop_token_ids=self.eos_ids,
                 logprobs=0,  # of the sampled token only
                 flat_logprobs=True,
                 detokenize=False,
             )
-            for _, seed in rows
+            for seed, g in product(seeds, range(n))
         ]
-        asked = [{"prompt_token_ids": prompt} for prompt, _ in rows]
         with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
-        said = [output.outputs[0] for output in outputs]
-        return [
-            Rollout(prompt, list(o.token_ids), list(o.logprobs.logprobs), finished=o.finish_reason == "stop")
-            for (prompt, _), o in zip(rows, said, strict=True)
-        ]
+        rollouts = []
+        for request, output in zip(asked, outputs, strict=True):
+            (response,) = output.outputs
+            logp = list(response.logprobs.logprobs)
+            finished = response.finish_reason == "stop"
+            rollouts.append(Rollout(request["prompt_token_ids"], list(response.token_ids), logp, finished))
+        return rollouts
 
     def _check(self, lm: PreTrainedModel) -> None:
         """Compare the engine's log-probs of a few sampled tokens with the model's own."""
@@ -201,7 +178,7 @@ class VLLMSampler:
 
 
 def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
-    """A vLLM engine in this process, for models like `lm`, still without weights."""
+    """Start a vLLM engine in this process for models like `lm`, still without weights."""
     from vllm import LLM
 
     config = deepcopy(lm.config)
@@ -250,18 +227,20 @@ def cpu_limits(config: PretrainedConfig, dtype: torch.dtype, capacity: Capacity)
 
 @contextmanager
 def preserve_host_state(on_gpu: bool) -> Iterator[None]:
-    """vLLM reseeds and consumes the global random numbers, replaces torch.set_num_threads and edits the
-    environment; on a CPU it would compile for a minute and gain nothing."""
-    environment, threads, set_num_threads = dict(os.environ), torch.get_num_threads(), torch.set_num_threads
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} | {
-        name: os.environ.get(name, value)
-        for name, value in {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}.items()
-    }
-    devices = [torch.cuda.current_device()] if on_gpu else []
+    """Restore the environment and PyTorch's threads, which vLLM changes.
+
+    Random numbers need no care: the trainer draws none from the global generators. On a CPU vLLM would compile for a
+    minute and gain nothing.
+    """
+    environment = dict(os.environ)
+    threads = torch.get_num_threads()
+    set_num_threads = torch.set_num_threads
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     eager = nullcontext() if on_gpu else torch.compiler.set_stance("force_eager")
     try:
-        with torch.random.fork_rng(devices), eager, warnings.catch_warnings(action="ignore"):
+        with eager, warnings.catch_warnings(action="ignore"):
             yield
     finally:
         for name in os.environ.keys() - environment.keys():
@@ -269,5 +248,3 @@ def preserve_host_state(on_gpu: bool) -> Iterator[None]:
         os.environ |= environment
         torch.set_num_threads = set_num_threads
         torch.set_num_threads(threads)
-        random.setstate(python_state)
-        np.random.set_state(numpy_state)

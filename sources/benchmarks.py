@@ -1,11 +1,10 @@
-"""Benchmarks of mathematics: where their questions are, and how they are asked."""
+"""List the benchmarks of mathematics: where their questions are, and how they are asked."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from answers.equivalence import extract_boxed
 from config import UserError
 from sources.files import Columns, from_hub
 
@@ -18,14 +17,9 @@ class Files(NamedTuple):
 
 
 def body_and_question(question: str, others: dict[str, Any]) -> str:
-    """SVAMP tells its story in one column, often without its full stop, and asks in another."""
+    """Join the columns of SVAMP: the story, often without its full stop, and the question."""
     body = others["Body"].strip()
     return f"{body if body.endswith('.') else body + '.'} {question.strip()}"
-
-
-def inside_box(answer: str) -> str:
-    """MATH publishes whole solutions."""
-    return (extract_boxed(answer) or answer).strip()
 
 
 @dataclass(frozen=True)
@@ -34,13 +28,14 @@ class Source:
     hub: str  # data set on the Hugging Face hub
     hub_files: Files  # all of them count
     ask: Callable[[str, dict[str, Any]], str] = lambda question, _: question
-    gold: Callable[[str], str] = str.strip
 
 
-# fmt: off
-PROBLEM, SOLUTION = Columns("problem"), Columns("problem", answer="solution")
-AIME, FINAL = Columns("problem", answer="expected_answer"), Columns(answer="final_answer")
+PROBLEM = Columns("problem")
+SOLUTION = Columns("problem", answer="solution")
+AIME = Columns("problem", answer="expected_answer")
+FINAL = Columns(answer="final_answer")
 SVAMP = Columns("Question", answer="Answer")
+# fmt: off
 SOURCES = {
     "math500": Source(Files("math500.jsonl", PROBLEM), "HuggingFaceH4/MATH-500", Files("test.jsonl", PROBLEM)),
     "gsm8k": Source(Files("gsm8k_test.jsonl"), "openai/gsm8k", Files("main/test-*.parquet")),
@@ -51,7 +46,6 @@ SOURCES = {
     "aime25": Source(Files("aime25.jsonl", AIME), "MathArena/aime_2025", Files("data/train-*.parquet", PROBLEM)),
     "math": Source(  # all 5,000 test questions
         Files("math/test.parquet"), "DigitalLearningGmbH/MATH-lighteval", Files("data/test-*.parquet", SOLUTION),
-        gold=inside_box,
     ),
     "olympiadbench": Source(  # mathematics in English, without figures, with an answer
         Files("olympiadbench_maths_en.jsonl", FINAL),
@@ -67,7 +61,8 @@ SOURCES = {
 def find_files(source: Source, data_dir: Path) -> tuple[list[str], Files]:
     if found := sorted(map(str, data_dir.rglob(source.local.pattern))):
         return found[:1], source.local
-    pattern, cure = source.hub_files.pattern, f"put {source.local.pattern} below {data_dir}"
+    pattern = source.hub_files.pattern
+    cure = f"put {source.local.pattern} below {data_dir}"
     if found := sorted(map(str, from_hub(source.hub, pattern, cure).rglob(pattern))):
         return found, source.hub_files
     raise UserError(f"{source.hub} on the Hugging Face hub holds no {pattern}: {cure}")

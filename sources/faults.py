@@ -1,10 +1,11 @@
-r"""What can be wrong with a rephrasing: pure functions of two strings, a reason out.
+"""Find what is wrong with a rephrasing: pure functions of two strings that return a reason.
 
-A published set is relieved only of what is certainly useless (`rewrite_fault`). Whoever lets a model rewrite can ask it
-again, so there a suspicion is enough (`strict_fault`). No gold answer decides here; `gives_away` alone looks at it.
+A published set loses only what is certainly useless (`rewrite_fault`). A model that rewrites can be asked again, so
+there a suspicion is enough (`strict_fault`). No gold answer decides here; `gives_away` alone looks at it.
 """
 
 import re
+from itertools import product
 
 TEMPLATE_ECHO = re.compile(r"<[\w ]{1,40}>")
 STATED_ANSWER = re.compile(r"\banswer(?: is|:| =)\s*(?:\$*\\boxed|[^\s?]{1,30}\s*$)", re.IGNORECASE)
@@ -35,7 +36,7 @@ ASKS = re.compile(
 
 
 def rewrite_fault(question: str, rewrite: str) -> str | None:
-    """What makes a rephrasing certainly useless, a short reason; None if nothing was found."""
+    """Return a short reason why a rephrasing is certainly useless; None if there is none."""
     # In brackets or not: Qwen3-32B returned questions inside those of its template.
     if len({re.sub(r"[\s<>]", "", text).casefold() for text in (question, rewrite)}) == 1:
         return "unchanged"
@@ -50,14 +51,15 @@ def rewrite_fault(question: str, rewrite: str) -> str | None:
 
 
 def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
-    """What makes a fresh rephrasing suspicious enough to ask for another one; None if nothing was found."""
+    """Return a short reason to ask for another rephrasing instead of a fresh one; None if there is none."""
     if fault := rewrite_fault(question, rewrite):
         return fault
     if lacks_figure(question, rewrite):  # the instruction is to copy it
         return "figure lost"
     if re.search(r"<[\w ]{3,40}>|RESULT_(?:START|END)|REWRITE:", rewrite):
         return "placeholder"
-    before, after = len(visible(question)), len(visible(rewrite))
+    before = len(visible(question))
+    after = len(visible(rewrite))
     if not 0.4 * before - 20 <= after <= 3 * before + 150:
         return "too short or too long"
     if not ASKS.search(rewrite) and ASKS.search(question):
@@ -72,27 +74,28 @@ def lacks_figure(question: str, rewrite: str) -> bool:
 
 
 def visible(text: str) -> str:
-    """The text with only the labels of its [asy] figures, not their coordinates or the pattern of a dashed line."""
+    """Reduce the [asy] figures of a text to their labels, without coordinates or the pattern of a dashed line."""
     return FIGURE.sub(lambda figure: " ".join(re.findall(r'linetype\("[^"]*"|"([^"]*)"', figure[1])), text)
 
 
 def numbers(text: str) -> set[str]:
-    """Those that a reader sees as digits, without separators and leading zeros."""
+    """Return the numbers that a reader sees as digits, without separators and leading zeros."""
     return {re.sub(r"[^\d.]", "", number).lstrip("0") for number in NUMBER.findall(visible(text))}
 
 
 def lost_numbers(question: str, rewrite: str) -> set[str]:
-    """Numbers of the question that the rewrite says neither as digits nor in a word.
+    """Return the numbers of the question that the rewrite says neither as digits nor in a word.
 
     0 and 1 do not count: they come and go with `= 0`, `starting from 1` or `a single`.
     """
     said = numbers(rewrite).union(*(NUMBERS_OF_WORD.get(word, ()) for word in re.findall(r"[a-z]+", rewrite.lower())))
     for tens, units in re.findall(r"([a-z]+ty)[- ]([a-z]+)", rewrite.lower()):  # twenty-eight
-        said |= {ten[0] + unit for ten in NUMBERS_OF_WORD.get(tens, ()) for unit in NUMBERS_OF_WORD.get(units, ())}
+        both = product(NUMBERS_OF_WORD.get(tens, ()), NUMBERS_OF_WORD.get(units, ()))
+        said |= {ten[0] + unit for ten, unit in both}
     return numbers(question) - said - {"", "1"}
 
 
 def gives_away(question: str, rewrite: str, gold: str | None) -> bool:
-    """Whether the rewrite brings in the gold answer, a number that the question does not hold."""
+    """Tell whether the rewrite brings in the gold answer, a number that the question does not hold."""
     number = (gold or "").strip("$ -").removesuffix(".0")
     return number in numbers(rewrite) and number in lost_numbers(rewrite, question)

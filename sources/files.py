@@ -1,7 +1,7 @@
-"""A source of questions -> its files -> their rows, each cell read as what it says.
+"""Read the questions of a source: find its files, read their rows, and make each cell what it says.
 
 A source is a file of one's own (.jsonl, .json, .csv or .parquet), a folder, or a set that the authors of Co-rewarding
-published. Their layouts become ordinary rows here, so that nothing else knows them.
+published. Their layouts become ordinary rows here, so that no other file knows them.
 """
 
 import csv
@@ -10,12 +10,15 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from answers.equivalence import extract_boxed
 from config import UserError
 
 # name: (folder in the authors' repository, data set on the Hugging Face hub)
@@ -25,42 +28,47 @@ PUBLISHED = {
     "open-rs": ("open-rs", "TMLR-Group-HF/Co-rewarding-RephrasedOpenRS"),
     "amc": ("AMC-TTT", None),
 }
-Cells = tuple[str, dict[str, Any]]  # where a row stands ("mine.jsonl, line 3"), what is in its columns
 
 
 class Columns(NamedTuple):
-    """What a file calls its columns."""
-
     question: str = "question"
     rephrased: str = "rephrased"
     answer: str = "answer"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Pair:
+    """A question x, its rephrasing x' if there is one, and its gold answer if there is one."""
+
     id: str
-    question: str  # may be empty
-    rephrased: str | None
-    answer: str | None
-    others: dict[str, Any]  # all other columns
+    question: str
+    rephrased: str | None = None
+    gold: str | None = None
+    meta: dict[str, Any] = field(default_factory=dict)  # all other columns of its row
+
+    def wording(self, view: str) -> str | None:
+        return {"x": self.question, "x'": self.rephrased}[view]
 
 
-def read_source(source: str, columns: Columns) -> list[Row]:
-    """All rows of a source.
+def read_source(source: str, columns: Columns) -> list[Pair]:
+    """Read all rows of a source; a question may be empty.
 
     Raises:
-        UserError: nothing there, nothing readable, no such column, or one id for two questions.
+        UserError: Nothing there, nothing readable, no such column, or one id for two questions.
     """
     path = locate(source)
-    files, rewrites = files_of(path) if path.is_dir() else ([path], [])
-    rows = read_files(files, columns)
-    return joined(rows, read_files(rewrites, columns), path) if rewrites else rows
+    if not path.is_dir():
+        return read_pairs([path], columns)
+    files, rewrites = files_of(path)
+    pairs = read_pairs(files, columns)
+    return joined(pairs, read_pairs(rewrites, columns), path) if rewrites else pairs
 
 
 # ---------------------------------------------------------------- a source -> its files
 
 
 def locate(source: str) -> Path:
-    """The file or folder of a source; a published set that is not here is downloaded."""
+    """Return the file or folder of a source; download a published set that is not here."""
     folder, hub_name = PUBLISHED.get(source, (source, None))
     for path in (Path(source), Path("data", source), Path("data", folder)):
         if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
@@ -74,7 +82,7 @@ def locate(source: str) -> Path:
 
 
 def from_hub(name: str, pattern: str, cure: str) -> Path:
-    """A folder with the files of a data set on the Hugging Face hub."""
+    """Download the files of a data set on the Hugging Face hub, and return their folder."""
     from huggingface_hub import snapshot_download
 
     try:
@@ -85,9 +93,10 @@ def from_hub(name: str, pattern: str, cure: str) -> Path:
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The files of its training set, or else of its test set, and the file of rewrites that belongs to them, if any."""
+    """Find the files of a folder's training set, or else of its test set, and the file of their rewrites, if any."""
     for split in ("train", "test"):
-        original, rewrites = f"{split}_original.parquet", sorted(folder.glob(f"{split}_rewrite_*.parquet"))
+        original = f"{split}_original.parquet"
+        rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
         if len(rewrites) > 1:
             raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
         for pattern in (original, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
@@ -99,54 +108,46 @@ def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
     raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
 
-def joined(rows: list[Row], rewrites: list[Row], folder: Path) -> list[Row]:
-    """By id, never by row number: the published files have gaps."""
+def joined(pairs: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
+    """Give each question its rewrite by id, never by row number: the published files have gaps."""
     rewrite_of = {rewrite.id: rewrite for rewrite in rewrites}
-    for i, row in enumerate(rows):
-        rewrite = rewrite_of.get(row.id)
-        if rewrite and rewrite.answer and row.answer and rewrite.answer != row.answer:
-            golds = f"the answer {row.answer!r} and in its rewrite {rewrite.answer!r}"
-            raise UserError(f"{folder}: question {row.id} has {golds}; these files do not belong together")
-        if rewrite:
-            rows[i] = row._replace(rephrased=rewrite.question or None)
-    return rows
+    for pair in pairs:
+        gold = pair.id in rewrite_of and rewrite_of[pair.id].gold
+        if gold and pair.gold and gold != pair.gold:
+            golds = f"the answer {pair.gold!r} and in its rewrite {gold!r}"
+            raise UserError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
+    nothing = Pair("", "")
+    return [replace(pair, rephrased=rewrite_of.get(pair.id, nothing).question or None) for pair in pairs]
 
 
-# ---------------------------------------------------------------- a file -> cells
+# ---------------------------------------------------------------- a file -> its rows
 
 
-def json_cells(path: Path) -> list[Cells]:
+def json_rows(path: Path) -> list[Any]:
     text = path.read_text(encoding="utf-8-sig")
-    if text.lstrip().startswith("["):
-        return [(f"{path}, entry {number}", row) for number, row in enumerate(json.loads(text), 1)]
-    rows = []
-    # Not splitlines(): it also cuts at U+2028 and its like, which JSON allows inside a string.
-    for number, line in enumerate(text.split("\n"), 1):
-        try:
-            rows += [(f"{path}, line {number}", json.loads(line))] if line.strip() else []
-        except (ValueError, RecursionError) as problem:
-            raise ValueError(f"line {number}: {problem}") from problem
-    return rows
+    if not text.lstrip().startswith("["):
+        # Lines become one array, and the parser names the line of an error. Not splitlines(): it also cuts at U+2028.
+        text = "[" + ",\n".join(line for line in text.split("\n") if line.strip()) + "]"
+    return list(json.loads(text))
 
 
-def csv_cells(path: Path) -> list[Cells]:
+def csv_rows(path: Path) -> list[Any]:
     csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 131,072 characters
     with path.open(encoding="utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, strict=True)
         if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
-        return [(f"{path}, line {reader.line_num}", row) for row in reader]
+        return list(reader)
 
 
-def parquet_cells(path: Path) -> list[Cells]:
-    rows = pq.read_table(path, partitioning=None).to_pylist()
-    return [(f"{path}, row {number}", row) for number, row in enumerate(rows)]
+def parquet_rows(path: Path) -> list[Any]:
+    return list(pq.read_table(path, partitioning=None).to_pylist())
 
 
-READERS = {".jsonl": json_cells, ".json": json_cells, ".csv": csv_cells, ".parquet": parquet_cells}
+READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 
 
-def read_cells(path: Path) -> list[Cells]:
+def read_rows(path: Path) -> list[Any]:
     if path.suffix not in READERS:
         raise UserError(f"{path} is of no known kind: give one of {', '.join(READERS)}")
     if not path.is_file():  # reading a pipe would wait for its writer
@@ -158,44 +159,46 @@ def read_cells(path: Path) -> list[Cells]:
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from problem
     if not rows:
         raise UserError(f"{path} holds no rows")
-    for place, row in rows:
-        if not isinstance(row, dict) or None in row:  # None: DictReader's name for cells beyond the header
-            raise UserError(f"{place} is not a row of named columns")
     return rows
 
 
-# ---------------------------------------------------------------- cells -> rows
+# ---------------------------------------------------------------- rows -> pairs
 
 
-def read_files(files: Sequence[Path], columns: Columns) -> list[Row]:
-    return to_rows([cells for file in files for cells in read_cells(file)], columns, str(files[0]))
+def read_pairs(files: Sequence[Path], columns: Columns) -> list[Pair]:
+    return to_pairs(list(chain.from_iterable(map(read_rows, files))), columns, str(files[0]))
 
 
-def to_rows(all_cells: list[Cells], columns: Columns, source: str) -> list[Row]:
-    all_cells = [(place, in_plain_columns(cells, columns, place)) for place, cells in all_cells]
-    available = sorted({name for _, cells in all_cells for name in cells})
+def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
+    cells_at = {f"{source}, row {number}": row for number, row in enumerate(rows, 1)}
+    for place, row in cells_at.items():
+        if not isinstance(row, dict) or None in row:  # None: DictReader's name for cells beyond the header
+            raise UserError(f"{place} is not a row of named columns")
+    cells_at = {place: in_plain_columns(row, columns, place) for place, row in cells_at.items()}
+    available = sorted(set().union(*cells_at.values()))
     for role, name in columns._asdict().items():
         if name not in available and (role == "question" or name != role):
             cure = f"choose with --{role}-column from {', '.join(available)}"
             raise UserError(f"{source} has no column {name!r}: {cure}")
-    rows, earlier = [], dict[str, tuple[str, str]]()
-    for number, (place, cells) in enumerate(all_cells):
-        row = Row(
-            id=text_of(str(number if cells.get("id") is None else cells["id"]), "id", place),
+    pairs: list[Pair] = []
+    earlier: dict[str, tuple[str, str]] = {}
+    for place, cells in cells_at.items():
+        pair = Pair(
+            id=text_of(str(len(pairs) if cells.get("id") is None else cells["id"]), "id", place),
             question=text_of(cells.get(columns.question), columns.question, place),
             rephrased=text_of(cells.get(columns.rephrased), columns.rephrased, place) or None,
-            answer=gold_of(cells.get(columns.answer), columns.answer, place),
-            others={name: value for name, value in cells.items() if name not in {"id", *columns}},
+            gold=gold_of(cells.get(columns.answer), columns.answer, place),
+            meta={name: value for name, value in cells.items() if name not in {"id", *columns}},
         )
-        first_place, first_question = earlier.setdefault(row.id, (place, row.question))
-        if first_question != row.question:
-            raise UserError(f"{place} repeats the id {row.id!r} of {first_place}: make ids unique or leave them out")
-        rows.append(row)
-    return rows
+        first_place, first_question = earlier.setdefault(pair.id, (place, pair.question))
+        if first_question != pair.question:
+            raise UserError(f"{place} repeats the id {pair.id!r} of {first_place}: make ids unique or leave them out")
+        pairs.append(pair)
+    return pairs
 
 
 def in_plain_columns(cells: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
-    """A row of the authors' two layouts under the column names of a plain file; any other row as it is."""
+    """Give a row of the authors' two layouts the column names of a plain file; return any other row as it is."""
     if "original_question" in cells and columns.question not in cells:  # train_pairs.parquet of the hub
         name_of = dict(zip(("original_question", "rephrased_question", "solution"), columns, strict=True))
         return {name_of.get(name, name): value for name, value in cells.items()}
@@ -212,7 +215,7 @@ def in_plain_columns(cells: dict[str, Any], columns: Columns, place: str) -> dic
 
 
 def text_of(value: Any, column: str, place: str) -> str:
-    """Text, or what the user says in a chat; empty where nothing is said."""
+    """Return a cell's text, or what the user says in a chat; empty where nothing is said."""
     if isinstance(value, list) and all(isinstance(turn, dict) for turn in value):
         value = next((turn.get("content") for turn in value if turn.get("role") == "user"), None)
     if value is None or value != value:  # NaN: a missing cell in pandas
@@ -225,10 +228,13 @@ def text_of(value: Any, column: str, place: str) -> str:
 
 
 def gold_of(value: Any, column: str, place: str) -> str | None:
-    """A number as text, an answer alone in a list, or the end of a worked solution as in GSM8K: `#### 1,234`."""
+    """Return a gold answer as text, or None: a number, an answer alone in a list, or the end of a worked solution.
+
+    A solution of GSM8K ends with `#### 1,234`, one of MATH has the answer in a box.
+    """
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
     if isinstance(value, int | float) and value == value:
         value = str(int(value) if isinstance(value, float) and value.is_integer() else value)
     _, mark, end = text_of(value, column, place).rpartition("####")
-    return (end.strip().replace(",", "") if mark else end) or None
+    return (end.strip().replace(",", "") if mark else extract_boxed(end) or end) or None

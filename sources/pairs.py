@@ -1,7 +1,6 @@
-"""A source -> pairs of wordings, checked; a benchmark -> its questions with their answers.
+"""Load pairs of wordings from a source, and check them; load a benchmark: questions with their answers.
 
-A Pair is a question x, its rephrasing x' if there is one (other words, same answer) and its gold answer if there is
-one. Gold never decides which pairs are kept: a set trains the same with and without it.
+Gold never decides which pairs are kept: a set trains the same with and without it.
 
 A source is a folder as the authors of Co-rewarding publish theirs (train_original.parquet, train_rewrite_*.parquet),
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
@@ -10,15 +9,18 @@ one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from statistics import median_low
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from config import UserError
 from embedded.word_problems import Split, word_problems
 from sources.benchmarks import SOURCES, Files, find_files
 from sources.faults import rewrite_fault
-from sources.files import PUBLISHED, Columns, read_source, to_rows
+from sources.files import PUBLISHED, Columns, read_source, to_pairs
+from sources.files import Pair as Pair
 from sources.overlap import overlaps
 
 T = TypeVar("T")
@@ -41,21 +43,9 @@ CONSEQUENCES = {
 }
 
 
-@dataclass(frozen=True)
-class Pair:
-    id: str
-    question: str
-    rephrased: str | None = None
-    gold: str | None = None
-    meta: dict[str, Any] = field(default_factory=dict)  # all other columns of its row
-
-    def wording(self, view: str) -> str | None:
-        return {"x": self.question, "x'": self.rephrased}[view]
-
-
 @dataclass
 class Report:
-    """What became of a set's rows; filled in while they are read, checked and tokenised."""
+    """The fate of a set's rows; filled in while they are read, checked and tokenised."""
 
     source: str = ""
     rows: int = 0
@@ -65,7 +55,7 @@ class Report:
     tokens: dict[str, list[int]] = field(default_factory=dict)  # view -> lengths, too long prompts included
 
     def usable(self, kept: list[T], of: Sequence[object], reason: str, cure: str) -> list[T]:
-        """Those that are kept; the others are counted, and it is an error if none is."""
+        """Return those that are kept, and count the others; it is an error if none is kept."""
         self.dropped[reason] = len(of) - len(kept)
         if not kept:
             raise UserError(f"none of {len(of):,} questions can be used ({reason}): {cure}")
@@ -94,20 +84,21 @@ def load_pairs(
     keep_bad_rewrites: bool = False,
     report: Report | None = None,
 ) -> list[Pair]:
-    """All questions of a source, read from these columns; a bad rephrasing is taken off its question, which stays.
+    """Load all questions of a source from these columns; a question with a bad rephrasing stays without it.
 
     `keep_bad_rewrites` leaves rows as published: not checked, not repaired, duplicates and all.
 
     Raises:
-        UserError: nothing there, nothing readable, or no question in it.
+        UserError: Nothing there, nothing readable, or no question in it.
     """
     report = Report() if report is None else report
     if source in EMBEDDED:
-        rows = to_rows([(source, problem) for problem in word_problems(EMBEDDED[source])], Columns(), source)
+        rows = to_pairs(word_problems(EMBEDDED[source]), Columns(), source)
     else:
         rows = read_source(source, Columns(question, rephrased, answer))
-    report.source, report.rows = source, len(rows)
-    asking = [Pair(*row) for row in rows if row.question]
+    report.source = source
+    report.rows = len(rows)
+    asking = [row for row in rows if row.question]
     pairs = report.usable(asking, rows, "empty question", f"fill the column of questions of {source}")
     if not keep_bad_rewrites:
         pairs = without_duplicates([checked(pair, report) for pair in pairs], report)
@@ -127,11 +118,11 @@ def checked(pair: Pair, report: Report) -> Pair:
     fault = rewrite_fault(question, rephrased) if rephrased else None
     if fault:
         report.dropped[fault] += 1
-    return Pair(pair.id, question, None if fault else rephrased, pair.gold, pair.meta)
+    return replace(pair, question=question, rephrased=None if fault else rephrased)
 
 
 def without_duplicates(pairs: list[Pair], report: Report) -> list[Pair]:
-    """One of each question, preferably one with a rephrasing; its gold only if all copies agree."""
+    """Keep one of each question, preferably one with a rephrasing; its gold only if all copies agree."""
     copies = defaultdict(list)
     for pair in pairs:
         copies[pair.question].append(pair)
@@ -157,31 +148,29 @@ class Benchmark:
 def load_benchmark(
     name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
 ) -> Benchmark:
-    """A benchmark by its name in SOURCES, or any source of data.py; the columns are those of one's own file."""
+    """Load a benchmark by its name in SOURCES, or any source of data.py with the columns of one's own file."""
     source = SOURCES.get(name)
     if source:
         paths, files = find_files(source, Path(data_dir))
     elif name in {*EMBEDDED, *PUBLISHED} or Path(name).exists():
-        paths, files = [name], Files(name, Columns(question_column, answer=answer_column))
+        paths = [name]
+        files = Files(name, Columns(question_column, answer=answer_column))
     else:
         raise UserError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
-    columns = files.columns._asdict()
-    pairs = [pair for path in paths for pair in load_pairs(path, **columns, keep_bad_rewrites=True)]
+    load = partial(load_pairs, **files.columns._asdict(), keep_bad_rewrites=True)
+    pairs = list(chain.from_iterable(map(load, paths)))
     if missing := sum(pair.gold is None for pair in pairs):
         cure = "take them out, or name the column of answers (--answer-column, in training --eval-answer-column)"
         raise UserError(f"{name}: {missing:,} of {len(pairs):,} questions have no gold answer: {cure}")
     if not source:
         return Benchmark(Path(name).stem.replace(":", "-"), pairs)
-    pairs = [
-        replace(pair, question=source.ask(pair.question, pair.meta), gold=source.gold(str(pair.gold))) for pair in pairs
-    ]
-    return Benchmark(name, pairs)
+    return Benchmark(name, [replace(pair, question=source.ask(pair.question, pair.meta)) for pair in pairs])
 
 
 def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: Report) -> list[Pair]:
-    """The pairs whose question is in none of the benchmarks; it is an error if no pair is left."""
-    asked = [pair.question for benchmark in benchmarks for pair in benchmark.pairs]
-    found = {i for i, _ in overlaps([pair.question for pair in pairs], asked)}
+    """Drop the pairs whose question is in one of the benchmarks; it is an error if no pair is left."""
+    asked = chain.from_iterable(benchmark.pairs for benchmark in benchmarks)
+    found = {i for i, _ in overlaps([pair.question for pair in pairs], [pair.question for pair in asked])}
     names = " ".join(benchmark.name for benchmark in benchmarks)
     cure = f"--decontaminate {names} leaves no training question: it is the training set itself"
     return report.usable([pair for i, pair in enumerate(pairs) if i not in found], pairs, "in a benchmark", cure)

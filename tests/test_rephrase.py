@@ -19,7 +19,7 @@ from tiny import untrained
 
 from config import UserError
 from data import load_pairs
-from lm.decoding import TransformersSampler, draw, request_seed, top_p_filter, uniform_numbers
+from lm.decoding import TransformersSampler, draw, request_seed, uniform_numbers
 from lm.engine import InferenceModel
 from lm.model import load_pretrained, stop_token_ids
 from lm.record import Rollout
@@ -459,12 +459,13 @@ def test_the_command_line_turns_its_errors_into_one_sentence(tmp_path):
 
 
 def test_the_nucleus_is_the_fewest_tokens_that_hold_top_p():
-    probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3], [0.97, 0.01, 0.01, 0.01]])
-    cut = top_p_filter(probabilities.log(), 0.75).exp()
-    assert torch.allclose(cut, torch.tensor([[0.0, 4 / 9, 2 / 9, 3 / 9], [1.0, 0.0, 0.0, 0.0]]))
-    assert torch.allclose(
-        top_p_filter(probabilities.log(), 0.7).exp()[0], torch.tensor([0.0, 4 / 7, 0.0, 3 / 7]), atol=1e-6
-    )
+    probabilities = torch.tensor([[0.1, 0.4, 0.2, 0.3]] * 100 + [[0.97, 0.01, 0.01, 0.01]] * 100)
+    (uniforms,) = uniform_numbers(range(200), 1, torch.device("cpu"))
+    for top_p, kept in ((0.75, {1: 4 / 9, 2: 2 / 9, 3: 3 / 9}), (0.7, {1: 4 / 7, 3: 3 / 7})):
+        drawn, logps = draw(probabilities.log(), uniforms, 1.0, top_p)
+        assert set(drawn[:100].tolist()) == set(kept) and set(drawn[100:].tolist()) == {0}
+        expected = [kept[token] for token in drawn[:100].tolist()] + [1.0] * 100
+        assert torch.allclose(logps.exp(), torch.tensor(expected), atol=1e-6)
 
 
 def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it():
@@ -472,7 +473,7 @@ def test_log_probs_are_those_of_the_truncated_distribution_and_draws_follow_it()
     (uniforms,) = uniform_numbers(range(rows), 1, torch.device("cpu"))
     drawn, logps = draw(logits.repeat(rows, 1), uniforms, temperature, top_p=0.8)
     p = (logits / temperature).softmax(-1)
-    assert p[0] < 0.8 < p[0] + p[2]  # the top_p_filter: the first and the third token
+    assert p[0] < 0.8 < p[0] + p[2]  # the nucleus: the first and the third token
     expected = {0: (p[0] / (p[0] + p[2])).item(), 2: (p[2] / (p[0] + p[2])).item()}
     shares = Counter(drawn.tolist())
     assert set(shares) == {0, 2} and abs(shares[0] / rows - expected[0]) < 0.03

@@ -6,7 +6,6 @@ CO_REWARDING_TEST_MODEL names a folder with a real model, for the tests that can
 
 import importlib.util
 import os
-import random
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,16 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from runs import FLAGS, ROOT, SMALL, assert_same_run, run_with
+from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 import prepare
 import train
 from config import UserError, parse
 from lm import vllm_engine
+from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
 from lm.model import resolve
 from lm.packing import micro_batches
@@ -71,8 +71,7 @@ class Pair:
 
 def paired(lm: PreTrainedModel, dtype: torch.dtype = torch.float32, rows: int = 8) -> Pair:
     eos = lm.config.eos_token_id
-    sampler = open_sampler("vllm", lm, [eos], dtype, max_sequence_tokens=LONG + 20, rows=rows)
-    assert isinstance(sampler, VLLMSampler)
+    sampler = VLLMSampler(lm, [eos], dtype, Capacity(LONG + 20, rows))
     ENGINES.append(sampler)
     return Pair(lm, sampler)
 
@@ -269,9 +268,6 @@ def test_sampling_from_an_engine_that_holds_nothing(pair: Pair) -> None:
 
 def state_of_the_host() -> dict[str, Any]:
     return {
-        "python": random.getstate(),
-        "numpy": str(np.random.get_state()),
-        "torch": torch.random.get_rng_state().tolist(),
         "threads": torch.get_num_threads(),
         "set_num_threads": torch.set_num_threads,
         "environment": dict(os.environ),
@@ -282,8 +278,6 @@ def state_of_the_host() -> dict[str, Any]:
 def test_the_trainer_is_disturbed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "7")
     lm = untied_model()
-    for seed in (random.seed, np.random.seed, torch.manual_seed):
-        seed(20_000)
     before = state_of_the_host()
     pair = paired(lm)
     assert state_of_the_host() == before
@@ -315,7 +309,7 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
 @tied_model
 def test_longer_sequences_than_the_model_knows(pair: Pair) -> None:
     with pytest.raises(UserError, match="10000 tokens together: the model knows 512 positions"):
-        open_sampler("vllm", pair.lm, [0], torch.float32, max_sequence_tokens=10_000, rows=8)
+        open_sampler("vllm", pair.lm, byte_tokenizer(), torch.float32, Capacity(10_000, 8))
 
 
 def test_a_sampler_is_chosen_in_silence_or_cannot_be_had(
