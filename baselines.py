@@ -19,9 +19,12 @@ each, the flags that come nearest to its published recipe, what then still diffe
 
 import random
 from collections import defaultdict
+from dataclasses import replace
+from difflib import get_close_matches
 from statistics import fmean
 
-from rewards import BOTH, VARIANTS, Group, Variant, X, match_to_vote, vote_shares
+from config import Method, UserError
+from rewards import BOTH, VARIANTS, VIEWS, Group, Variant, X, match_to_vote, vote_shares, with_views
 
 
 def random_reward(group: Group) -> list[float]:
@@ -126,3 +129,30 @@ BASELINES: dict[str, Variant] = {
     "rent":          VARIANTS["entropy"],
 }
 # fmt: on
+
+
+def choose_variant(method: Method) -> Variant:
+    """Look the variant up in the tables, and change what the command line changes in it.
+
+    Raises:
+        UserError: there is no such variant, or it fixes its own views.
+    """
+    variants = VARIANTS | BASELINES
+    if method.variant not in variants:
+        plain = {name.lower(): name for name in variants}
+        close = get_close_matches(str(method.variant).lower().removeprefix("co-rewarding-"), plain, n=1, cutoff=0.75)
+        guess = f"did you mean {plain[close[0]]}? " if close else ""
+        raise UserError(f"--variant {method.variant} is not known: {guess}choose from {', '.join(variants)}")
+    variant = variants[method.variant]
+    if method.views is not None:
+        if not variant.is_baseline:
+            raise UserError(
+                f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
+                "try --variant majority"
+            )
+        variant = with_views(variant, VIEWS[method.views])
+    if method.kl_coef is not None:
+        variant = replace(variant, kl_coef=method.kl_coef)
+    if method.kl_ref is not None:
+        variant = replace(variant, kl_reference=method.kl_ref)
+    return variant

@@ -7,19 +7,25 @@ import argparse
 import errno
 import json
 import math
+import os
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
 
 EMBEDDED_MODELS = ("embedded", "embedded-misreading", "embedded-spellings")
 SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\boxed{}."  # the authors'
+
+
+OTHER_RANK = os.environ.get("RANK", "0") != "0"  # of torchrun, and not its first
+SECONDS_FOR_RANK_0 = 5.0  # torchrun ends the other ranks at once when rank 0 has ended
 
 
 class UserError(ValueError):
@@ -32,16 +38,36 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(str(stop) or when_stopped, file=sys.stderr)
-        raise SystemExit(130) from None
+        leave(str(stop) or when_stopped, 130)
     except (UserError, OSError) as error:
         sentence = str(error)
         if isinstance(error, OSError):
             if error.errno != errno.ENOSPC:
                 raise
             sentence = f"the disk is full ({error.filename or 'while writing'}): make room, then go on"
-        print(f"error: {sentence}", file=sys.stderr)
-        raise SystemExit(2) from None
+        leave(f"error: {sentence}", 2)
+
+
+def leave(sentence: str, code: int) -> NoReturn:
+    """Print a last sentence and exit; ranks other than 0 are heard only if rank 0 does not end with them."""
+    if OTHER_RANK:
+        time.sleep(SECONDS_FOR_RANK_0)
+    print(sentence, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+@contextmanager
+def silent_on_other_ranks() -> Iterator[None]:
+    """Let rank 0 alone answer --help and wrong flags, which all ranks see."""
+    if not OTHER_RANK:
+        yield
+        return
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
+            yield
+    except SystemExit:
+        time.sleep(SECONDS_FOR_RANK_0)
+        raise
 
 
 @dataclass(frozen=True)
@@ -227,7 +253,9 @@ def parse(arguments: list[str] | None = None) -> Config:
         "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
         "with --model NAME those of real models, with --config FILE those of another run's config.json."
     )
-    config = tyro.cli(Config, args=others, default=default, description=about, config=(tyro.conf.FlagCreatePairsOff,))
+    with silent_on_other_ranks():
+        flags = (tyro.conf.FlagCreatePairsOff,)
+        config = tyro.cli(Config, args=others, default=default, description=about, config=flags)
     return validate(config, default)
 
 

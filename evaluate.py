@@ -21,33 +21,14 @@ questions of the same kind. The answers to each batch of questions are appended 
 killed evaluation goes on behind them, and ends with the same BENCHMARK.jsonl and result.json.
 """
 
-import json
-import math
-from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import chain, repeat
-from pathlib import Path
-from statistics import fmean
 from typing import Any, Literal, NamedTuple
 
 import tyro
-from transformers import PreTrainedTokenizerBase
 
-from config import UserError, exit_on_user_error, flag_name, parse_template_options
-from lm import distributed
-from lm.decoding import Capacity, Sample, request_seed
-from lm.engine import load_inference_model, sampling_from
-from lm.model import newest_policy
-from lm.prompts import prompt_ids
-from rewards import majority_vote, matches, read_answers
-from sources.pairs import Benchmark, Pair, load_benchmark
-from store.batches import claim_folder, work_through
-from store.checkpoint import weights_fingerprint
-from store.jsonl import Record, fingerprint, write_atomic
+from config import UserError, exit_on_user_error, flag_name, parse_template_options, silent_on_other_ranks
+from sources.pairs import Benchmark, Pair, check_benchmark, load_benchmark
 from store.results import compare, estimate, read_result, seeds, table, versions
-
-GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
 
 
 @dataclass(frozen=True)
@@ -70,6 +51,67 @@ class EvaluationSettings:
     # instead of an evaluation: the folders of two, or their result.json, before and after
     compare: tuple[str, str] | None = None
     seeds: tuple[str, ...] = ()  # instead of an evaluation: results of runs, of which those of a setting make one line
+
+
+def parse_settings() -> EvaluationSettings | None:
+    """Read the settings from the command line and check them; None if a question that needs no model was answered."""
+    with silent_on_other_ranks():
+        settings = tyro.cli(EvaluationSettings, description=__doc__)
+    if settings.compare or settings.seeds:
+        print(compare(*settings.compare) if settings.compare else seeds(settings.seeds))
+        return None
+    return check_settings(settings)
+
+
+def check_settings(settings: EvaluationSettings) -> EvaluationSettings:
+    """Refuse what could only fail later.
+
+    Raises:
+        UserError: one of the settings is impossible.
+    """
+    if not settings.model:
+        raise UserError("--model is missing: a hub name or a local folder")
+    if settings.temperature <= 0:
+        raise UserError(f"--temperature {settings.temperature} must be over 0; the greedy answer is extra")
+    for name, least in {"k": 0, "max_response_tokens": 1, "questions_per_batch": 1, "limit": 1}.items():
+        given = getattr(settings, name)
+        if given is not None and given < least:
+            raise UserError(f"{flag_name(name)} {given} must be at least {least}")
+    parse_template_options(settings.template_options)
+    for name in settings.benchmarks:
+        check_benchmark(name)
+    return settings
+
+
+STOPPED = "stopped; the same command goes on from the answers kept so far"
+
+if __name__ == "__main__":
+    with exit_on_user_error(STOPPED):  # before the imports that take seconds
+        given = parse_settings()
+        if given is None:
+            raise SystemExit
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from itertools import chain, repeat
+from pathlib import Path
+from statistics import fmean
+
+from transformers import PreTrainedTokenizerBase
+
+from lm import distributed
+from lm.decoding import Capacity, Sample, request_seed
+from lm.engine import load_inference_model, sampling_from
+from lm.model import newest_policy
+from lm.prompts import prompt_ids
+from rewards import majority_vote, matches, read_answers
+from store.batches import claim_folder, work_through
+from store.checkpoint import weights_fingerprint
+from store.jsonl import Record, fingerprint, write_atomic
+
+GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
 
 
 class Asked(NamedTuple):
@@ -164,6 +206,9 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
         UserError: a benchmark, the model or the folder cannot be used.
     """
     distributed.start()
+    model = distributed.run_on_rank0(lambda: newest_policy(str(settings.model)))
+    name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
+    settings = replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))
     folder = Path(str(settings.out))
     columns = {"question_column": settings.question_column, "answer_column": settings.answer_column}
     loaded = [load_benchmark(name, **columns) for name in settings.benchmarks]
@@ -171,7 +216,7 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     made_with = asdict(settings) | {"out": None, "questions": fingerprint([each.pairs for each in benchmarks])}
-    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(str(settings.model))))
+    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(model)))
     file = folder / "result.json"
     with claim_folder(folder, made_with, file):
         if not distributed.run_on_rank0(file.exists):
@@ -209,31 +254,12 @@ def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folde
     return results
 
 
-def checked_settings(settings: EvaluationSettings) -> EvaluationSettings:
-    """Refuse what could only fail later; fill in the newest policy of a run, and the folder to write."""
-    if not settings.model:
-        raise UserError("--model is missing: a hub name or a local folder")
-    if settings.temperature <= 0:
-        raise UserError(f"--temperature {settings.temperature} must be over 0; the greedy answer is extra")
-    for name, least in {"k": 0, "max_response_tokens": 1, "questions_per_batch": 1, "limit": 1}.items():
-        if (given := getattr(settings, name)) is not None and given < least:
-            raise UserError(f"{flag_name(name)} {given} must be at least {least}")
-    parse_template_options(settings.template_options)
-    model = distributed.run_on_rank0(lambda: newest_policy(str(settings.model)))
-    name = "-".join(part for part in Path(model).parts[-4:] if part not in ("/", ".", "..", "checkpoints"))
-    return replace(settings, model=model, out=settings.out or str(Path("runs", "evaluations", name)))
-
-
-def main() -> None:
-    settings = tyro.cli(EvaluationSettings, description=__doc__)
-    with exit_on_user_error("stopped; the same command goes on from the answers kept so far"):
-        if settings.compare:
-            print(compare(*settings.compare))
-        elif settings.seeds:
-            print(seeds(settings.seeds))
-        else:
-            evaluate_model(checked_settings(settings))
+def main(settings: EvaluationSettings | None = None) -> None:
+    with exit_on_user_error(STOPPED):
+        settings = settings or parse_settings()
+        if settings:
+            evaluate_model(settings)
 
 
 if __name__ == "__main__":
-    main()
+    main(given)

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from baselines import BASELINES
+from baselines import choose_variant
 from config import EMBEDDED_MODELS, Config, Data, UserError, flag_name, parse_template_options
 from data import PromptedPair, steps_per_epoch, tokenize_pairs
 from lm import distributed
@@ -18,7 +18,7 @@ from lm.memory import Demand, fit, this_hardware
 from lm.model import checkpoint_activations, frozen_copy, load_policy, load_pretrained
 from lm.prompts import prompt_ids, read_chat_template
 from lm.scoring import PackedLM
-from rewards import VARIANTS, VIEWS, Variant, with_views
+from rewards import Variant
 from rollout import Run
 from sources.files import Columns
 from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
@@ -29,7 +29,7 @@ from store.jsonl import fingerprint
 def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; return the run and its first step."""
     device = distributed.start()
-    variant = choose_variant(config)
+    variant = choose_variant(config.method)
     engine = choose_engine(config.sampling.sampler)
     check_offload(config)
     if config.model.name in EMBEDDED_MODELS:
@@ -122,27 +122,6 @@ def build_prompts(
             f"--mini-batches {config.optimisation.mini_batches}, but some steps ask {fewest} questions: lower it"
         )
     return questions
-
-
-def choose_variant(config: Config) -> Variant:
-    """Look the variant up in its table, and change what the command line changes in it."""
-    method = config.method
-    variants = VARIANTS | BASELINES
-    if str(method.variant) not in variants:  # a config.json can hold anything
-        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(variants)}")
-    variant = variants[method.variant]
-    if method.views is not None:
-        if not variant.is_baseline:
-            raise UserError(
-                f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
-                "try --variant majority"
-            )
-        variant = with_views(variant, VIEWS[method.views])
-    if method.kl_coef is not None:
-        variant = replace(variant, kl_coef=method.kl_coef)
-    if method.kl_ref is not None:
-        variant = replace(variant, kl_reference=method.kl_ref)
-    return variant
 
 
 def check_offload(config: Config) -> None:

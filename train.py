@@ -22,11 +22,15 @@ What differs from the paper and from the authors' code is said at the head of gr
 Shapes: Q questions a step, N = views x Q x G rollouts that are trained on.
 """
 
+from baselines import choose_variant
 from config import Config, UserError, exit_on_user_error, parse
+from sources.pairs import check_sources
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        given = parse()  # before the imports that take seconds: --help and wrong flags are answered at once
+    with exit_on_user_error():  # before the imports that take seconds: --help and mistakes are answered at once
+        given = parse()
+        choose_variant(given.method)
+        check_sources(given.data)
 
 import json
 import os

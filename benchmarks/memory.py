@@ -19,10 +19,10 @@ from transformers import AutoConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from baselines import choose_variant
 from config import Config, UserError, exit_on_user_error, parse
 from lm.memory import Demand, Hardware, Plan, bytes_needed, fit, fullest
 from lm.model import load_pretrained, meta_model
-from prepare import choose_variant
 
 # Bytes that cards report (nvidia-smi's MiB): RTX 4090, L40S, H100, H200.
 CARDS = {"24": 24_564 * 2**20, "48": 46_068 * 2**20, "80": 81_559 * 2**20, "141": 143_771 * 2**20}
@@ -48,7 +48,7 @@ def shape_of(name: str) -> PreTrainedModel:
 
 def demand_of(config: Config) -> Demand:
     """Count what the variant asks for, as prepare.py does."""
-    variant = choose_variant(config)
+    variant = choose_variant(config.method)
     sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
     return Demand(variant.has_teacher + variant.has_frozen_reference, sequences)
 

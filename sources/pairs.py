@@ -6,6 +6,7 @@ A source is a folder as the authors of Co-rewarding publish theirs (train_origin
 one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
 """
 
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -15,11 +16,11 @@ from pathlib import Path
 from statistics import median_low
 from typing import TypeVar
 
-from config import UserError
+from config import Data, UserError
 from embedded.word_problems import Split, word_problems
 from sources.benchmarks import SOURCES, Files, find_files
 from sources.faults import rewrite_fault
-from sources.files import PUBLISHED, Columns, read_source, to_pairs
+from sources.files import PUBLISHED, Columns, locate, read_source, to_pairs
 from sources.files import Pair as Pair
 from sources.overlap import overlaps
 
@@ -145,18 +146,36 @@ class Benchmark:
     pairs: list[Pair]  # each with a gold answer
 
 
+def check_sources(data: Data) -> None:
+    """Refuse a file that is not there and a benchmark that nobody knows; nothing is read or downloaded.
+
+    Raises:
+        UserError: there is no such thing.
+    """
+    if data.source not in {*EMBEDDED, *PUBLISHED}:
+        locate(data.source)
+    for name in (data.eval_data, *data.decontaminate):
+        if name is not None:
+            check_benchmark(name)
+
+
+def check_benchmark(name: str) -> None:
+    """Refuse a name that is neither a benchmark nor a source of questions."""
+    if name not in {*SOURCES, *EMBEDDED, *PUBLISHED} and not os.path.exists(name):
+        raise UserError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
+
+
 def load_benchmark(
     name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
 ) -> Benchmark:
     """Load a benchmark by its name in SOURCES, or any source of data.py with the columns of one's own file."""
+    check_benchmark(name)
     source = SOURCES.get(name)
     if source:
         paths, files = find_files(source, Path(data_dir))
-    elif name in {*EMBEDDED, *PUBLISHED} or Path(name).exists():
+    else:
         paths = [name]
         files = Files(name, Columns(question_column, answer=answer_column))
-    else:
-        raise UserError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
     load = partial(load_pairs, **files.columns._asdict(), keep_bad_rewrites=True)
     pairs = list(chain.from_iterable(map(load, paths)))
     if missing := sum(pair.gold is None for pair in pairs):

@@ -14,8 +14,6 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import torch
-
 from config import UserError
 from store.curves import by_settings
 from store.jsonl import changes
@@ -25,6 +23,8 @@ Estimate = dict[str, Any]  # value, its standard error (None for a single questi
 
 def versions() -> dict[str, str]:
     """Return what numbers depend on besides settings: packages, the device, and the commit if there is one."""
+    import torch
+
     found = {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"}
     for name in ("torch", "transformers", "vllm", "math-verify"):
         with suppress(metadata.PackageNotFoundError):

@@ -22,8 +22,9 @@ from tiny import untrained
 
 import evaluate
 from config import UserError
-from evaluate import EvaluationSettings, checked_settings, evaluate_model, pass_at_k, question_values, result_of
+from evaluate import EvaluationSettings, check_settings, evaluate_model, pass_at_k, question_values, result_of
 from lm.engine import InferenceModel
+from lm.model import newest_policy
 from lm.record import Rollout
 from rewards import equivalent
 from sources.benchmarks import SOURCES
@@ -557,20 +558,25 @@ def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pyte
 )
 def test_senseless_flag_is_obeyed(flags: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
-        checked_settings(EvaluationSettings(**{"model": "letters", **flags}))
+        check_settings(EvaluationSettings(**{"model": "letters", **flags}))
 
 
-def test_evaluation_follows_a_moving_link(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Or does not know what a run's or a checkpoint's folder means; a built-in name is not the folder of that name."""
+def test_evaluation_follows_a_moving_link(tmp_path: Path, guesser: Guesser, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or does not know what a run's or a checkpoint's folder means."""
+    monkeypatch.chdir(tmp_path)
     policy = tmp_path / "runs" / "x" / "checkpoints" / "step-000010" / "policy"
     policy.mkdir(parents=True)
     (policy.parents[1] / "latest").symlink_to("step-000010")
     for given in ("", "checkpoints/latest", "checkpoints/latest/policy", "checkpoints/step-000010"):
-        settings = checked_settings(EvaluationSettings(model=str(policy.parents[2] / given)))
-        assert (settings.model, settings.out) == (str(policy), "runs/evaluations/x-step-000010-policy")
+        path = evaluate_model(settings_of(tmp_path, model=str(policy.parents[2] / given), out=None))
+        assert path == Path("runs/evaluations/x-step-000010-policy/result.json")
+        assert json.loads(path.read_text())["settings"]["model"] == str(policy)
+
+
+def test_a_built_in_model_is_taken_for_a_folder_of_that_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "embedded").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert checked_settings(EvaluationSettings(model="embedded")).model == "embedded"
+    assert newest_policy("embedded") == "embedded"
 
 
 def test_error_ends_in_a_traceback_or_in_success(tmp_path: Path) -> None:

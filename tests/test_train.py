@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import config
 import prepare
 import train
+from baselines import choose_variant
 from config import Config, UserError, parse
 from embedded.word_problems import word_problems
 
@@ -203,7 +204,7 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
 )
 def test_impossible_settings_are_named_before_any_work(flags, sentence):
     with pytest.raises(UserError) as problem:
-        prepare.choose_variant(parse(flags))
+        choose_variant(parse(flags).method)
     assert sentence in str(problem.value)
 
 

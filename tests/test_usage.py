@@ -5,6 +5,7 @@ import json
 import os
 import runpy
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -15,12 +16,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import ROOT
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import config
 import data
 import evaluate
 import train
+from baselines import choose_variant
 from lm.model import resolve
 from store.folder import lock_run_dir
 from tools import ask, look, plot, rephrase
@@ -130,6 +133,37 @@ def sentence_of(command: Callable[[], object], arguments: str, monkeypatch, caps
     said = capsys.readouterr().err
     assert "Traceback" not in said
     return " ".join(said.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("given", ["ii", "Co-rewarding-II", "II "])
+def test_a_variant_written_otherwise_gets_no_hint(given, monkeypatch, capsys, here):
+    with pytest.raises(config.UserError, match="did you mean II\\?"):
+        choose_variant(config.Method(variant=given))
+
+
+EARLY = ["train.py --variant ii", "train.py --data nowhere.jsonl --model embedded", "train.py --eval-data math501"]
+EARLY += ["train.py --help", "evaluate.py", "evaluate.py --compare nothing nowhere", "evaluate.py --help"]
+EARLY += ["evaluate.py --model m --benchmarks math501", "train.py --learning-rate 1"]
+
+
+@pytest.mark.parametrize("command", EARLY)
+def test_a_mistake_waits_for_pytorch(command):
+    script, *arguments = command.split()
+    code = f"import runpy, sys\nsys.argv = {[script, *arguments]}\ntry: runpy.run_path({str(ROOT / script)!r}, "
+    code += "run_name='__main__')\nexcept SystemExit as ended: print(ended.code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"{0 if '--help' in command else 2} False"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--variant ii", "--learning-rate 1", "--model nowhere --data questions.jsonl"])
+def test_an_error_under_torchrun_is_printed_by_every_rank(flags, here):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    done = subprocess.run([*command, *flags.split()], cwd=here, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode != 0 and "Traceback" in done.stderr  # torchrun's own
+    ours = done.stderr.partition("Traceback")[0]
+    mark = "Unrecognized options: " if "learning" in flags else "error: --"
+    assert ours.count(mark) == 1
 
 
 @pytest.mark.parametrize("usage", TRAIN)
