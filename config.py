@@ -102,8 +102,6 @@ class Model:
 class Sampling:
     # hf: the trainer's own model; auto: vllm if it is installed and there is a GPU, else hf
     sampler: Literal["auto", "vllm", "hf"] = "auto"
-    # share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most
-    engine_memory: float = 0.5
     rollouts: int = 8  # G: sampled answers to each wording of a question
     votes: int | None = None  # V: answers that vote, the first G of which are trained on (None: G)
     max_response_tokens: int = 3072  # longer answers are cut
@@ -121,13 +119,18 @@ class Optimisation:
     beta2: float = 0.999  # of AdamW
     max_grad_norm: float = 1.0  # a longer gradient is scaled down to this
     mini_batches: int = 1  # M: optimizer steps on the rollouts of a step, each on its share of the questions
-    tokens_per_micro_batch: int = 16384  # tokens of one forward and backward pass: costs memory, changes no result
 
 
 @dataclass(frozen=True)
 class Memory:
-    # compute activations again in the backward pass instead of keeping them: a third more arithmetic, and it fits
-    activation_checkpointing: Literal["on", "off"] = "on"
+    # auto: on GPUs, choose what is not given below so that the run fits, as fast as it can (lm/memory.py)
+    fit: Literal["auto", "off"] = "auto"
+    # share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most (None: 0.5)
+    engine_memory: float | None = None
+    # tokens of one forward and backward pass: costs memory, changes no result (None: 16,384)
+    tokens_per_micro_batch: int | None = None
+    # compute activations again in the backward pass instead of keeping them: a third more arithmetic (None: on)
+    activation_checkpointing: Literal["on", "off"] | None = None
     # keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there
     offload_optimizer: bool = False
     offload_teacher: bool = False  # keep the teacher, or the frozen reference, in the CPU's memory
@@ -176,9 +179,9 @@ EMBEDDED_DEFAULTS = Config(
         eval_samples=4,
     ),
     sampling=Sampling(max_response_tokens=32),
-    memory=Memory(activation_checkpointing="off"),
+    memory=Memory(activation_checkpointing="off", tokens_per_micro_batch=2048),
     run=RunSettings(save_every=0),
-    optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99, tokens_per_micro_batch=2048),
+    optimisation=Optimisation(steps=100, lr=5e-4, lr_schedule="constant", beta2=0.99),
 )
 
 

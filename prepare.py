@@ -14,7 +14,8 @@ from data import PromptedPair, steps_per_epoch, tokenize_pairs
 from lm import distributed
 from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
-from lm.model import checkpoint_activations, frozen_copy, load_policy
+from lm.memory import Demand, fit, this_hardware
+from lm.model import checkpoint_activations, frozen_copy, load_policy, load_pretrained
 from lm.prompts import prompt_ids, read_chat_template
 from lm.scoring import PackedLM
 from rewards import VARIANTS, VIEWS, Variant, with_views
@@ -34,10 +35,12 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     if config.model.name in EMBEDDED_MODELS:
         torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
     pairs, report, benchmark = read_data(config)
-    print(f"loading {config.model.name}", flush=True)
-    policy, tokenizer = load_policy(
-        str(config.model.name), device, config.model.compute_dtype, config.memory.offload_optimizer
-    )
+    name = str(config.model.name)
+    shape, _ = load_pretrained(name, torch.float32, weights=False)
+    sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
+    plan = fit(shape, config, Demand(variant.has_teacher + variant.has_frozen_reference, sequences), this_hardware())
+    print(f"loading {name}", flush=True)
+    policy, tokenizer = load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
     encode = prompt_encoder(config, tokenizer)
     questions = build_prompts(config, variant, encode, pairs, report)
     eval_questions = []
@@ -48,13 +51,13 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     prompts = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
     capacity = Capacity(
         sequence_tokens=max(map(len, prompts)) + config.sampling.max_response_tokens,
-        sequences=len(variant.policy_views) * config.data.questions_per_step * config.votes,
-        engine_memory=config.sampling.engine_memory,
+        sequences=sequences,
+        engine_memory=plan.engine_memory,
     )
 
-    teacher = frozen_copy(policy, config.memory.offload_teacher) if variant.has_teacher else None
-    initial = frozen_copy(policy, config.memory.offload_teacher) if variant.has_frozen_reference else None
-    if config.memory.activation_checkpointing == "on":
+    teacher = frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
+    initial = frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
+    if plan.activation_checkpointing == "on":
         checkpoint_activations(policy)
     run = Run(
         config=config,
@@ -65,6 +68,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         benchmark=benchmark,
         eval_prompts=[question.prompts["x"] for question in eval_questions],
         total_steps=total_steps(config, len(questions)),
+        plan=plan,
         device=device,
         tokenizer=tokenizer,
         policy=policy,

@@ -16,6 +16,7 @@ from config import Config
 from data import PromptedPair
 from lm import distributed
 from lm.decoding import Sampler, request_seed
+from lm.memory import Plan
 from lm.scoring import PackedLM
 from rewards import Group, Variant, View, Voter, read_answers, vote_of
 from sources.pairs import Benchmark
@@ -33,6 +34,7 @@ class Run:
     benchmark: Benchmark | None  # its questions whose prompts are short enough
     eval_prompts: list[list[int]]  # of these questions
     total_steps: int
+    plan: Plan  # of the memory
     device: torch.device
     tokenizer: PreTrainedTokenizerBase
     policy: PackedLM

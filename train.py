@@ -89,7 +89,9 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
 
     # 4. Rewards compare answers with labels, advantages compare rewards within a group.                Eq. 3
     if variant.needs_token_stats:
-        assign_token_stats(run.policy, rollouts, run.device, config)
+        assign_token_stats(
+            run.policy, rollouts, run.plan.tokens_per_micro_batch, run.device, config.sampling.temperature
+        )
     rewards = distributed.run_on_rank0(lambda: [variant.reward(group) for group in groups])
     assign_advantages(groups, rewards)
     clock.lap("reward")
@@ -122,7 +124,7 @@ def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock
         rollouts = rollouts_of(part)
         if reference is None:
             rollouts = select_with_gradient(rollouts)
-        batches = micro_batches(rollouts, config.optimisation.tokens_per_micro_batch, run.device)
+        batches = micro_batches(rollouts, run.plan.tokens_per_micro_batch, run.device)
         if reference is not None:
             for batch, stats in zip(batches, score(reference, batches, temperature), strict=True):
                 batch.reference_logp = stats.logp
@@ -166,7 +168,7 @@ def train(config: Config) -> Path:
 def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
     """Take all steps from the first on; evaluate and save when it is due."""
     config = run.config
-    record = json.dumps(asdict(config) | {"versions": versions()}, indent=2) + "\n"
+    record = json.dumps(asdict(config) | {"plan": run.plan._asdict(), "versions": versions()}, indent=2) + "\n"
     distributed.run_on_rank0(lambda: write_atomic(run.folder / "config.json", record))
     log = RunLog(run.folder, asdict(config), first_step) if distributed.is_rank0() else None
     skipped = 0

@@ -1,113 +1,107 @@
 """The memory of a training run, before it is used. Takes the flags of train.py, loads no weights and no questions:
 
-    python benchmarks/memory.py --variant II --model Qwen3-8B-Base --data math
+    python benchmarks/memory.py --variant II --model Qwen3-8B-Base       # on 1 to 8 GPUs of 80 GB, by kind and phase
+    python benchmarks/memory.py --table docs/results/fit.csv             # what is chosen for the paper's models
 
-P parameters in N shards (FSDP2, see lm.model.shard), vLLM samples. Bytes on each GPU:
-
-    kept throughout    master weights 4P/N; teacher or frozen reference 4P/N; vLLM's CUDA graphs, even while it sleeps
-    kept after step 1  AdamW's moments 8P/N
-    first check        the engine and a whole bfloat16 copy, 2P, before AdamW has its moments
-    while sampling     the engine: a share of the GPU
-    while training     gradients 4P/N; weights outside of layers, whole; what autograd keeps of a micro-batch (where
-                       it is recomputed, the inputs of layers); the head or the layer at work
-
-Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's fragmentation; USABLE leaves room.
+What is counted, and how settings are chosen: lm/memory.py.
 """
 
+import csv
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from config import Config, exit_on_user_error, parse
-from lm.model import decoder_layers, load_pretrained
-from lm.scoring import ON_GPU as LOGITS_ON_GPU
+from config import Config, UserError, exit_on_user_error, parse
+from lm.memory import Demand, Hardware, Plan, bytes_needed, fit, fullest
+from lm.model import load_pretrained, meta_model
 from prepare import choose_variant
-from rewards import Variant
 
-GPU_BYTES, USABLE = 80e9, 0.92  # of it, for what is planned here
+# Bytes that cards report (nvidia-smi's MiB): RTX 4090, L40S, H100, H200.
+CARDS = {"24": 24_564 * 2**20, "48": 46_068 * 2**20, "80": 81_559 * 2**20, "141": 143_771 * 2**20}
 GPUS = (1, 2, 4, 8)
-CUDA_GRAPHS = 1e9  # assumed: vLLM logs what its capture took
-CURE = (
-    "where it does not fit, try in this order: a lower --engine-memory, --activation-checkpointing on, "
-    "fewer --tokens-per-micro-batch, --offload-teacher, --offload-optimizer, more GPUs (docs/PERFORMANCE.md)"
-)
+HOST = 1e12  # bytes of a machine with GPUs
+COLUMNS = ("model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+COLUMNS += ("num_key_value_heads", "head_dim", "tie_word_embeddings")
+SHAPES = {  # published
+    "Qwen3-1.7B-Base": ("qwen3", 151936, 2048, 6144, 28, 16, 8, 128, True),
+    "Qwen3-4B-Base": ("qwen3", 151936, 2560, 9728, 36, 32, 8, 128, True),
+    "Qwen3-8B-Base": ("qwen3", 151936, 4096, 12288, 36, 32, 8, 128, False),
+    "Qwen2.5-3B": ("qwen2", 151936, 2048, 11008, 36, 16, 2, 128, True),
+    "Qwen2.5-7B": ("qwen2", 152064, 3584, 18944, 28, 28, 4, 128, False),
+    "Llama-3.2-3B-Instruct": ("llama", 128256, 3072, 8192, 28, 24, 8, 128, True),
+}
 
 
-def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
-    """Bytes that autograd keeps of a token in each layer, computing with numbers of `itemsize` bytes.
-
-    For each of two norms its input in float32, the normalised vector and the output; query, key, value and output of
-    attention; four vectors of the MLP; and for norms of query and key (Qwen3) two each.
-    """
-    model = lm.config.get_text_config()
-    hidden, heads = model.hidden_size, model.num_attention_heads
-    head_dim = getattr(model, "head_dim", None) or hidden // heads
-    query, key = heads * head_dim, (getattr(model, "num_key_value_heads", None) or heads) * head_dim
-    width = getattr(model, "intermediate_size", None) or 4 * hidden  # GPT-2 does not name it
-    norms_heads = any("q_norm" in name for name, _ in lm.named_parameters())
-    kept = 2 * (4 + 2 * itemsize) * hidden + itemsize * (2 * query + 2 * key + 4 * width)
-    return int(kept + norms_heads * (4 + itemsize) * (query + key))
+def shape_of(name: str) -> PreTrainedModel:
+    """Build one of the paper's models without weights."""
+    shape: dict[str, Any] = dict(zip(COLUMNS, SHAPES[name], strict=True))
+    return meta_model(AutoConfig.for_model(shape.pop("model_type"), **shape))
 
 
-def bytes_needed(
-    lm: PreTrainedModel, config: Config, variant: Variant, gpus: int, itemsize: int = 2
-) -> dict[str, float]:
-    """On each of `gpus` GPUs, by kind, and at most in each phase; what is off-loaded to the CPU counts 0."""
-    model, layers = lm.config.get_text_config(), decoder_layers(lm)
-    parameters = sum(p.numel() for p in lm.parameters())
-    layer = sum(p.numel() for each in layers for p in each.parameters()) / len(layers)
-    head, kept_of_layer = model.vocab_size * model.hidden_size, kept_of_a_token(lm, itemsize)
-    own = 0.0 if config.memory.offload_optimizer else parameters / gpus
-    copies = (variant.has_teacher + variant.has_frozen_reference) * (not config.memory.offload_teacher)
-    tokens = max(config.optimisation.tokens_per_micro_batch, config.max_sequence_tokens)
-    recomputed = config.memory.activation_checkpointing == "on"
-    # The head: float32 logits and probabilities, and its gradient in float32 and rounded. A layer: its weights and the
-    # next one's, its gradients in bfloat16 and in float32, and its activations if they are computed again.
-    head_at_work = 8 * min(LOGITS_ON_GPU, tokens * model.vocab_size) + 6 * head
-    layer_at_work = 10 * layer + 2 * head + tokens * kept_of_layer * recomputed
-    need = {
-        "master weights": 4 * own,
-        "AdamW": 8 * own,
-        "teacher, reference": 4 * copies * parameters / gpus,
-        "CUDA graphs": CUDA_GRAPHS,
-        "engine": config.sampling.engine_memory * GPU_BYTES,
-        "gradients": 4 * own,
-        "weights outside of layers": 2 * (parameters - layer * len(layers)),
-        "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
-        "head or layer at work": max(head_at_work, layer_at_work),
-    }
-    kept = need["master weights"] + need["teacher, reference"] + need["CUDA graphs"]
-    training = ("AdamW", "gradients", "weights outside of layers", "activations", "head or layer at work")
-    return need | {
-        "at the first check": kept + need["engine"] + 2 * parameters,
-        "while sampling": kept + need["engine"] + need["AdamW"],
-        "while training": kept + sum(need[kind] for kind in training),
-    }
+def demand_of(config: Config) -> Demand:
+    """Count what the variant asks for, as prepare.py does."""
+    variant = choose_variant(config)
+    sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
+    return Demand(variant.has_teacher + variant.has_frozen_reference, sequences)
 
 
-def fits(need: dict[str, float]) -> bool:
-    return max(need["at the first check"], need["while sampling"], need["while training"]) <= USABLE * GPU_BYTES
+def as_text(lm: PreTrainedModel, config: Config) -> str:
+    """Lay out the memory on 1 to 8 GPUs of 80 GB, with the settings that are chosen for each."""
+    columns: dict[str, dict[str, float]] = {}
+    notes = []
+    for n in GPUS:
+        hardware = Hardware(n, CARDS["80"], HOST)
+        try:
+            plan = fit(lm, config, demand_of(config), hardware)
+            columns[str(n)] = bytes_needed(lm, config, plan, demand_of(config), hardware)
+        except UserError as problem:
+            notes.append(str(problem))
+    lines = [f"{'GiB on each of so many GPUs':<28}" + "".join(f"{n:>9}" for n in columns)]
+    for kind in next(iter(columns.values()), {}):
+        lines.append(f"{kind:<28}" + "".join(f"{need[kind] / 2**30:>9.1f}" for need in columns.values()))
+    return "\n".join(lines + notes)
 
 
-def as_text(lm: PreTrainedModel, config: Config, variant: Variant) -> str:
-    """The table, and what to try where the run does not fit."""
-    needs = [bytes_needed(lm, config, variant, n) for n in GPUS]
-    lines = [f"{'GB on each GPU of 80 GB':<28}" + "".join(f"{f'{n} GPU' + 's' * (n > 1):>9}" for n in GPUS)]
-    lines += [f"{kind:<28}" + "".join(f"{need[kind] / 1e9:>9.1f}" for need in needs) for kind in needs[0]]
-    lines.append(f"{'fits':<28}" + "".join(f"{'yes' if fits(need) else 'no':>9}" for need in needs))
-    return "\n".join(lines if all(map(fits, needs)) else [*lines, CURE])
+def cells(variants: tuple[str, ...] = ("I", "II", "III")) -> list[dict[str, str]]:
+    """Fit every model, number of GPUs, card and variant; a row each, `-` where nothing fits."""
+    rows = []
+    for name, variant, card, n in product(SHAPES, variants, CARDS, GPUS):
+        config = parse(["--model", name, "--variant", variant])
+        lm = shape_of(name)
+        hardware = Hardware(n, CARDS[card], HOST)
+        row = {"model": name, "variant": variant, "card_gb": card, "gpus": str(n)}
+        try:
+            plan = fit(lm, config, demand_of(config), hardware)
+            row |= {field: str(value) for field, value in plan._asdict().items()}
+            row["fullest_gib"] = f"{fullest(bytes_needed(lm, config, plan, demand_of(config), hardware)) / 2**30:.1f}"
+        except UserError:
+            row |= dict.fromkeys((*Plan._fields, "fullest_gib"), "-")
+        rows.append(row)
+    return rows
 
 
 def main() -> None:
+    if "--table" in sys.argv:
+        file = Path(sys.argv[sys.argv.index("--table") + 1])
+        with redirect_stdout(StringIO()):
+            rows = cells()
+        with file.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, rows[0], lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(rows)
+        return
     with exit_on_user_error():
         config = parse()
-        variant = choose_variant(config)
         lm, _ = load_pretrained(str(config.model.name), torch.float32, weights=False)
-    print(as_text(lm, config, variant))
+        print(as_text(lm, config))
 
 
 if __name__ == "__main__":

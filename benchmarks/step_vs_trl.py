@@ -131,16 +131,17 @@ def our_config(settings: Settings, folder: Path) -> Any:
     from config import EMBEDDED_DEFAULTS, Config, Data, Model
 
     config = EMBEDDED_DEFAULTS if settings.model == "embedded" else replace(Config(), memory=EMBEDDED_DEFAULTS.memory)
-    tokens = settings.tokens_per_micro_batch or config.optimisation.tokens_per_micro_batch
+    tokens = settings.tokens_per_micro_batch or config.memory.tokens_per_micro_batch
     return replace(
         config,
+        memory=replace(config.memory, tokens_per_micro_batch=tokens),
         model=Model(model_folder(settings)),
         method=replace(config.method, variant="majority", kl_coef=KL_COEF),
         data=Data(source=str(folder / "questions.jsonl"), questions_per_step=settings.questions),
         sampling=replace(
             config.sampling, sampler="hf", rollouts=settings.rollouts, max_response_tokens=settings.response_tokens
         ),
-        optimisation=replace(config.optimisation, steps=10_000, epochs=None, tokens_per_micro_batch=tokens),
+        optimisation=replace(config.optimisation, steps=10_000, epochs=None),
         run=replace(config.run, out=str(folder / "ours")),
     )
 

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from config import Config
 from lm import distributed
 from lm.packing import MicroBatch, micro_batches
 from lm.record import Rollout
@@ -147,12 +146,14 @@ def score(model: PackedLM, batches: Sequence[MicroBatch], temperature: float) ->
     return [model(batch, temperature) for batch in distributed.progress_bar(batches, "scoring", "micro-batch")]
 
 
-def assign_token_stats(model: PackedLM, rollouts: Sequence[Rollout], device: torch.device, config: Config) -> None:
+def assign_token_stats(
+    model: PackedLM, rollouts: Sequence[Rollout], tokens: int, device: torch.device, temperature: float
+) -> None:
     """Give each rollout the means of the statistics over its response tokens, by one forward pass over all."""
-    batches = micro_batches(rollouts, config.optimisation.tokens_per_micro_batch, device)
+    batches = micro_batches(rollouts, tokens, device)
     means = torch.zeros(len(rollouts), len(TokenStats._fields), device=device)
-    for batch, stats in zip(batches, score(model, batches, config.sampling.temperature), strict=True):
-        tokens = batch.mask.sum(dim=1).clamp(min=1)
-        means[batch.rows] += (torch.stack(stats).sum(dim=2) / tokens).T
+    for batch, stats in zip(batches, score(model, batches, temperature), strict=True):
+        length = batch.mask.sum(dim=1).clamp(min=1)
+        means[batch.rows] += (torch.stack(stats).sum(dim=2) / length).T
     for rollout, values in zip(rollouts, distributed.all_reduce_sum(means).tolist(), strict=True):
         rollout.token_stats = dict(zip(TokenStats._fields, values, strict=True))

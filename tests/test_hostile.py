@@ -231,7 +231,7 @@ def test_a_number_with_which_nothing_can_be_learnt_is_trained_with(flags, senten
 
 
 def test_all_numbers_are_among_those_that_are_tried():
-    assert {"lr", "clip", "kl_coef", "kl_cap", "tis_cap", "beta2", "temperature", "engine_memory"} <= set(NUMBERS)
+    assert {"lr", "clip", "kl_coef", "kl_cap", "tis_cap", "beta2", "temperature"} <= set(NUMBERS)
 
 
 # ---------------------------------------------------------------- runs what it should not

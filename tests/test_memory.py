@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +12,22 @@ import torch
 from tiny import CPU, tiny_lm
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
-from transformers import AttentionInterface, PreTrainedModel, Qwen3Config
+from transformers import AttentionInterface, PreTrainedModel
 
-from config import Config
+from config import Config, UserError, parse
 from grpo import optimizer_step
 from lm.model import checkpoint_activations, meta_model
 from lm.packing import micro_batches
 from lm.record import Rollout
 from lm.scoring import PackedLM
 from prepare import build_optimizer
-from rewards import VARIANTS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
-import memory
+import memory as script
+
+from lm import memory
+from lm.memory import Demand, Hardware, Plan
 
 PROMPT, RESPONSE, ROWS = 20, 236, 8
 NOT_HERE = ("teacher, reference", "CUDA graphs", "weights outside of layers")  # in the step that is measured
@@ -39,8 +42,13 @@ def changed(config: Config, settings: dict[str, Any]) -> Config:
 
 
 def setting(**others: object) -> Config:
-    own = {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE}
-    return changed(Config(), own | {"tokens_per_micro_batch": ROWS * (PROMPT + RESPONSE)} | others)
+    return changed(Config(), {"max_prompt_tokens": PROMPT, "max_response_tokens": RESPONSE} | others)
+
+
+HOST = 1e12
+CPU_ALONE = Hardware(0, 0.0, HOST)
+MAJORITY, II = Demand(copies=0, sequences=16), Demand(copies=1, sequences=1024)
+PLAN = Plan("on", 16384, offload_teacher=False, offload_optimizer=False)
 
 
 def mid_lm(family: str) -> PreTrainedModel:
@@ -72,8 +80,8 @@ def measured_peak(family: str, checkpointing: bool) -> float:
 @pytest.mark.parametrize("recompute", ["off", "on"])
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_the_plan_is_within_20_percent_of_what_a_step_allocates(family: str, recompute: str) -> None:
-    config = setting(activation_checkpointing=recompute)
-    need = memory.bytes_needed(mid_lm(family), config, VARIANTS["majority"], gpus=1, itemsize=4)
+    plan = PLAN._replace(activation_checkpointing=recompute, tokens_per_micro_batch=ROWS * (PROMPT + RESPONSE))
+    need = memory.bytes_needed(mid_lm(family), setting(), plan, MAJORITY, CPU_ALONE)
     alone = need["while training"] - sum(need[kind] for kind in NOT_HERE)
     assert alone == pytest.approx(measured_peak(family, recompute == "on"), rel=0.2)
 
@@ -130,53 +138,95 @@ def test_what_is_planned_of_a_token_is_within_20_percent_of_what_autograd_keeps(
 def test_other_families_that_train_can_be_planned_too(family: str) -> None:
     lm = tiny_lm(family, **({"n_embd": 32, "n_layer": 2, "n_head": 4} if family == "gpt2" else {}))
     parameters = sum(parameter.numel() for parameter in lm.parameters())
-    need = memory.bytes_needed(lm, setting(), VARIANTS["II"], gpus=1)
+    one = Hardware(1, 80e9, HOST)
+    need = memory.bytes_needed(lm, setting(), PLAN, II, one)
     assert need["master weights"] == need["teacher, reference"] == 4 * parameters
     assert 0 < need["weights outside of layers"] < 2 * parameters
-    kept = memory.bytes_needed(lm, setting(activation_checkpointing="off"), VARIANTS["II"], gpus=1)
+    kept = memory.bytes_needed(lm, setting(), PLAN._replace(activation_checkpointing="off"), II, one)
     assert kept["activations"] > need["activations"] > 0
+
+
+FOUR = Hardware(4, script.CARDS["80"], HOST)
 
 
 @pytest.fixture(scope="module")
 def paper_model() -> PreTrainedModel:
-    """Qwen3-8B's published shape, without weights."""
-    config = Qwen3Config(
-        vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
-        num_key_value_heads=8, head_dim=128, tie_word_embeddings=False,
-    )  # fmt: skip
-    return meta_model(config)
+    return script.shape_of("Qwen3-8B-Base")
 
 
 def test_the_papers_run_in_numbers_worked_out_by_hand(paper_model: PreTrainedModel) -> None:
     """8.19e9 parameters on 4 GPUs: 4 bytes of each for weights, gradients and teacher, 8 for AdamW."""
     assert sum(parameter.numel() for parameter in paper_model.parameters()) == 8_190_735_360
-    need = memory.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
+    need = memory.bytes_needed(paper_model, Config(), PLAN, II, FOUR)
     quarter = 8_190_735_360 / 4
     for kind, size in (("master weights", 4), ("gradients", 4), ("teacher, reference", 4), ("AdamW", 8)):
         assert need[kind] == size * quarter
-    assert need["engine"] == 0.5 * 80e9
+    assert need["engine"] == 0.5 * script.CARDS["80"]
     assert need["weights outside of layers"] == 2 * (2 * 151936 * 4096 + 4096)
-    assert need["activations"] == 16384 * 36 * 4096 * 2, "recomputed by default"
+    assert need["activations"] == 16384 * 36 * 4096 * 2
 
 
 def test_cuda_graphs_and_the_first_checks_copy_are_not_forgotten(paper_model: PreTrainedModel) -> None:
-    need = memory.bytes_needed(paper_model, Config(), VARIANTS["II"], 4)
+    need = memory.bytes_needed(paper_model, Config(), PLAN, II, FOUR)
     shards = need["master weights"] + need["teacher, reference"]
     assert need["at the first check"] == shards + memory.CUDA_GRAPHS + need["engine"] + 2 * 8_190_735_360
     assert need["while sampling"] == shards + need["AdamW"] + memory.CUDA_GRAPHS + need["engine"]
 
 
-def test_the_table_says_where_the_run_fits_and_what_to_try_elsewhere(paper_model: PreTrainedModel) -> None:
-    said = memory.as_text(paper_model, Config(), VARIANTS["II"])
-    (fits,) = (line.split() for line in said.splitlines() if line.startswith("fits"))
-    assert fits == ["fits", "no", "no", "no", "yes"], "four GPUs but for vLLM's graphs"
-    assert said.endswith(memory.CURE)
-    assert memory.fits(memory.bytes_needed(paper_model, changed(Config(), {"engine_memory": 0.49}), VARIANTS["II"], 4))
-    offloaded = changed(Config(), {"offload_teacher": True, "offload_optimizer": True})
-    assert memory.CURE not in memory.as_text(paper_model, offloaded, VARIANTS["II"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", script.SHAPES)
+def test_every_cheaper_plan_is_over_the_limit_and_the_chosen_one_under_it(name: str) -> None:
+    """Over cards, numbers of GPUs and variants; by a list of all plans that is made here once more."""
+    lm = script.shape_of(name)
+    for variant, card, n in product(("I", "II", "III"), script.CARDS, script.GPUS):
+        config = parse(["--model", name, "--variant", variant])
+        demand, hardware = script.demand_of(config), Hardware(n, script.CARDS[card], HOST)
+        usable = memory.USABLE * hardware.gpu_bytes
+        try:
+            chosen = memory.fit(lm, config, demand, hardware)
+        except UserError:
+            chosen = None
+        if chosen:
+            assert memory.fullest(memory.bytes_needed(lm, config, chosen, demand, hardware)) <= usable
+        costs = {plan: cost for cost, plan in memory.plans_that_fit(lm, config, demand, hardware)}
+        assert (chosen is None) == (not costs)
+        least = memory.least_engine(lm, config, demand, n)
+        for candidate, cost in memory.candidates(config):
+            fitting = [plan for plan in costs if plan[:4] == candidate[:4]]
+            if fitting:
+                assert cost <= costs[fitting[0]] and costs[fitting[0]] >= costs[chosen]
+            else:  # even with the smallest engine it is over the limit
+                smallest = candidate._replace(engine_memory=least / hardware.gpu_bytes + 0.01)
+                assert memory.fullest(memory.bytes_needed(lm, config, smallest, demand, hardware)) > usable
+
+
+def test_a_flag_given_by_hand_is_changed(paper_model: PreTrainedModel) -> None:
+    by_hand = {"engine_memory": 0.4, "tokens_per_micro_batch": 5000, "activation_checkpointing": "on"}
+    plan = memory.fit(paper_model, changed(Config(), by_hand), II, FOUR)
+    assert (plan.engine_memory, plan.tokens_per_micro_batch, plan.activation_checkpointing) == (0.4, 5000, "on")
+    off = memory.fit(paper_model, changed(Config(), {"fit": "off"}), II, FOUR)
+    assert off == PLAN, "the flags are left alone"
+    assert memory.fit(paper_model, changed(Config(), {"offload_teacher": True}), II, FOUR).offload_teacher
+
+
+def test_what_fits_nowhere_says_what_is_short_and_what_would_do(paper_model: PreTrainedModel) -> None:
+    with pytest.raises(
+        UserError, match=r"on each of 1 GPU of 24 GiB: take \d+ GPUs of 24 GiB, or a --model of about \d"
+    ):
+        memory.fit(script.shape_of("Qwen2.5-3B"), Config(), II, Hardware(1, script.CARDS["24"], 20e9))
+    with pytest.raises(UserError, match=r"needs 2\d\d GiB, and this is a machine of 16 GiB: take a smaller model"):
+        memory.fit(paper_model, Config(), II, Hardware(0, 0.0, 16 * 2**30))
+
+
+def test_off_loading_to_a_host_that_is_too_small_is_chosen(paper_model: PreTrainedModel) -> None:
+    one = Hardware(1, script.CARDS["80"], HOST)
+    plan = memory.fit(paper_model, Config(), II, one)
+    assert plan.offload_optimizer and memory.host_bytes(paper_model, plan, II) == 20 * 8_190_735_360
+    with pytest.raises(UserError, match="take 2 GPUs"):
+        memory.fit(paper_model, Config(), II, one._replace(host_bytes=100e9))
 
 
 def test_a_wrong_flag_is_refused_like_by_train() -> None:
-    command = [sys.executable, memory.__file__, "--model", "embedded", "--rollouts", "1"]
-    done = subprocess.run(command, cwd=Path(memory.__file__).parents[1], capture_output=True, text=True, check=False)
+    command = [sys.executable, script.__file__, "--model", "embedded", "--rollouts", "1"]
+    done = subprocess.run(command, cwd=Path(script.__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: --rollouts 1"), done.stderr

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CPU, ScriptedSampler, config_with, group_of, tiny_lm, tiny_rollouts, tiny_run
+from tiny import CPU, ScriptedSampler, group_of, tiny_lm, tiny_rollouts, tiny_run
 
 import train
 from data import Pair
@@ -232,7 +232,7 @@ def test_intrinsic_rewards_go_to_the_rollout_that_they_belong_to():
     policy, rollouts = PackedLM(tiny_lm()), tiny_rollouts(6)
     batches = micro_batches(rollouts, 25, CPU)
     assert len(batches) > 2 and torch.cat([b.rows for b in batches]).tolist() != list(range(6))
-    assign_token_stats(policy, rollouts, CPU, config_with(tokens_per_micro_batch=25, temperature=0.7))
+    assign_token_stats(policy, rollouts, 25, CPU, temperature=0.7)
 
     policy.lm.set_attn_implementation("eager")
     entropy, certainty = [], []

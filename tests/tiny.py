@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from config import Config
 from data import Pair, PromptedPair
 from lm.decoding import Sample, Sampler, TransformersSampler
+from lm.memory import Plan
 from lm.model import frozen_copy, load_pretrained
 from lm.record import Rollout
 from lm.scoring import PackedLM
@@ -187,6 +188,7 @@ def tiny_run(variant: str | Variant, pairs: Sequence[Pair], sampler: Sampler | N
         eval_prompts=[],
         benchmark=None,
         total_steps=10,
+        plan=Plan("off", 16384, offload_teacher=False, offload_optimizer=False),
         device=CPU,
         tokenizer=byte_tokenizer(),
         policy=policy,
