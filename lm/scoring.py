@@ -1,6 +1,6 @@
 """Compute log-probs of responses without all logits in memory: ordinary autograd, whatever the objective.
 
-The head works on response positions only, a chunk of tokens at a time, forward and backward, so that a tensor
+The head works on response positions only, a chunk of tokens at a time, forward and backward. A tensor
 [tokens, vocabulary] never exists whole.
 
 Shapes: B sequences, S tokens of a micro-batch end to end, T longest response, R response tokens, H hidden,

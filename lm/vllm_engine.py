@@ -39,7 +39,8 @@ from lm.record import Rollout
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
 CPU_BLOCK = 32
 CPU_SEQUENCES = 256  # sampled at once on a CPU
-CHECKED_PROMPT, CHECKED_RESPONSE = 160, 32  # tokens of the check after the first load
+CHECKED_PROMPT = 160  # tokens of the check after the first load
+CHECKED_RESPONSE = 32
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
 CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
@@ -72,7 +73,7 @@ class VLLMSampler(Sampler):
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
         if self._held:
-            raise UserError("the engine holds a model already: leave its `with` first")
+            raise UserError("the sampler is in use: leave its `with` block first")
         begin = time.perf_counter()
         with preserve_host_state(self.on_gpu):
             self._wake("weights")
