@@ -32,6 +32,7 @@ class MicroBatch:
     rows: Tensor  # [B] places of the sequences among the rollouts that were packed
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [1, S]
+    longest: int  # L; a number, so that compiled layers need not look at [B, L], where B = 1 is a case of its own
     pad_index: Tensor  # [B, L] index into S; 0 past a sequence's end
     unpad_index: Tensor  # [S] index into B*L, the inverse
     cu_seqlens: Tensor  # [B + 1] int32, where sequences begin and end in S
@@ -74,7 +75,8 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
         "advantages": torch.tensor([r.advantage for r in chosen]),
         "denominators": torch.tensor([r.denominator for r in chosen]),
     }
-    return MicroBatch(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return MicroBatch(longest=int(lengths.max()), **on_device)
 
 
 def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
@@ -134,7 +136,7 @@ def packed_attention(
     """
     scale = options.get("scaling")
     sliding_window = options.get("sliding_window")
-    longest = packing.pad_index.shape[1]
+    longest = packing.longest
     query, key, value = as_autocast_would(query, key, value)
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]
