@@ -175,7 +175,6 @@ def fullest(need: dict[str, float]) -> float:
 
 
 def is_compiled(config: Config, hardware: Hardware) -> bool:
-    """Resolve --compile."""
     return (config.memory.compile or ("on" if hardware.gpus else "off")) == "on"
 
 

@@ -5,7 +5,7 @@ nothing is sharded. The first rank alone reads weights, and no rank ever holds a
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -32,11 +32,9 @@ from config import EMBEDDED_MODELS, UserError
 from lm import distributed
 from lm.packing import pack
 from lm.record import Rollout
-from lm.scoring import AS_THEY_ARE, PackedLM, Passes, autocast
+from lm.scoring import PASSES, PackedLM, autocast
 
-# Share of its activations that a compiled layer keeps when recomputation is light: just those of matrix products and
-# attention, in every shape of benchmarks/gpu.py.
-KEPT_WHEN_LIGHT = 0.6
+KEPT_WHEN_LIGHT = 0.6  # share of activations: those of matrix products and attention alone, in all of Qwen3's shapes
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 
 
@@ -256,16 +254,18 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     return [module for module in lm.modules() if names & {base.__name__ for base in type(module).__mro__}]
 
 
-def compile_model(model: PackedLM, recompute: str = "off") -> None:
-    """Compile the decoder layers and the head's passes over logits, for packed rollouts alone.
+def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
+    """Compile the decoder layers, and the head's passes over logits, for packed rollouts alone.
 
-    Of a layer's 140 element-wise kernels 20 remain. It happens inside FSDP's hooks, at the first pass: one graph with
-    a gradient and one without serve all layers and all lengths.
+    It happens at the first pass, inside FSDP's hooks. One graph with a gradient and one without serve all layers and
+    all lengths; 20 element-wise kernels of a layer's 140 remain.
     """
-    torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if recompute == "light" else 1.0
-    model.passes = Passes._make(torch.compile(function, dynamic=True) for function in AS_THEY_ARE)
-    for layer in decoder_layers(model.lm):
-        layer.forward = partial(packed_or_plain, torch.compile(layer.forward, dynamic=True), layer.forward)
+    print("compiling the model's layers during the first step, about a minute (--compile off leaves it out)")
+    torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if light else 1.0
+    for model in models:
+        model.passes = tuple(torch.compile(function, dynamic=True) for function in PASSES)
+        for layer in decoder_layers(model.lm):
+            layer.forward = partial(packed_or_plain, torch.compile(layer.forward, dynamic=True), layer.forward)
 
 
 def packed_or_plain(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

@@ -48,7 +48,7 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
 
 
 def scaled(logits: Tensor, temperature: float) -> Tensor:
-    """Return float32 logits at the temperature, in place where they are float32 already."""
+    """Return float32 logits at the temperature, in place if they are float32."""
     logits = logits.float()
     return logits if temperature == 1 else logits.div_(temperature)
 
@@ -77,17 +77,8 @@ def minus_probabilities(logits: Tensor, highest: Tensor, total: Tensor, slope: T
     return exp_z.mul_((-slope / total)[:, None]).to(logits.dtype)
 
 
-class Passes(NamedTuple):
-    """The head's two passes over logits: as they are, or compiled.
-
-    Compiled, each is one kernel; by itself, every operation in them moves all logits through the GPU's memory again.
-    """
-
-    statistics: Callable[..., tuple[Tensor, Tensor]] = token_statistics
-    minus_probabilities: Callable[..., Tensor] = minus_probabilities
-
-
-AS_THEY_ARE = Passes()
+# The head's passes over logits. Each is one kernel if it is compiled, else every operation moves all logits once more.
+PASSES: tuple[Callable[..., Any], ...] = (token_statistics, minus_probabilities)
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -101,14 +92,14 @@ class ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, passes: Passes = AS_THEY_ARE
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, passes: Any = PASSES
     ) -> tuple[Tensor, ...]:
         lean = weight.to(hidden.dtype)
         statistics = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         normalisers = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         for chunk in token_chunks(len(hidden), len(weight)):
             logits = hidden[chunk] @ lean.T
-            statistics[:, chunk], normalisers[:, chunk] = passes.statistics(logits, targets[chunk, None], temperature)
+            statistics[:, chunk], normalisers[:, chunk] = passes[0](logits, targets[chunk, None], temperature)
             del logits  # before the next chunk's come
         logp, *others = statistics
         ctx.save_for_backward(hidden, weight, targets, normalisers, logp)
@@ -127,8 +118,7 @@ class ChunkedHead(torch.autograd.Function):
         of_target = (-slope * torch.expm1(logp)).to(hidden.dtype)  # slope * (1 - p), exact where p is nearly 1
         for chunk in token_chunks(len(hidden), len(weight)):
             logits = hidden[chunk] @ lean.T
-            inputs = highest[chunk], total[chunk], slope[chunk], ctx.temperature
-            grad_logits = ctx.passes.minus_probabilities(logits, *inputs)
+            grad_logits = ctx.passes[1](logits, highest[chunk], total[chunk], slope[chunk], ctx.temperature)
             grad_logits.scatter_(-1, targets[chunk, None], of_target[chunk, None])
             grad_hidden[chunk] = grad_logits @ lean
             if hidden.dtype == torch.float32:
@@ -152,7 +142,7 @@ class PackedLM(nn.Module):
         lm.set_attn_implementation("packed")
         self.lm = lm
         self.compute_dtype = compute_dtype
-        self.passes = AS_THEY_ARE
+        self.passes = PASSES
 
     def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
         with autocast(batch.input_ids.device, self.compute_dtype):  # the weights may be elsewhere, see model.shard
