@@ -4,14 +4,13 @@ Without --model the embedded task runs, with EMBEDDED_DEFAULTS: a model of 0.2M 
 """
 
 import argparse
-import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -32,20 +31,54 @@ class UserError(ValueError):
     """An error in what the user gave: one sentence with the culprit and the cure."""
 
 
+class LastingStream:
+    """Write to stdout or stderr, and to nowhere once that fails: a dead pipe or a full disk there ends no run."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        self.attempt(lambda: self.stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt(self.stream.flush)
+
+    def attempt(self, task: Callable[[], object]) -> None:
+        """Do it, or point the stream's descriptor to nowhere: what other libraries write there is let go too."""
+        try:
+            task()
+        except RuntimeError:  # a signal's handler writes while its own process does: one of both is let go
+            pass
+        except OSError:
+            with suppress(OSError), open(os.devnull, "w") as nowhere:
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
 @contextmanager
 def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
-    """Print bad input and a full disk as one line and exit with code 2; exit with 130 on Ctrl-C."""
-    try:
-        yield
-    except KeyboardInterrupt as stop:
-        leave(str(stop) or when_stopped, 130)
-    except (UserError, OSError) as error:
-        sentence = str(error)
-        if isinstance(error, OSError):
-            if error.errno != errno.ENOSPC:
-                raise
-            sentence = f"the disk is full ({error.filename or 'while writing'}): make room, then go on"
-        leave(f"error: {sentence}", 2)
+    """Print bad input and errors of the file system as one line and exit with code 2; exit with 130 on Ctrl-C.
+
+    Whatever becomes of stdout and stderr meanwhile, the work goes on.
+    """
+    out: Any = LastingStream(sys.stdout)
+    err: Any = LastingStream(sys.stderr)
+    with redirect_stdout(out), redirect_stderr(err):
+        try:
+            yield
+        except KeyboardInterrupt as stop:
+            leave(str(stop) or when_stopped, 130)
+        except UserError as error:
+            leave(f"error: {error}", 2)
+        except OSError as error:
+            place = f"{error.filename}: " if error.filename else ""
+            reason = error.strerror or (str(error) or type(error).__name__).partition("\n")[0]
+            leave(f"error: {place}{reason}; put that right, then go on", 2)
+        finally:
+            out.flush()
 
 
 def leave(sentence: str, code: int) -> NoReturn:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -76,7 +77,7 @@ def load_pretrained(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if weights:
-            lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            lm = read_weights(path, dtype)
         else:
             lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
@@ -88,6 +89,18 @@ def load_pretrained(
         if i >= rows and (i < tokenizer.vocab_size or token in spoken):
             raise UserError(f"--model {name}: {token!r} is token {i:,} of a tokenizer, the embedding has {rows:,} rows")
     return lm, tokenizer
+
+
+def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None = None) -> PreTrainedModel:
+    """Read a model with its weights; refuse files that lack one. Transformers warns of those it does not use."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(loaded[1]["missing_keys"]):
+        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise ValueError(f"its files lack the weights {', '.join(missing[:3])}{others}: give a whole copy of it")
+    lm: PreTrainedModel = loaded[0]
+    return lm
 
 
 def load_policy(

@@ -58,8 +58,8 @@ def folder_of(config: Config) -> tuple[Path, Path | None]:
         raise UserError(f"--resume {resume}: made with other settings: {differing}; {cure}")
     if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
         return new_folder(config), resumed
-    if resumed.parent.name != "checkpoints":
-        raise UserError(f"--resume {resume} is in no run's checkpoints/: say where to write, with --out")
+    if resumed.parent.name != "checkpoints" or resumed not in checkpoint.newest_first(resumed.parent):
+        raise UserError(f"--resume {resume} is no step-N in a run's checkpoints/: say where to write, with --out")
     newer = checkpoint.newest_first(resumed.parent)[0]
     if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
         raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
@@ -87,12 +87,13 @@ def new_folder(config: Config) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind where nothing was written."""
-    if [path.name for path in folder.iterdir()] == [".lock"]:
-        (folder / ".lock").unlink()
-        folder.rmdir()
-        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    """Leave nothing behind where nothing was written; a folder that is gone hides no other error."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+            if folder.parent == Path("runs"):
+                folder.parent.rmdir()  # fails where another run is
 
 
 def branch_off(run: Path, folder: Path) -> None:

@@ -364,7 +364,7 @@ def test_a_model_that_somebody_else_wrote_is_loaded_with_trust():
             if isinstance(node, ast.Attribute) and node.attr in ("loads", "load", "Unpickler"):
                 assert ast.unparse(node.value) == "json", f"{file.name}, line {node.lineno}: {ast.unparse(node)}"
         assert not FORBIDDEN.search(file.read_text(encoding="utf-8")), file.name
-    assert calls >= 4
+    assert calls >= 3
 
 
 @pytest.mark.draws
