@@ -209,19 +209,6 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
-def first_step_warnings(seen: dict[str, float]) -> dict[str, str]:
-    """Find what the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
-    signs = {}
-    if seen["answered"] < 0.1:
-        signs["no box"] = (
-            f"{seen['answered']:.0%} of the answers are boxed, {seen['truncated']:.0%} are cut at the limit: "
-            "raise --max-response-tokens, or show the form with --chat-template docs/two-examples.jinja"
-        )
-    if "label_agreement" in seen and "label_accuracy" not in seen:
-        signs["no gold"] = "no gold answers: whether labels are right is not known"
-    return signs
-
-
 def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
     """Find signs that the policy games its reward, by the last steps against the first: {sign: what was seen}.
 
@@ -240,10 +227,22 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
 
 
 def step_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
-    """Find what to warn of after a step: signs of collapse, and after the first one what it shows at once."""
-    seen = first_step_warnings(history[-1]) if len(history) == 1 else {}
+    """Find what to warn of after a step, and a cure: what the first one shows at once, signs of collapse.
+
+    Returns: {sign: what was seen}.
+    """
+    latest = history[-1]
+    is_first = len(history) == 1
+    seen = {}
+    if is_first and latest["answered"] < 0.1:
+        seen["no box"] = (
+            f"{latest['answered']:.0%} of the answers are boxed, {latest['truncated']:.0%} are cut at the limit: "
+            "raise --max-response-tokens, or show the form with --chat-template docs/two-examples.jinja"
+        )
+    if is_first and "label_agreement" in latest and "label_accuracy" not in latest:
+        seen["no gold"] = "no gold answers: whether labels are right is not known"
     if len(history) >= WINDOW and all(step.get("zero_std_groups") == 1 for step in history[-WINDOW:]):
         seen["no difference"] = f"in {WINDOW} steps all rewards were equal in every group: nothing is learnt from them"
-    if history[-1]["skipped_steps"]:
+    if latest["skipped_steps"]:
         seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
     return seen | {sign: f"collapse? {sign} ({what})" for sign, what in detect_collapse(history).items()}

@@ -158,10 +158,6 @@ def train(config: Config) -> Path:
         with closing(run.sampler):
             try:
                 loop(run, first_step, stop)
-            except KeyboardInterrupt:
-                saved = checkpoint.newest_first(folder / "checkpoints")
-                on_disk = f"go on with --resume {saved[0]}" if saved else "no checkpoint had been written"
-                raise KeyboardInterrupt(f"stopped at once; {on_disk}") from None
             finally:
                 if distributed.is_rank0():
                     with suppress(OSError, UserError):  # a picture must not hide why the run has ended
@@ -226,7 +222,7 @@ def is_due(step: int, every: int) -> bool:
 
 
 def main(config: Config | None = None) -> None:
-    with exit_on_user_error():
+    with exit_on_user_error("stopped at once; --resume goes on from the last checkpoint, if there is one"):
         folder = train(config or parse())
         if distributed.is_rank0():
             print(closing_table(folder))

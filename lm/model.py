@@ -34,6 +34,7 @@ from lm.record import Rollout
 from lm.scoring import PackedLM, autocast
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
+SMALL = 20e6  # parameters, below which one thread is enough
 
 
 def newest_policy(model: str) -> str:
@@ -120,6 +121,13 @@ def load_policy(
     shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload)
     distributed.fill_from_rank0(weights.__getitem__, distributed.named_tensors(policy))
     return policy, tokenizer
+
+
+def limit_threads(lm: PreTrainedModel) -> None:
+    """Compute small models in one thread: others gain little there, and lose much on a busy machine."""
+    if lm.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+        print(f"one thread: {lm.num_parameters() / 1e6:.1f}M parameters, of under {SMALL / 1e6:.0f}M more gain nothing")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -233,7 +241,7 @@ def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     if lm.generation_config is not None:
         named.append(lm.generation_config.eos_token_id)
     lists = [entry if isinstance(entry, list) else [entry] for entry in named]
-    ids = set(chain.from_iterable(lists)) - {None}
+    ids = {entry for entry in chain.from_iterable(lists) if isinstance(entry, int)}
     if not ids:
         raise UserError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
     return sorted(ids)

@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from config import UserError, flag_name, load_config
+from config import UserError, by_flag, load_config
 from lm import distributed
 from lm.model import read_weights
 from lm.scoring import PackedLM
@@ -253,16 +253,8 @@ def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
     old = by_flag(asdict(load_config(path / "trainer.json")))
     new = by_flag(settings)
     lengths = {name: old.get(name) or math.inf for name in ("--steps", "--epochs")}
-    more = {name for name, n in lengths.items() if isinstance(n, int | float) and n < (new.get(name) or 0)}
+    more = {name for name, n in lengths.items() if n < (new.get(name) or 0)}
     return changes(old, new, HARMLESS | more)
-
-
-def by_flag(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings of all groups under their flags."""
-    flags: dict[str, Any] = {}
-    for group in settings.values():
-        flags |= {flag_name(name): value for name, value in group.items()}
-    return flags
 
 
 def restore(path: Path, training: Training) -> int:

@@ -54,7 +54,8 @@ def folder_of(config: Config) -> tuple[Path, Path | None]:
     resume, out = config.run.resume, config.run.out
     resumed = checkpoint.find_checkpoint(resume, out) if resume else None
     if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
-        cure = "leave these out, or start a new run from the checkpoint's policy/ with --model"
+        fewer = "; fewer steps are refused" if "--steps" in differing or "--epochs" in differing else ""
+        cure = f"leave these out{fewer}, or start a new run from the checkpoint's policy/ with --model"
         raise UserError(f"--resume {resume}: made with other settings: {differing}; {cure}")
     if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
         return new_folder(config), resumed
