@@ -1,4 +1,4 @@
-"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with its standard error.
+r"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with its standard error.
 
     python evaluate.py --model runs/x --benchmarks math500 gsm8k amc             # the newest policy of a run
     python evaluate.py --model Qwen3-8B-Base --benchmarks mine.jsonl --k 0       # own questions, one greedy answer each
