@@ -1,4 +1,4 @@
-"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with its standard error.
+r"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with its standard error.
 
     python evaluate.py --model runs/x --benchmarks math500 gsm8k amc             # the newest policy of a run
     python evaluate.py --model Qwen3-8B-Base --benchmarks mine.jsonl --k 0       # own questions, one greedy answer each
@@ -6,7 +6,7 @@
     python evaluate.py --seeds runs/evaluations/*                                # a line a setting, over its seeds
     torchrun --nproc-per-node 8 evaluate.py ...                                  # shared out, a model on each GPU
 
-Questions are asked as in training: its system message, its chat template, and the answer is what the last \\boxed{}
+Questions are asked as in training: its system message, its chat template, and the answer is what the last \boxed{}
 holds. With the temperature of 0.8 that is the protocol of the paper (arXiv 2508.00410), whose tables show pass@1, and
 for AMC avg@8. Names of benchmarks are those in sources/benchmarks.py.
 
