@@ -105,7 +105,7 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
             draw_metric(axis, key, runs, label=label, **style)
         axis.set_title(heading, fontsize=10)
         axis.grid(alpha=0.25)
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if key in SHARES:
             axis.set_ylim(-0.02, 1.02)
         if key == "reward" and axis.dataLim.ymax > 1:  # self-certainty is over 10, where votes pay 1

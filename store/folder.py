@@ -77,7 +77,7 @@ def new_folder(config: Config) -> Path:
             if load_config(folder / "config.json").run.resume not in (None, "auto"):
                 raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
         return folder
-    model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
+    model, data = (Path(str(name)).name.partition(".")[0][:60] for name in (config.model.name, config.data.source))
     parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
     for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
         folder = Path("runs", "-".join(parts) + suffix)
