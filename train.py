@@ -110,6 +110,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     clock.lap("metrics")
     tokens = sum(group.sampled_tokens for group in groups + teacher_groups)
     measured["tokens_per_second"] = tokens / sum(clock.seconds.values())
+    measured |= metrics.throughput(run, tokens, groups, clock.seconds)
     return measured | described | clock.seconds, records
 
 
