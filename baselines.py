@@ -138,7 +138,7 @@ def choose_variant(method: Method) -> Variant:
         UserError: there is no such variant, or it fixes its own views.
     """
     variants = VARIANTS | BASELINES
-    if method.variant not in variants:
+    if str(method.variant) not in variants:  # a config.json can hold anything
         plain = {name.lower(): name for name in variants}
         close = get_close_matches(str(method.variant).lower().removeprefix("co-rewarding-"), plain, n=1, cutoff=0.75)
         guess = f"did you mean {plain[close[0]]}? " if close else ""

@@ -4,18 +4,17 @@ Without --model the embedded task runs, with EMBEDDED_DEFAULTS: a model of 0.2M 
 """
 
 import argparse
-import errno
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro.conf import OmitArgPrefixes, arg
@@ -32,20 +31,45 @@ class UserError(ValueError):
     """An error in what the user gave: one sentence with the culprit and the cure."""
 
 
+class LastingStream:
+    """Write to stdout or stderr as long as that works: a dead pipe or a full disk behind it ends no run."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(*self.LOST):
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(*self.LOST):
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    # The second: a signal's handler writes while its own process does. The third: there is no stream.
+    LOST = (OSError, RuntimeError, AttributeError)
+
+
 @contextmanager
 def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
-    """Print bad input and a full disk as one line and exit with code 2; exit with 130 on Ctrl-C."""
+    """Print bad input and errors of the file system as one line and exit with code 2; exit with 130 on Ctrl-C.
+
+    Whatever becomes of stdout and stderr from now on, the work goes on.
+    """
+    sys.stdout = LastingStream(sys.stdout)
+    sys.stderr = LastingStream(sys.stderr)
     try:
         yield
     except KeyboardInterrupt as stop:
         leave(str(stop) or when_stopped, 130)
-    except (UserError, OSError) as error:
-        sentence = str(error)
-        if isinstance(error, OSError):
-            if error.errno != errno.ENOSPC:
-                raise
-            sentence = f"the disk is full ({error.filename or 'while writing'}): make room, then go on"
-        leave(f"error: {sentence}", 2)
+    except UserError as error:
+        leave(f"error: {error}", 2)
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        leave(f"error: {place}{error.strerror or error}; put that right, then go on", 2)
 
 
 def leave(sentence: str, code: int) -> NoReturn:
@@ -218,11 +242,13 @@ EMBEDDED_DEFAULTS = Config(
 RANGES: dict[str, tuple[float, float, str]] = {
     **dict.fromkeys(("questions_per_step", "max_prompt_tokens", "max_response_tokens"), (1, 10**9, "")),
     **dict.fromkeys(("eval_samples", "tokens_per_micro_batch", "steps", "epochs", "mini_batches"), (1, 10**9, "")),
+    **dict.fromkeys(("questions_per_batch", "limit"), (1, 10**9, "")),  # of evaluate.py, as is k
     **dict.fromkeys(("save_every", "keep", "keep_every", "eval_every"), (0, 10**9, "0 switches it off")),
     **dict.fromkeys(("kl_coef", "kl_cap", "clip", "clip_high", "tis_cap", "weight_decay"), (0, 10**3, "")),
     **dict.fromkeys(("ema_start", "ema_end"), (0, 1, "it is the share that the teacher keeps of itself")),
     **dict.fromkeys(("rollouts", "votes"), (2, 10**6, "an advantage compares rollouts of one group")),
-    "temperature": (0.01, 100, "learning needs rollouts that differ"),
+    "k": (0, 10**6, ""),
+    "temperature": (0.01, 100, "learning and voting need samples that differ"),
     "lr": (0, 1, ""),
     "warmup": (0, 1, "it is a share of the steps"),
     "beta2": (0, 1 - 1e-9, ""),
@@ -267,24 +293,38 @@ def load_config(file: Path) -> Config:
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         groups = groups.get("settings", groups)
-        known = {group: type(default)(**groups[group]) for group, default in vars(Config()).items()}
-        known["data"] = replace(known["data"], decontaminate=tuple(known["data"].decontaminate))  # JSON has lists
-        return Config(**known)
+        groups["data"]["decontaminate"] = tuple(groups["data"].get("decontaminate", ()))  # JSON has lists
+        for group, default in vars(Config()).items():
+            kinds = get_type_hints(type(default))
+            for name, value in groups[group].items():
+                if name in kinds and not is_of_kind(value, kinds[name]):
+                    raise ValueError(f"{flag_name(name)} cannot be {value!r}")
+        return Config(**{group: type(default)(**groups[group]) for group, default in vars(Config()).items()})
+    except FileNotFoundError:
+        raise UserError(
+            f"{file} does not exist: give the folder of a run or a checkpoint, or its config.json"
+        ) from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as problem:
         raise UserError(f"{file} holds no settings of a run of this version ({problem})") from problem
+
+
+def is_of_kind(value: object, kind: Any) -> bool:
+    """Tell whether a value from a file has a setting's type, or is one of its choices, as on the command line."""
+    choices = get_args(kind)
+    if get_origin(kind) is Literal:
+        return value in choices
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
+    if choices:  # X | None
+        return any(is_of_kind(value, choice) for choice in choices)
+    return type(value) is kind or (type(value) is int and kind is float)
 
 
 def validate(config: Config, default: Config) -> Config:
     """Return the settings; refuse, before anything is loaded, those that could only fail or mislead later."""
     optimisation = config.optimisation
-    values: dict[str, Any] = {}
     for group in vars(config).values():
-        values |= vars(group)
-    for name, (lowest, highest, why) in RANGES.items():
-        value = values[name]
-        if value is not None and not (isinstance(value, int | float) and lowest <= value <= highest):
-            range_of = f"must be at least {lowest}" if highest >= 10**6 else f"must be {lowest} to {highest}"
-            raise UserError(f"{flag_name(name)} {value} {range_of}{': ' if why else ''}{why}")
+        check_ranges(vars(group))
     if optimisation.epochs is not None:
         if optimisation.steps not in (None, default.optimisation.steps):
             raise UserError("--steps and --epochs say the same thing twice: give one of them")
@@ -301,18 +341,37 @@ def validate(config: Config, default: Config) -> Config:
     if config.model.chat_template and not Path(config.model.chat_template).is_file():
         raise UserError(f"--chat-template {config.model.chat_template} is not a file")
     parse_template_options(config.model.template_options)
+    if config.run.out and not config.run.out.isprintable():
+        raise UserError(f"--out {config.run.out!r} has characters that cannot be printed: name another folder")
     for package in ("tensorboard", "wandb"):
-        if values[package] and find_spec(package) is None:
+        if getattr(config.run, package) and find_spec(package) is None:
             raise UserError(f"--{package}: pip install {package}, it is not installed")
     return config
 
 
+def check_ranges(settings: Mapping[str, Any]) -> None:
+    """Refuse numbers outside of RANGES, which also holds those of other commands."""
+    for name, value in settings.items():
+        lowest, highest, why = RANGES.get(name, (-math.inf, math.inf, ""))
+        if name in RANGES and value is not None and not lowest <= value <= highest:
+            range_of = f"must be at least {lowest}" if highest >= 10**6 else f"must be from {lowest} to {highest}"
+            raise UserError(f"{flag_name(name)} {value} {range_of}{': ' if why else ''}{why}")
+
+
+def by_flag(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the settings of all groups under their flags."""
+    flags: dict[str, Any] = {}
+    for group in groups.values():
+        flags |= {flag_name(name): value for name, value in group.items()}
+    return flags
+
+
 def parse_template_options(template_options: str) -> dict[str, Any]:
     """Parse --template-options, which the chat template gets."""
-    try:
-        return dict(json.loads(template_options))
-    except (ValueError, TypeError):
-        raise UserError(f"--template-options {template_options} is no JSON object") from None
+    with suppress(ValueError, RecursionError):
+        if isinstance(options := json.loads(template_options), dict):
+            return options
+    raise UserError(f"--template-options {template_options} is no JSON object")
 
 
 def flag_name(name: str) -> str:

@@ -233,26 +233,11 @@ WINDOW = 5  # steps that an alarm averages over
 # Signs of collapse: a metric, and when its means over the first and the last steps are alarming.
 SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "one answer to many questions": ("commonest_answer", lambda first, now: now > max(0.4, 1.5 * first)),
-    "answers stop coming": ("answered", lambda first, now: now < first - 0.2),
+    "answers stop coming": ("answered", lambda first, now: now < max(first - 0.2, 0.4 * first)),
     "responses run into the limit": ("truncated", lambda first, now: now > first + 0.2),
     "responses shrink": ("response_tokens", lambda first, now: now < 0.4 * first),
     "entropy explodes": ("entropy", lambda first, now: now > 3 * first + 0.1),
 }
-
-
-def first_step_warnings(seen: dict[str, float]) -> dict[str, str]:
-    """Find what the first step shows of a run that cannot work: {sign: what was seen, and a cure}."""
-    signs = {}
-    if seen["answered"] < 0.1:
-        signs["no box"] = (
-            f"{seen['answered']:.0%} of the answers are boxed, {seen['truncated']:.0%} are cut at the limit: "
-            "raise --max-response-tokens, or show the form with --chat-template docs/two-examples.jinja"
-        )
-    if seen["zero_std_groups"] == 1:
-        signs["no difference"] = "all rewards are equal in every group, so that nothing is learnt from this step"
-    if "label_agreement" in seen and "label_accuracy" not in seen:
-        signs["no gold"] = "no gold answers: whether labels are right is not known"
-    return signs
 
 
 def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
@@ -272,9 +257,23 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
     return seen
 
 
-def step_warnings(history: Sequence[dict[str, float]], first: bool) -> dict[str, str]:
-    """Find what to warn of after a step: signs of collapse, and after the `first` one what it shows at once."""
-    seen = first_step_warnings(history[-1]) if first else {}
-    if history[-1]["skipped_steps"]:
+def step_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
+    """Find what to warn of after a step, and a cure: what the first one shows at once, signs of collapse.
+
+    Returns: {sign: what was seen}.
+    """
+    latest = history[-1]
+    is_first = len(history) == 1
+    seen = {}
+    if is_first and latest["answered"] < 0.1:
+        seen["no box"] = (
+            f"{latest['answered']:.0%} of the answers are boxed, {latest['truncated']:.0%} are cut at the limit: "
+            "raise --max-response-tokens, or show the form with --chat-template docs/two-examples.jinja"
+        )
+    if is_first and "label_agreement" in latest and "label_accuracy" not in latest:
+        seen["no gold"] = "no gold answers: whether labels are right is not known"
+    if len(history) >= WINDOW and all(step.get("zero_std_groups") == 1 for step in history[-WINDOW:]):
+        seen["no difference"] = f"in {WINDOW} steps all rewards were equal in every group: nothing is learnt from them"
+    if latest["skipped_steps"]:
         seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
     return seen | {sign: f"collapse? {sign} ({what})" for sign, what in detect_collapse(history).items()}

@@ -6,17 +6,23 @@ from itertools import chain
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
 from baselines import choose_variant
-from config import EMBEDDED_MODELS, Config, Data, UserError, flag_name, parse_template_options
+from config import Config, Data, UserError, flag_name
 from data import PromptedPair, steps_per_epoch, tokenize_pairs
 from lm import distributed
 from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
 from lm.memory import Demand, fit, this_hardware
-from lm.model import checkpoint_activations, compile_models, frozen_copy, load_policy, load_pretrained
-from lm.prompts import prompt_ids, read_chat_template
+from lm.model import (
+    checkpoint_activations,
+    compile_models,
+    frozen_copy,
+    limit_threads,
+    load_policy,
+    load_pretrained,
+)
+from lm.prompts import prompt_encoder, read_chat_template
 from lm.scoring import PackedLM
 from rewards import Variant
 from rollout import Run
@@ -31,17 +37,17 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     device = distributed.start()
     variant = choose_variant(config.method)
     engine = choose_engine(config.sampling.sampler)
-    check_offload(config)
-    if config.model.name in EMBEDDED_MODELS:
-        torch.set_num_threads(1)  # a second one gains little on matrices so small, and loses much on a busy machine
+    check_sense(config)
     pairs, report, benchmark = read_data(config)
     name = str(config.model.name)
     shape, _ = load_pretrained(name, torch.float32, weights=False)
+    limit_threads(shape)
     sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
     plan = fit(shape, config, Demand(variant.has_teacher + variant.has_frozen_reference, sequences), this_hardware())
     print(f"loading {name}", flush=True)
     policy, tokenizer = load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
-    encode = prompt_encoder(config, tokenizer)
+    template = read_chat_template(config.model.chat_template)
+    encode = prompt_encoder(tokenizer, template, config.model.template_options)
     questions = build_prompts(config, variant, encode, pairs, report)
     eval_questions = []
     if benchmark:
@@ -99,13 +105,6 @@ def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
     return pairs, report, benchmark(data.eval_data) if data.eval_data else None
 
 
-def prompt_encoder(config: Config, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], list[int]]:
-    """Return the function that makes the tokens of a question's prompt."""
-    template = read_chat_template(config.model.chat_template) if config.model.chat_template else None
-    options = parse_template_options(config.model.template_options)
-    return lambda question: prompt_ids(tokenizer, question, template, **options)
-
-
 def build_prompts(
     config: Config, variant: Variant, encode: Callable[[str], list[int]], pairs: list[Pair], report: Report
 ) -> list[PromptedPair]:
@@ -126,8 +125,11 @@ def build_prompts(
     return questions
 
 
-def check_offload(config: Config) -> None:
-    """Refuse off-loading without a GPU, where it would do nothing; a run of a GPU may be resumed there."""
+def check_sense(config: Config) -> None:
+    """Refuse off-loading without a GPU, unless a run of a GPU is resumed; warn of a schedule that runs backwards."""
+    method = config.method
+    if method.ema_schedule == "cosine" and method.ema_start > method.ema_end:
+        print(f"warning: the teacher follows ever faster: --ema-start {method.ema_start} is over --ema-end")
     for name in ("offload_optimizer", "offload_teacher"):
         if getattr(config.memory, name) and not distributed.in_group() and not config.run.resume:
             raise UserError(f"{flag_name(name)} has no effect on a CPU: leave it out")

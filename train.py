@@ -37,6 +37,7 @@ import os
 import sys
 from contextlib import closing, suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -158,10 +159,6 @@ def train(config: Config) -> Path:
         with closing(run.sampler):
             try:
                 loop(run, first_step, stop)
-            except KeyboardInterrupt:
-                saved = checkpoint.newest_first(folder / "checkpoints")
-                on_disk = f"go on with --resume {saved[0]}" if saved else "no checkpoint had been written"
-                raise KeyboardInterrupt(f"stopped at once; {on_disk}") from None
             finally:
                 if distributed.is_rank0():
                     with suppress(OSError, UserError):  # a picture must not hide why the run has ended
@@ -184,26 +181,22 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         evaluated = metrics.evaluate_policy(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         measured, records = train_step(run, step)
         measured["peak_memory_gb"] = distributed.all_reduce_max(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
-        if log:
-            log.write({"step": step} | evaluated | measured, records)
-            bar.set_postfix(log.headline())
-            for warning in log.warnings(metrics.step_warnings(log.history, first=step == first_step)):
-                bar.write(f"step {step}: {warning}", file=sys.stderr)
+        lost = distributed.run_on_rank0(partial(write_step, log, bar, {"step": step} | evaluated | measured, records))
         skipped = skipped + 1 if measured["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > MAX_SKIPPED_STEPS:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done = step + 1
         signal_number = int(distributed.all_reduce_max(stop.number))
-        if done == run.total_steps or is_due(done, config.run.save_every) or signal_number:
+        if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or lost:
             saved = checkpoint.save(
                 run.folder / "checkpoints", done, train_state(run), config.run.keep, config.run.keep_every
             )
-        if signal_number:
+        if signal_number or lost:
             bar.close()
             if log:
                 log.close()
-                print(f"stopped after step {step}; go on with --resume {saved}", file=sys.stderr)
-            raise SystemExit(128 + signal_number)
+                print(f"stopped after {done} steps; go on with --resume {saved}", file=sys.stderr)
+            raise lost or SystemExit(128 + signal_number)
     stop.unsaved = ""
     evaluated = metrics.evaluate_policy(run)
     if log:
@@ -212,15 +205,28 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         log.close()
 
 
+def write_step(log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records) -> OSError | None:
+    """Log a step, and warn of what it shows; return an error of the file system, which loses no policy."""
+    assert log, "rank 0 has one"
+    try:
+        log.write(measured, records)
+        bar.set_postfix(log.headline())
+        for warning in log.warnings(metrics.step_warnings(log.history)):
+            bar.write(f"step {measured['step']}: {warning}", file=sys.stderr)
+    except OSError as error:
+        return error
+    return None
+
+
 def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
 def main(config: Config | None = None) -> None:
-    with exit_on_user_error():
+    with exit_on_user_error("stopped at once; --resume goes on from the last checkpoint, if there is one"):
         folder = train(config or parse())
-    if distributed.is_rank0():
-        print(closing_table(folder))
+        if distributed.is_rank0():
+            print(closing_table(folder))
     distributed.stop()
 
 

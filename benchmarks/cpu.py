@@ -25,7 +25,7 @@ from sampling import load, seconds
 from step_vs_trl import markdown
 
 from lm import vllm_engine
-from lm.decoding import Sampler, TransformersSampler
+from lm.decoding import Capacity, Sampler, TransformersSampler
 from lm.packing import MicroBatch, pack
 from lm.record import Rollout
 from lm.scoring import PackedLM
@@ -70,7 +70,9 @@ def samplings(lm: PreTrainedModel, request: dict[str, Any], repeats: int, vllm: 
     samplers: dict[str, list[Sampler]] = {"sampling, transformers": [TransformersSampler([], d) for d in DTYPES]}
     for block in BLOCKS if vllm else ():
         with patch.object(vllm_engine, "CPU_BLOCK", block):
-            engines: list[Sampler] = [VLLMSampler(lm, [], d, longest, rows, engine_memory=0.2) for d in DTYPES]
+            engines: list[Sampler] = [
+                VLLMSampler(lm, [], d, Capacity(longest, rows, engine_memory=0.2)) for d in DTYPES
+            ]
         samplers[f"sampling, vLLM in blocks of {block}"] = engines
     with ExitStack() as stack:
         works: dict[str, tuple[Work, Work]] = {}

@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 
 from config import UserError
 from sources.benchmarks import body_and_question
-from sources.files import read_cells
+from sources.files import read_rows
 from sources.overlap import overlaps
 
 IMITATED, TRAINED, ELSEWHERE = ("addsub", "singleeq"), "singleop", ("multiarith", "svamp")
@@ -43,10 +43,10 @@ def find_file(data_dir: Path, name: str) -> Path:
 def read_questions(data_dir: Path, name: str) -> list[Question]:
     """Of one set, each normalised question once, in an order that a hash gives: the first so many are a sample."""
     if name == "svamp":
-        cells = [cells for _, cells in read_cells(find_file(data_dir, "SVAMP.json"))]
+        cells = read_rows(find_file(data_dir, "SVAMP.json"))
         pairs = [(body_and_question(row["Question"], row), row["Answer"]) for row in cells]
     else:
-        pairs = [(row["input"], row["target"]) for _, row in read_cells(find_file(data_dir, f"{name}.jsonl"))]
+        pairs = [(row["input"], row["target"]) for row in read_rows(find_file(data_dir, f"{name}.jsonl"))]
     unique = {normalised(text): (" ".join(text.split()), Decimal(str(gold))) for text, gold in pairs}
     return [unique[key] for key in sorted(unique, key=digest)]
 

@@ -1,4 +1,4 @@
-"""Sampling: tokens a second of our vLLM sampler, of bare vLLM and of transformers; what a load of weights costs.
+"""Tokens a second of our vLLM sampler, of bare vLLM and of our decoding; what a load of weights costs.
 
     python benchmarks/sampling.py                                            # the embedded model, any machine
     python benchmarks/sampling.py --model FOLDER --questions 4 --rollouts 4 --repeats 3
@@ -26,8 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from gpu import random_model
 
 import metrics
-from lm.decoding import TransformersSampler
-from lm.engine import open_sampler
+from lm.decoding import Capacity, TransformersSampler
 from lm.model import resolve
 from lm.packing import micro_batches
 from lm.record import Rollout
@@ -107,10 +106,7 @@ def main(
     never = [lm.config.vocab_size - 1]  # a stop token that is as good as never sampled
     rows = questions * rollouts
     longest = prompt_tokens + response_tokens
-    sampler = open_sampler(
-        "vllm", lm, never, dtype, max_sequence_tokens=longest, rows=rows, engine_memory=engine_memory
-    )
-    assert isinstance(sampler, VLLMSampler)
+    sampler = VLLMSampler(lm, never, dtype, Capacity(longest, rows, engine_memory))
     prompts = torch.randint(lm.config.vocab_size, (questions, prompt_tokens)).tolist()
     request = {
         "prompts": prompts,
@@ -134,7 +130,7 @@ def main(
     if hf:
         with TransformersSampler(never, dtype).loaded(lm) as generate:
             (slow,) = seconds([lambda: generate(**request)], lambda: None, max(1, repeats // 2))
-        table["tokens a second: transformers' generate"] = f"{rows * response_tokens / slow:,.0f}"
+        table["tokens a second: our decoding with transformers"] = f"{rows * response_tokens / slow:,.0f}"
     table["log-prob mismatch with the trainer, mean / maximum"] = f"{gaps[0]:.2g} / {gaps[1]:.2g} nats"
     table |= loads(sampler, lm, loads_of_weights)
     asked = f"{questions} x {rollouts} responses of {response_tokens} tokens to {prompt_tokens}"

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from hashlib import blake2b
 from inspect import signature
 from itertools import product
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,19 @@ class Capacity(NamedTuple):
     engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
 
 
-class Sampler:
-    """An engine that samples."""
+class Sampler(Protocol):
+    """What the loop asks of an engine that samples."""
 
-    sync_seconds: float | None = None  # time that the last load of weights took; None where sampling needs none
-    sleeping_bytes = 0  # memory that PyTorch counts as used while the engine sleeps, and that is free
+    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
+    sleeping_bytes: int  # that PyTorch counts as used while the engine sleeps, and that are free
 
     def loaded(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
         """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
-        raise NotImplementedError
+        ...
 
     def close(self) -> None:
         """End what the sampler runs, if anything; after the last communication between ranks."""
+        ...
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -118,16 +119,22 @@ class Decoding:
         return logits[:, -1]
 
 
-class TransformersSampler(Sampler):
+class TransformersSampler:
     """A sampler that is the trainer's own model, or a copy where that is sharded.
 
     A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
     """
 
+    sync_seconds: float | None = None
+    sleeping_bytes = 0
+
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
         self.compute_dtype = compute_dtype
+
+    def close(self) -> None:
+        """Do nothing: there is no engine to end."""
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:

@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain
@@ -110,8 +110,7 @@ class StopRequest:
             raise KeyboardInterrupt
         if is_rank0() and not asked_before:
             hint = "; a second Ctrl-C stops at once" if SECOND_STOPS else ""
-            with suppress(OSError):  # the reader of the output may have died of the same signal
-                print(f"\nfinishing {self.unsaved}, then saving{hint}", file=sys.stderr)
+            print(f"\nfinishing {self.unsaved}, then saving{hint}", file=sys.stderr)
 
 
 @contextmanager

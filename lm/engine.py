@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from config import UserError
 from lm import distributed
 from lm.decoding import Capacity, Sample, Sampler, TransformersSampler
-from lm.model import check_length, compute_dtype, load_pretrained, stop_token_ids
+from lm.model import check_length, compute_dtype, limit_threads, load_pretrained, stop_token_ids
 from lm.prompts import prompt_ids, read_chat_template
 from lm.vllm_engine import VLLMSampler
 
@@ -74,7 +74,8 @@ def load_inference_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))
     lm.to(device)  # type: ignore[arg-type]
-    template = read_chat_template(chat_template) if chat_template else None
+    limit_threads(lm)
+    template = read_chat_template(chat_template)
     prompt_ids(tokenizer, "1+1?", template)  # a template that cannot be used fails here, with the cure
     return InferenceModel(lm, tokenizer, template, chosen)
 

@@ -35,6 +35,7 @@ from lm.scoring import PASSES, PackedLM, autocast
 
 KEPT_WHEN_LIGHT = 0.6  # share of activations: those of matrix products and attention alone, in all of Qwen3's shapes
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
+SMALL = 20e6  # parameters, below which one thread is enough
 
 
 def newest_policy(model: str) -> str:
@@ -78,7 +79,7 @@ def load_pretrained(
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         if weights:
-            lm: PreTrainedModel = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=False)
+            lm = read_weights(path, dtype)
         else:
             lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
@@ -90,6 +91,18 @@ def load_pretrained(
         if i >= rows and (i < tokenizer.vocab_size or token in spoken):
             raise UserError(f"--model {name}: {token!r} is token {i:,} of a tokenizer, the embedding has {rows:,} rows")
     return lm, tokenizer
+
+
+def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None = None) -> PreTrainedModel:
+    """Read a model with its weights; refuse files that lack one. Transformers warns of those it does not use."""
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
+    )
+    if missing := sorted(loaded[1]["missing_keys"]):
+        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
+        raise ValueError(f"its files lack the weights {', '.join(missing[:3])}{others}: give a whole copy of it")
+    lm: PreTrainedModel = loaded[0]
+    return lm
 
 
 def load_policy(
@@ -109,6 +122,13 @@ def load_policy(
     shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload)
     distributed.fill_from_rank0(weights.__getitem__, distributed.named_tensors(policy))
     return policy, tokenizer
+
+
+def limit_threads(lm: PreTrainedModel) -> None:
+    """Compute small models in one thread: others gain little there, and lose much on a busy machine."""
+    if lm.num_parameters() < SMALL:
+        torch.set_num_threads(1)
+        print(f"one thread: {lm.num_parameters() / 1e6:.1f}M parameters, of under {SMALL / 1e6:.0f}M more gain nothing")
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -226,7 +246,7 @@ def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     if lm.generation_config is not None:
         named.append(lm.generation_config.eos_token_id)
     lists = [entry if isinstance(entry, list) else [entry] for entry in named]
-    ids = set(chain.from_iterable(lists)) - {None}
+    ids = {entry for entry in chain.from_iterable(lists) if isinstance(entry, int)}
     if not ids:
         raise UserError("neither the tokenizer nor the model names an end-of-sequence token: set tokenizer.eos_token")
     return sorted(ids)

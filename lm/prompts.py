@@ -5,20 +5,22 @@ The prompt is the authors': a system message, then the bare question, for base m
 
 from collections.abc import Callable
 from functools import partial
+from inspect import signature
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from config import SYSTEM_PROMPT, UserError
+from config import SYSTEM_PROMPT, UserError, parse_template_options
 
 PLACEHOLDER = "<The question stands here: 6f1d0a52.>"  # in no chat template
 
 
-def read_chat_template(path: str) -> str:
+def read_chat_template(path: str | None) -> str | None:
+    """Read a template that replaces the tokenizer's, if one is named."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8") if path else None
     except (OSError, ValueError) as problem:
         raise UserError(f"the chat template {path} cannot be read: {problem}") from problem
 
@@ -47,6 +49,24 @@ def prompt_text(
         if SYSTEM_PROMPT in text and question.strip() in text:
             return str(text)
     raise UserError(f"the chat template of {name} cannot be used ({complaint}): {cure}")
+
+
+def prompt_encoder(
+    tokenizer: PreTrainedTokenizerBase, chat_template: str | None, template_options: str
+) -> Callable[[str], list[int]]:
+    """Return the function that makes the tokens of a question's prompt; warn of options that do nothing.
+
+    Raises:
+        UserError: an option is an argument of transformers itself.
+    """
+    options = parse_template_options(template_options)
+    template = str(chat_template or tokenizer.chat_template)
+    for name in options:
+        if name in {"tokenizer", "question", *signature(tokenizer.apply_chat_template).parameters}:
+            raise UserError(f"--template-options: {name} is not for a chat template: leave it out")
+        if name not in template:
+            print(f"warning: --template-options: the chat template does not name {name}, which has no effect")
+    return lambda question: prompt_ids(tokenizer, question, chat_template, **options)
 
 
 def prompt_ids(

@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from config import UserError
 from lm import distributed
-from lm.decoding import Capacity, Sample, Sampler
+from lm.decoding import Capacity, Sample
 from lm.memory import token_bytes
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
@@ -47,7 +47,7 @@ CHECKED_RESPONSE = 32
 CHECK_BOUND = {torch.float32: 1e-3, torch.bfloat16: 0.3}
 
 
-class VLLMSampler(Sampler):
+class VLLMSampler:
     """A vLLM engine; several can live in a process, but closing one closes torch.distributed for all."""
 
     def __init__(
@@ -57,6 +57,7 @@ class VLLMSampler(Sampler):
         self.dtype = compute_dtype
         self.capacity = capacity
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
+        self.sync_seconds: float | None = None
         self._held = False
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
@@ -126,6 +127,8 @@ class VLLMSampler(Sampler):
         """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
+        checked = self._checked
+        self._checked = False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -134,10 +137,14 @@ class VLLMSampler(Sampler):
                 tensor = tensor.detach().to(self.dtype) if tensor.is_floating_point() else tensor
                 yield name, distributed.full_tensor(tensor)  # one at a time: whole, the model would not fit
 
+        tensors = stream()
         try:
-            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+            self.llm.collective_rpc("reload_weights", kwargs={"weights_iterator": tensors})
         except Exception as error:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
+        if left := next(tensors, None):
+            raise UserError(f"vLLM stopped loading before the weight {left[0]}")
+        self._checked = checked
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:

@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,7 +138,10 @@ def csv_rows(path: Path) -> list[Any]:
         reader = csv.DictReader(stream, strict=True)
         if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
             raise ValueError(f"two columns are called {twice[0]!r}")
-        return list(reader)
+        rows = list(reader)
+    if ragged := sum(None in row.values() for row in rows):
+        print(f"warning: {path}: {ragged:,} rows have fewer cells than the header, the others count as empty")
+    return rows
 
 
 def parquet_rows(path: Path) -> list[Any]:
@@ -177,9 +181,17 @@ def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
     cells_at = {place: in_plain_columns(row, columns, place) for place, row in cells_at.items()}
     available = sorted(set().union(*cells_at.values()))
     for role, name in columns._asdict().items():
-        if name not in available and (role == "question" or name != role):
+        if name in available:
+            continue
+        if role == "question" or name != role:
             cure = f"choose with --{role}-column from {', '.join(available)}"
             raise UserError(f"{source} has no column {name!r}: {cure}")
+        spelt = {column.lower(): column for column in available}
+        for close in get_close_matches(name, spelt, n=1, cutoff=0.85):
+            print(f"warning: {source}: column {spelt[close]!r} is ignored; rename it to {name!r} if it is that")
+    answers = [cells.get(columns.answer) for cells in cells_at.values()]
+    if missing := sum(answer != answer for answer in answers):
+        print(f"warning: {source}: {missing:,} answers are NaN, and count as none")
     pairs: list[Pair] = []
     earlier: dict[str, tuple[str, str]] = {}
     for place, cells in cells_at.items():
@@ -221,7 +233,7 @@ def text_of(value: Any, column: str, place: str) -> str:
     if value is None or value != value:  # NaN: a missing cell in pandas
         return ""
     if not isinstance(value, str):
-        raise UserError(f"{place}: column {column!r} holds a {type(value).__name__}, not text")
+        raise UserError(f"{place}: column {column!r} must hold text, not {type(value).__name__}")
     if re.search("[\ud800-\udfff]", value):
         raise UserError(f"{place}: column {column!r} holds half of a surrogate pair, which is no character")
     return value if value.strip() else ""

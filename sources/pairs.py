@@ -37,7 +37,7 @@ CONSEQUENCES = {
     "placeholder": "rephrasing dropped: the rewriter echoed its template",
     "answer leaked": "rephrasing dropped: it states an answer",
     "figure lost": "rephrasing dropped: it needs the [asy] figure that it left out",
-    "no rephrasing": "pair dropped: this run needs both wordings",
+    "no rephrasing": "pair dropped: this run needs its rephrasing",
     "no gold": "pair dropped: this run needs the answer",
     "too long": "pair dropped: a prompt is over the limit",
     "in a benchmark": "pair dropped: --decontaminate found its question there",

@@ -18,7 +18,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,10 +29,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from config import UserError, flag_name, load_config
+from config import UserError, by_flag, load_config
 from lm import distributed
+from lm.model import read_weights
 from lm.scoring import PackedLM
 from store.jsonl import changes, fingerprint
 
@@ -68,9 +69,10 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
     Raises:
         UserError: weights that are not finite, or a full disk, say; the checkpoints before are untouched.
     """
-    finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in training.policy.parameters())
-    if not all(distributed.all_gather([finite])):
-        raise UserError(f"the policy's weights are not finite after {step} steps, and are not saved: lower --lr")
+    for name, model in training.models().items():
+        finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in model.parameters())
+        if not all(distributed.all_gather([finite])):
+            raise UserError(f"the {name}'s weights are not finite after {step} steps, and are not saved: lower --lr")
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
     try:
@@ -188,7 +190,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdigit()]
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -197,7 +199,8 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
 
     `auto` means the run in --out, and None if that has no checkpoint yet: one command starts a run and continues it.
     """
-    if resume != "auto" and (Path(resume) / "checkpoints").is_dir():
+    named = resume != "auto"
+    if named and any((Path(resume) / inside).exists() for inside in ("checkpoints", "config.json")):
         resume, out = "auto", resume
     if resume != "auto":
         if fault := verify(Path(resume)):
@@ -212,6 +215,11 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
         print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
     if candidates:
         raise UserError(f"--resume auto: none of {len(candidates)} checkpoints in {out} is intact")
+    if named:
+        raise UserError(
+            f"--resume {out}: this run has no checkpoint yet; begin it again with "
+            f"--config {out}/config.json --out {out} --resume auto"
+        )
     return None
 
 
@@ -245,16 +253,8 @@ def differences(path: Path, settings: dict[str, dict[str, Any]]) -> str:
     old = by_flag(asdict(load_config(path / "trainer.json")))
     new = by_flag(settings)
     lengths = {name: old.get(name) or math.inf for name in ("--steps", "--epochs")}
-    more = {name for name, n in lengths.items() if isinstance(n, int | float) and n < (new.get(name) or 0)}
+    more = {name for name, n in lengths.items() if n < (new.get(name) or 0)}
     return changes(old, new, HARMLESS | more)
-
-
-def by_flag(settings: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return the settings of all groups under their flags."""
-    flags: dict[str, Any] = {}
-    for group in settings.values():
-        flags |= {flag_name(name): value for name, value in group.items()}
-    return flags
 
 
 def restore(path: Path, training: Training) -> int:
@@ -264,7 +264,7 @@ def restore(path: Path, training: Training) -> int:
         step = int(saved["step"])
         optimizer_steps = float(saved["optimizer_steps"])
         questions = saved["questions"]
-        if step < 0:
+        if not (step >= 0 and 0 <= optimizer_steps < math.inf):
             raise ValueError("a step before the first")
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
@@ -278,20 +278,36 @@ def restore(path: Path, training: Training) -> int:
             restore_model(path / name, model)
         restore_optimizer(path / "optimizer", training, optimizer_steps)
     except Exception as error:  # as it was written, but by whom: it can hold anything
-        raise UserError(f"--resume {path} does not hold the weights of this run ({error!r})") from error
+        cure = "resume from another step, or start a new run from a --model that is whole"
+        raise UserError(f"--resume {path} does not hold the weights of this run ({error}): {cure}") from error
     return step
 
 
 def restore_model(folder: Path, model: PackedLM) -> None:
     """Read a model on rank 0, which gives the others their shards."""
+    saved: dict[str, Tensor] = {}
+    if distributed.is_rank0():
+        for file in folder.glob("*.safetensors"):
+            with safe_open(file, "pt") as tensors:  # reading as a model turns all dtypes into the one asked for
+                kinds = {tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118, no mapping
+            if kinds != {"F32"}:
+                raise ValueError(f"{folder.name} holds {' and '.join(sorted(kinds))}, not float32")
+        saved = distributed.named_tensors(read_weights(folder, torch.float32, safetensors=True))
+    fill_checked(folder.name, saved.__getitem__, distributed.named_tensors(model.lm))
 
-    def read() -> dict[str, Tensor]:
-        how = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
-        return distributed.named_tensors(AutoModelForCausalLM.from_pretrained(folder, **how))
 
-    distributed.fill_from_rank0(
-        read().__getitem__ if distributed.is_rank0() else None, distributed.named_tensors(model.lm)
-    )
+def fill_checked(what: str, read: Callable[[str], Tensor], tensors: dict[str, Tensor]) -> None:
+    """Fill tensors with what `read` returns on rank 0, if it has the shape and dtype wanted and is finite."""
+
+    def read_checked(name: str) -> Tensor:
+        tensor = read(name)
+        if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
+            raise ValueError(f"{name} of {what} is {tensor.dtype} {list(tensor.shape)}")
+        if not tensor.isfinite().all():
+            raise ValueError(f"{name} of {what} is not finite")
+        return tensor
+
+    distributed.fill_from_rank0(read_checked, tensors)
 
 
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
@@ -301,9 +317,11 @@ def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            distributed.fill_from_rank0(file.get_tensor if distributed.is_rank0() else None, values)
+            fill_checked(moment, file.get_tensor, values)
         for name, value in values.items():
             states.setdefault(name, {"step": torch.tensor(steps)})[moment] = value
+    if single := [name for name, state in states.items() if not state.keys() >= set(MOMENTS)]:
+        raise ValueError(f"{single[0]} has one moment of two")
     state = {i: states[name] for i, name in enumerate(named) if name in states}
     groups = training.optimizer.state_dict()["param_groups"]
     training.optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -8,8 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from config import UserError, flag_name
-from store.jsonl import Record, read_rows
+from config import UserError, by_flag
+from store.jsonl import Record
+from store.log import read_log
 
 PANELS = {
     "eval_accuracy": "held-out accuracy, sampled",
@@ -25,7 +26,8 @@ SHARES = {"eval_accuracy", "label_accuracy", "commonest_answer", "answered", "tr
 WINDOW = 5  # steps that a line is smoothed over; those of evaluations are not
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]  # Okabe and Ito's
 DASHES = ["-", "--", "-.", ":"]  # so that a grey print stays legible too
-WITHOUT_EFFECT = ("run", "memory")  # groups of settings that change no curve but by chance: the seed is in `run`
+# Groups of settings and flags that change no curve but by chance: the seed is in `run`.
+WITHOUT_EFFECT = ("run", "memory", "--eval-every", "--data-dir", "--sampler")
 
 
 def settings_of_run(folder: Path) -> dict[str, str]:
@@ -33,11 +35,8 @@ def settings_of_run(folder: Path) -> dict[str, str]:
     file = folder / "config.json"
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
-        found: dict[str, str] = {}
-        for group, settings in groups.items():
-            if group not in WITHOUT_EFFECT:
-                found |= {flag_name(name): str(value) for name, value in settings.items()}
-        return found
+        flags = by_flag({name: group for name, group in groups.items() if name not in WITHOUT_EFFECT})
+        return {flag: str(value) for flag, value in flags.items() if flag not in WITHOUT_EFFECT}
     except (OSError, ValueError, AttributeError) as problem:
         raise UserError(f"{file} is missing or damaged ({problem}): repair it, or leave the run out") from problem
 
@@ -64,7 +63,7 @@ def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Record
     for folder in dict.fromkeys(folders):
         if not (folder / "metrics.jsonl").is_file():
             raise UserError(f"{folder} is not a run: give a folder that train.py has written, with a metrics.jsonl")
-        if history := read_rows(folder / "metrics.jsonl"):
+        if history := read_log(folder / "metrics.jsonl"):
             histories[folder] = history
         else:
             print(f"{folder}: left out, it has not finished a step")
@@ -85,7 +84,8 @@ def draw_metric(axis: Any, key: str, runs: Sequence[list[Record]], **style: Any)
     if not of_step:
         return
     steps = sorted(of_step)
-    axis.plot(steps, [fmean(of_step[step]) for step in steps], **style)
+    marker = "o" if len(steps) == 1 else None  # a line of one point is not seen
+    axis.plot(steps, [fmean(of_step[step]) for step in steps], marker=marker, **style)
     if len(runs) > 1:
         lowest = [min(of_step[step]) for step in steps]
         highest = [max(of_step[step]) for step in steps]
@@ -105,6 +105,7 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
             draw_metric(axis, key, runs, label=label, **style)
         axis.set_title(heading, fontsize=10)
         axis.grid(alpha=0.25)
+        axis.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
         if key in SHARES:
             axis.set_ylim(-0.02, 1.02)
         if key == "reward" and axis.dataLim.ymax > 1:  # self-certainty is over 10, where votes pay 1
@@ -113,8 +114,9 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
             axis.text(0.5, 0.5, "not measured", ha="center", transform=axis.transAxes)
     lines = {str(line.get_label()): line for line in chain.from_iterable(axis.lines for axis in axes)}
     legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
-    legend.set_title(f"against training steps; means over the last {WINDOW}, held-out accuracy as measured")
-    figure.suptitle(title)
+    legend.set_title(f"means over the last {WINDOW} steps, held-out accuracy as measured")
+    figure.supxlabel("training step", fontsize=10)
+    figure.suptitle(title or (folders[0].resolve().name if len(folders) == 1 else ""))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=160)

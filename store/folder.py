@@ -54,12 +54,13 @@ def folder_of(config: Config) -> tuple[Path, Path | None]:
     resume, out = config.run.resume, config.run.out
     resumed = checkpoint.find_checkpoint(resume, out) if resume else None
     if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
-        cure = "leave these out, or start a new run from the checkpoint's policy/ with --model"
+        fewer = "; fewer steps are refused" if "--steps" in differing or "--epochs" in differing else ""
+        cure = f"leave these out{fewer}, or start a new run from the checkpoint's policy/ with --model"
         raise UserError(f"--resume {resume}: made with other settings: {differing}; {cure}")
     if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
         return new_folder(config), resumed
-    if resumed.parent.name != "checkpoints":
-        raise UserError(f"--resume {resume} is in no run's checkpoints/: say where to write, with --out")
+    if resumed.parent.name != "checkpoints" or resumed not in checkpoint.newest_first(resumed.parent):
+        raise UserError(f"--resume {resume} is no step-N in a run's checkpoints/: say where to write, with --out")
     newer = checkpoint.newest_first(resumed.parent)[0]
     if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
         raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
@@ -76,7 +77,7 @@ def new_folder(config: Config) -> Path:
             if load_config(folder / "config.json").run.resume not in (None, "auto"):
                 raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
         return folder
-    model, data = (Path(str(name)).name.partition(".")[0] for name in (config.model.name, config.data.source))
+    model, data = (Path(str(name)).name.partition(".")[0][:60] for name in (config.model.name, config.data.source))
     parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
     for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
         folder = Path("runs", "-".join(parts) + suffix)
@@ -87,12 +88,13 @@ def new_folder(config: Config) -> Path:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Leave nothing behind where nothing was written."""
-    if [path.name for path in folder.iterdir()] == [".lock"]:
-        (folder / ".lock").unlink()
-        folder.rmdir()
-        if folder.parent == Path("runs") and not any(folder.parent.iterdir()):
-            folder.parent.rmdir()
+    """Leave nothing behind where nothing was written; a folder that is gone hides no other error."""
+    with suppress(OSError):
+        if [path.name for path in folder.iterdir()] == [".lock"]:
+            (folder / ".lock").unlink()
+            folder.rmdir()
+            if folder.parent == Path("runs"):
+                folder.parent.rmdir()  # fails where another run is
 
 
 def branch_off(run: Path, folder: Path) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
@@ -31,18 +31,20 @@ def append_rows(path: Path, rows: Iterable[Record]) -> None:
         stream.write(to_lines(rows))
 
 
-def read_rows(path: Path) -> list[Record]:
+def read_rows(path: Path, is_whole: Callable[[Record], bool] = lambda row: True) -> list[Record]:
     r"""Read the whole lines of a file; half of one, which a kill may have left at the end, is none.
 
     Split at "\n" alone: `splitlines` also cuts at U+2028 and its like, which JSON allows inside a string.
 
     Raises:
-        UserError: a line that is no JSON object.
+        UserError: a line that is no JSON object, or not a whole one.
     """
     rows = []
     for number, line in enumerate(path.read_bytes().split(b"\n")[:-1], 1):
         try:
             rows.append({**json.loads(line)})
+            if not is_whole(rows[-1]):
+                raise ValueError("an entry is missing or of another kind")
         except (ValueError, TypeError, RecursionError) as problem:
             complaint = f"{path}, line {number} is damaged ({problem})"
             raise UserError(f"{complaint}: repair it or move the file away") from problem

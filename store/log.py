@@ -5,7 +5,9 @@ rollouts.jsonl   a question a step, to read       warnings.txt    a line for eac
 """
 
 import math
+import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,7 +15,20 @@ from typing import Any
 from store.jsonl import Record, append_rows, read_rows, to_lines, write_atomic
 
 Records = dict[str, list[Record]]  # rows for files of a run's folder: {"labels": of labels.jsonl, ...}
-LOGS = ("metrics.jsonl", "labels.jsonl", "rollouts.jsonl")
+LOGS: dict[str, Callable[[Record], bool]] = {  # what else a row must be that has its step
+    "metrics.jsonl": lambda row: all(isinstance(value, int | float) for value in row.values()),
+    "labels.jsonl": lambda row: isinstance(row.get("id"), str) and isinstance(row.get("view"), str),
+    "rollouts.jsonl": lambda row: True,
+}
+
+
+def read_log(file: Path) -> list[Record]:
+    """Read one of LOGS.
+
+    Raises:
+        UserError: a line that is not one of such a log.
+    """
+    return read_rows(file, lambda row: isinstance(row.get("step"), int) and LOGS[file.name](row))
 
 
 class RunLog:
@@ -21,11 +36,12 @@ class RunLog:
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
         self.folder = folder
-        self.metrics_file = folder / "metrics.jsonl"
-        for name in LOGS:
-            keep_steps_before(folder / name, first_step)
-        self.history = read_rows(self.metrics_file)
-        self.label_of = {(row["id"], row["view"]): row["label"] for row in read_rows(folder / "labels.jsonl")}
+        metrics, labels, rollouts = (keep_steps_before(folder / name, first_step) for name in LOGS)
+        warn_of_gaps("metrics.jsonl", metrics, first_step)
+        warn_of_gaps("labels.jsonl", labels, sum("label_agreement" in row for row in metrics))
+        warn_of_gaps("rollouts.jsonl", rollouts, first_step)
+        self.history = metrics
+        self.label_of = {(row["id"], row["view"]): row.get("label") for row in labels}
         self.alarms: set[str] = set()
         self.board: Any = None
         self.wandb: Any = None
@@ -62,7 +78,7 @@ class RunLog:
         metrics = {key: value for key, value in metrics.items() if math.isfinite(value)}
         metrics |= self.flipped(records.get("labels", []))
         self.history.append(metrics)
-        append_rows(self.metrics_file, [metrics])
+        append_rows(self.folder / "metrics.jsonl", [metrics])
         for name, rows in records.items():
             append_rows(self.folder / f"{name}.jsonl", rows)
         step = int(metrics["step"])
@@ -87,26 +103,38 @@ class RunLog:
             self.wandb.finish()
 
 
-def keep_steps_before(file: Path, step: int) -> None:
+def keep_steps_before(file: Path, step: int) -> list[Record]:
     """Drop what a killed run wrote after its last checkpoint: it is going to be written again."""
-    rows = read_rows(file) if file.exists() else []
-    write_atomic(file, to_lines(row for row in rows if row["step"] < step))  # killed here, too, a run loses nothing
+    rows = [row for row in read_log(file) if row["step"] < step] if file.exists() else []
+    write_atomic(file, to_lines(rows))  # killed here, too, a run loses nothing
+    return rows
+
+
+def warn_of_gaps(name: str, rows: list[Record], steps: int) -> None:
+    """Say so if a log lacks some of the steps before the first one, or metrics.jsonl holds one twice."""
+    logged = len({row["step"] for row in rows})
+    if logged < steps:
+        print(f"warning: {name} lacks {steps - logged} of {steps} steps, and goes on without them", file=sys.stderr)
+    if name == "metrics.jsonl" and logged < len(rows):
+        print(f"warning: {name} holds {len(rows) - logged} of its steps twice", file=sys.stderr)
 
 
 def closing_table(folder: Path) -> str:
     """Say what a run achieved, where the time went, and where its files are."""
-    history = read_rows(folder / "metrics.jsonl")
+    history = read_log(folder / "metrics.jsonl")
     seconds: Counter[str] = Counter()
     for metrics in history:
         seconds.update({k.removeprefix("seconds_"): v for k, v in metrics.items() if k.startswith("seconds_")})
 
-    def change(key: str, window: int = 1) -> str | None:
+    def change(key: str, window: int = 1, form: str = ".2f") -> str | None:
         values = [metrics[key] for metrics in history if key in metrics]
-        return f"{fmean(values[:window]):.2f} -> {fmean(values[-window:]):.2f}" if values else None
+        return f"{fmean(values[:window]):{form}} -> {fmean(values[-window:]):{form}}" if values else None
 
     steps = [metrics for metrics in history if "reward" in metrics]
     taught_nothing = bool(steps) and all(metrics.get("zero_std_groups") == 1 for metrics in steps)
     warnings = folder / "warnings.txt"
+    names = ("config.json", *LOGS, "curves.png")
+    files = [name for name in names if (folder / name).exists() and (folder / name).stat().st_size]
     rows = {
         "nothing was learnt": "in no group of no step did two rewards differ" if taught_nothing else None,
         "held-out accuracy, sampled": change("eval_accuracy"),
@@ -114,10 +142,10 @@ def closing_table(folder: Path) -> str:
         "label accuracy": change("label_accuracy", window=5),
         "reward": change("reward", window=5),
         "warned of": warnings.read_text().rstrip().replace("\n", "\n" + " " * 30) if warnings.exists() else None,
-        "tokens sampled a second": change("tokens_per_second", window=5),
+        "tokens sampled a second": change("tokens_per_second", window=5, form=",.0f"),
         "peak memory, GB": f"{max((metrics.get('peak_memory_gb', 0) for metrics in steps), default=0):.2f}",
         "seconds": f"{seconds.total():.0f} ({', '.join(f'{phase} {value:.0f}' for phase, value in seconds.items())})",
-        "written to": f"{folder}/ (config.json, metrics.jsonl, rollouts.jsonl, labels.jsonl, curves.png)",
+        "written to": f"{folder}/ ({', '.join(files)})",
         "policy": f"{folder}/checkpoints/latest/policy (AutoModelForCausalLM.from_pretrained loads it)",
         "compare": f"python -m tools.plot {folder} runs/ANOTHER --out comparison.png",
     }

@@ -87,7 +87,7 @@ def test_a_branch_that_was_killed_before_its_first_checkpoint_starts_from_nothin
     branch = ["--resume", str(run / "checkpoints" / "step-000001"), "--steps", "3", "--out", str(tmp_path / "branch")]
     again = [*SMALL, "--steps", "3", "--out", str(tmp_path / "branch"), "--resume", "auto"]
     in_prepare, in_save = (
-        (train, "prepare", "holds no settings"),
+        (train, "prepare", "config.json does not exist"),
         (train.checkpoint, "save", "branch without a checkpoint"),
     )
     for module, killed_in, sentence in (in_prepare, in_save):
@@ -205,19 +205,19 @@ NUMBERS = [
     ("flags", "sentence"),
     [
         *((f"--{name.replace('_', '-')} nan", f"--{name.replace('_', '-')} nan must be ") for name in NUMBERS),
-        ("--lr 1e9", "--lr 1000000000.0 must be 0 to 1"),
+        ("--lr 1e9", "--lr 1000000000.0 must be from 0 to 1"),
         ("--lr inf", "--lr inf must be"),
-        ("--lr -1", "--lr -1.0 must be 0 to 1"),
-        ("--clip -0.1", "--clip -0.1 must be 0 to 1000"),
-        ("--clip 5000", "--clip 5000.0 must be 0 to 1000"),
+        ("--lr -1", "--lr -1.0 must be from 0 to 1"),
+        ("--clip -0.1", "--clip -0.1 must be from 0 to 1000"),
+        ("--clip 5000", "--clip 5000.0 must be from 0 to 1000"),
         ("--kl-coef -1", "--kl-coef -1.0 must be"),
         ("--kl-cap -10", "--kl-cap -10.0 must be"),
         ("--tis-cap -2", "--tis-cap -2.0 must be"),
-        ("--beta2 1", "--beta2 1.0 must be 0 to 0.999999999"),
-        ("--beta2 -1", "--beta2 -1.0 must be 0 to 0.999999999"),
+        ("--beta2 1", "--beta2 1.0 must be from 0 to 0.999999999"),
+        ("--beta2 -1", "--beta2 -1.0 must be from 0 to 0.999999999"),
         ("--weight-decay -0.1", "--weight-decay -0.1 must be"),
         ("--max-grad-norm 0", "--max-grad-norm 0.0 must be"),
-        ("--warmup 2", "--warmup 2.0 must be 0 to 1"),
+        ("--warmup 2", "--warmup 2.0 must be from 0 to 1"),
         ("--engine-memory 0", "--engine-memory 0.0 must be"),
         ("--steps 0", "--steps 0 must be at least 1"),
         ("--epochs 0", "--epochs 0 must be at least 1"),
@@ -364,7 +364,7 @@ def test_a_model_that_somebody_else_wrote_is_loaded_with_trust():
             if isinstance(node, ast.Attribute) and node.attr in ("loads", "load", "Unpickler"):
                 assert ast.unparse(node.value) == "json", f"{file.name}, line {node.lineno}: {ast.unparse(node)}"
         assert not FORBIDDEN.search(file.read_text(encoding="utf-8")), file.name
-    assert calls >= 4
+    assert calls >= 3
 
 
 @pytest.mark.draws
@@ -440,15 +440,15 @@ def test_a_length_that_is_no_number_ends_in_a_traceback(finished, tmp_path):
     settings["optimisation"]["steps"] = "abc"
     change(saved / "trainer.json", settings=settings)
     sealed(saved)
-    with pytest.raises(UserError, match=r"--steps \(was abc, is 2\)"):
+    with pytest.raises(UserError, match="--steps cannot be 'abc'"):
         train.train(parse([*SMALL, "--steps", "2", "--out", str(run), "--resume", "auto"]))
 
 
 def test_settings_of_another_type_end_in_a_traceback(tmp_path):
     config = parse([])
     for wrong, sentence in (
-        ({"optimisation": {"lr": "fast"}}, "--lr fast must be 0 to 1"),
-        ({"method": {"variant": ["II"]}}, "is not known: choose from"),
+        ({"optimisation": {"lr": "fast"}}, "--lr cannot be 'fast'"),
+        ({"method": {"variant": ["II"]}}, r"--variant cannot be \['II'\]"),
         ({"data": {"decontaminate": 5}}, "holds no settings of a run"),
     ):
         groups = {name: vars(group) | wrong.get(name, {}) for name, group in vars(config).items()}

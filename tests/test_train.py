@@ -87,7 +87,7 @@ def test_a_checkpoint_of_other_settings_is_refused_with_their_names(tmp_path):
     checkpoint_of_run = str(folder / "checkpoints" / "step-000001")
     with pytest.raises(UserError, match="--lr .was 0.0005, is 0.001"):
         train.train(parse([*SMALL, "--steps", "1", "--lr", "1e-3", "--resume", checkpoint_of_run]))
-    with pytest.raises(UserError, match="holds no settings of a run"):
+    with pytest.raises(UserError, match="nowhere.config.json does not exist"):
         train.train(parse(["--resume", str(tmp_path / "nowhere")]))
 
 
@@ -110,7 +110,7 @@ def test_an_older_checkpoint_is_no_way_to_cut_a_run_but_can_be_branched_off(tmp_
     assert branch == tmp_path / "branch" and (run / "metrics.jsonl").read_text() == before
     assert metrics_of(branch) == metrics_of(run)
     shutil.copytree(at_two, tmp_path / "alone" / "step-000002")
-    with pytest.raises(UserError, match="in no run's checkpoints/: say where to write"):
+    with pytest.raises(UserError, match="is no step-N in a run's checkpoints/: say where to write"):
         train.train(parse(["--resume", str(tmp_path / "alone" / "step-000002")]))
 
 
@@ -197,8 +197,8 @@ def test_tensorboard_gets_the_same_keys(tmp_path):
         (["--variant", "IV"], "--variant IV is not known: choose from I, II, III"),
         (["--variant", "II", "--views", "both"], "--views both is for baselines"),
         (["--rollouts", "1"], "--rollouts 1 must be at least 2: an advantage compares rollouts"),
-        (["--temperature", "0"], "--temperature 0.0 must be 0.01 to 100"),
-        (["--ema-start", "1.5"], "--ema-start 1.5 must be 0 to 1"),
+        (["--temperature", "0"], "--temperature 0.0 must be from 0.01 to 100"),
+        (["--ema-start", "1.5"], "--ema-start 1.5 must be from 0 to 1"),
         (["--chat-template", "nowhere.jinja"], "--chat-template nowhere.jinja is not a file"),
     ],
 )

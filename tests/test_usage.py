@@ -67,8 +67,8 @@ TRAIN = {
         "--mini-batches 5, but some steps ask 4 questions",
     ),
     "resuming nothing in particular": ("--resume auto", "--resume auto: say of which run"),
-    "resuming what is not there": ("--resume runs/nowhere", "holds no settings of a run"),
-    "resuming a folder of something else": ("--resume empty", "holds no settings of a run"),
+    "resuming what is not there": ("--resume runs/nowhere", "runs/nowhere/config.json does not exist"),
+    "resuming a folder of something else": ("--resume empty", "empty/config.json does not exist"),
     "settings that are none": ("--config broken.jsonl", "holds no settings of a run"),
     "a folder that is a file": ("--out notes.txt", "cannot be written to"),
     "a folder that nobody may write": ("--out /proc/self/run", "cannot be written to"),
@@ -92,7 +92,7 @@ TRAIN = {
 EVALUATE = {
     "no model": ("", "--model is missing"),
     "fewer than no samples": ("--model embedded --k -1", "--k -1 must be at least 0"),
-    "greedy sampling": ("--model embedded --temperature 0", "must be over 0"),
+    "greedy sampling": ("--model embedded --temperature 0", "--temperature 0.0 must be from 0.01 to 100"),
     "an unknown benchmark": ("--model embedded --benchmarks math501", "math501 is no file"),
     "two benchmarks of one name": ("--model embedded --benchmarks questions.jsonl questions.jsonl", "rename one"),
     "options that are no JSON": ("--model embedded --template-options yes", "--template-options yes is no JSON object"),
@@ -221,7 +221,7 @@ CURES = {
     "--votes 1": ("--votes 1 must be at least 2", "--votes 2"),
     "--mini-batches 3": ("raise that over it", "--mini-batches 3 --questions-per-step 4"),
     "--resume auto": ("with --out runs/NAME", "--resume auto --out runs/mine"),
-    "--temperature 0": ("must be 0.01 to 100", "--temperature 0.01"),
+    "--temperature 0": ("must be from 0.01 to 100", "--temperature 0.01"),
     "--model model": ("or give its path", "--model model --data questions.jsonl"),
     "--model empty --data questions.jsonl": (
         "give one written by save_pretrained",
@@ -253,7 +253,7 @@ CURES = {
 }
 EVALUATE_CURES = {
     "": ("a hub name or a local folder", "--model model"),
-    "--model model --temperature 0": ("must be over 0", "--model model --temperature 0.1"),
+    "--model model --temperature 0": ("must be from 0.01 to 100", "--model model --temperature 0.1"),
     "--model model --k -1": ("must be at least 0", "--model model --k 0"),
     "--model model --benchmarks questions.jsonl ./questions.jsonl": (
         "rename one",
@@ -316,7 +316,10 @@ def test_the_cure_that_an_error_of_an_evaluation_names_works(wrong, monkeypatch,
     assert "kept in" in evaluated(f"{quick} {right}", monkeypatch, capsys)
 
 
-@pytest.mark.parametrize("name", config.RANGES)
+SETTINGS = [name for group in vars(config.Config()).values() for name in vars(group)]
+
+
+@pytest.mark.parametrize("name", sorted(config.RANGES.keys() & set(SETTINGS)))
 def test_the_ends_of_a_range_that_an_error_names_are_refused(name):
     lowest, highest, _ = config.RANGES[name]
     for value in (lowest, highest):

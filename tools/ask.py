@@ -9,7 +9,7 @@ from rich import print
 from rich.text import Text
 from tyro.conf import Positional
 
-from config import exit_on_user_error
+from config import UserError, exit_on_user_error
 from lm.decoding import Capacity, request_seed
 from lm.engine import load_inference_model, sampling_from
 from lm.model import newest_policy
@@ -28,6 +28,8 @@ def ask(
     seed: int = 0,
 ) -> None:
     """Ask the model of a run, a folder or a hub name."""
+    if k < 1:
+        raise UserError(f"--k {k} must be at least 1")
     asked = load_inference_model(newest_policy(model), "auto", chat_template)
     prompt = prompt_ids(asked.tokenizer, question, asked.template)
     with sampling_from(asked, Capacity(len(prompt) + max_response_tokens, sequences=k)) as sample:
@@ -42,4 +44,4 @@ def ask(
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        tyro.cli(ask, description=__doc__)
+        tyro.cli(ask, description=__doc__, prog="python -m tools.ask")

@@ -21,7 +21,8 @@ from rich.text import Text
 from tyro.conf import Positional
 
 from config import UserError, exit_on_user_error
-from store.jsonl import Record, read_rows
+from store.jsonl import Record
+from store.log import read_log
 
 WIDTH = 60  # characters that make a text legible
 
@@ -53,14 +54,18 @@ def look(run: Positional[Path], step: int | None = None) -> None:
     file = run / "rollouts.jsonl"
     if not file.is_file():
         raise UserError(f"{run} is no run's folder: it holds no rollouts.jsonl")
-    rows = read_rows(file)
+    rows = read_log(file)
     steps = sorted({int(row["step"]) for row in rows})
     wanted = step if step is not None else max(steps, default=0)
     if wanted not in steps:
         raise UserError(f"{file} has steps {min(steps, default=0)} to {max(steps, default=0)}, and no {wanted}")
-    print(*(described(row) for row in rows if row["step"] == wanted), sep="\n")
+    try:
+        shown = [described(row) for row in rows if row["step"] == wanted]
+    except (KeyError, TypeError, AttributeError, ValueError) as problem:
+        raise UserError(f"{file}: step {wanted} is damaged ({problem!r}): show another with --step") from problem
+    print(*shown, sep="\n")
 
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        tyro.cli(look, description=__doc__)
+        tyro.cli(look, description=__doc__, prog="python -m tools.look")

@@ -21,4 +21,4 @@ def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: st
 
 if __name__ == "__main__":
     with exit_on_user_error():
-        tyro.cli(main, description=__doc__)
+        tyro.cli(main, description=__doc__, prog="python -m tools.plot")

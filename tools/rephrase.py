@@ -194,7 +194,7 @@ def summary(out: Path, rows: Sequence[Record]) -> str:
 
 
 def main() -> None:
-    settings = tyro.cli(RephrasingSettings, description=__doc__)
+    settings = tyro.cli(RephrasingSettings, description=__doc__, prog="python -m tools.rephrase")
     with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.work"):
         rephrase(settings)
 
