@@ -1,18 +1,22 @@
 """What one GPU makes of the program, in the order that teaches most: Qwen3's shapes with random weights, no download.
 
-    python benchmarks/gpu.py                                   # every part, about ten minutes; figures in gpu.json
-    python benchmarks/gpu.py --parts sanity training --models 1.7B
+    python benchmarks/gpu.py                                   # every part, fifteen minutes; figures in gpu.json
+    python benchmarks/gpu.py --parts head profile training long sampling          # what is predicted, nine minutes
     python benchmarks/gpu.py --models tiny --response-tokens 20 --tokens 800      # all of it on a CPU, in seconds
 
     sanity      three steps of II with the sampler at hand: log-probs against the trainer's, sleeping and waking, memory
+    head        the chunked head, eager and compiled, by chunk, beside its four bare products; attention without padding
+                beside padded attention
+    profile     one micro-batch, eager and compiled: the share in which the GPU is busy, and the longest kernels
+    training    a training phase and a reference pass by plan: tokens/s, MFU, memory; TRL on the same rollouts, if
+                installed
+    long        the same with responses of 16,000 tokens, compiled and light: beside prime-rl's 11.9k
+    sampling    an engine with 128 and with 1,024 sequences
     learning    II on the embedded task, in bfloat16: does it learn as it does on a CPU in float32?
-    training    a training phase and a reference pass: tokens/s, MFU, memory; TRL on the same rollouts, if installed
-    head        the chunked head beside its four bare products; attention without padding beside padded attention
     resume      train.py as a command, then again from the checkpoint in the middle: what differs
 
-Each part is a process of its own and ends in one line of figures; one that fails does not end the others. MFU counts 6
-operations for each weight of the body and token, the same for the head and each response token, and 6 x length^2 x
-heads x head_dim for each layer's causal attention of a sequence, forward and backward; what is computed again to save
+Each part is a process of its own and ends in one line of figures; one that fails does not end the others. Predictions
+stand beside the figures that they are of. MFU counts operations as metrics.py does: what is computed again to save
 memory does not count.
 """
 
@@ -22,7 +26,9 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from tempfile import TemporaryDirectory
@@ -43,10 +49,12 @@ from config import Config, parse
 from embedded.word_problems import word_problems
 from grpo import group_advantages, optimizer_step
 from lm import distributed, scoring
-from lm.model import checkpoint_activations, frozen_copy, resolve, shard
+from lm.decoding import Capacity
+from lm.engine import open_sampler
+from lm.model import checkpoint_activations, compile_models, frozen_copy, resolve, shard
 from lm.packing import MicroBatch, micro_batches, packed_attention
 from lm.record import Rollout
-from lm.scoring import ChunkedHead, PackedLM, score
+from lm.scoring import PASSES, ChunkedHead, PackedLM, score
 from prepare import build_optimizer, prepare
 from store.jsonl import read_rows, write_atomic
 from train import train_step
@@ -59,21 +67,37 @@ SHAPES = {
     "4B": (2560, 9728, 36, 32, 8, 128, 151_936, True),
     "8B": (4096, 12288, 36, 32, 8, 128, 151_936, False),
 }
-BF16_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362}  # dense
 ON_GPU = torch.cuda.is_available()
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 GROUP = 8
+PLANS = {"eager": (False, "off"), "recomputed": (False, "on"), "compiled": (True, "off"), "light": (True, "light")}
 Figures = dict[str, Any]
+# Of one H200, before any of it was compiled there: a model of kernels and bytes, within 6 % of docs/gpu.json.
+PREDICTED: dict[str, Figures] = {
+    "head": {"0.6B, compiled, 2^28": "36 ms", "0.6B, eager, 2^28": "84 ms", "1.7B, compiled, 2^28": "60 ms"},
+    "profile": {"0.6B, compiled": "busy over 0.95", "1.7B, compiled": "busy over 0.95"},
+    "training": {
+        "0.6B, eager": "35,000 tokens/s",
+        "0.6B, compiled": "65,000 tokens/s, MFU 0.26",
+        "1.7B, eager": "23,000 tokens/s",
+        "1.7B, compiled": "37,000 tokens/s, MFU 0.40",
+        "1.7B, light": "36,500 tokens/s, 30 GB less than eager",
+    },
+    "long": {"0.6B, light": "30,000 tokens/s"},
+    "sampling": {"0.6B, 128": "26,000 tokens/s", "0.6B, 1024": "45,000 to 55,000 tokens/s"},
+}
 
 
 @dataclass(frozen=True)
 class Settings:
-    parts: tuple[str, ...] = ("sanity", "learning", "training", "head", "resume")  # what to measure
-    models: tuple[str, ...] = ("0.6B", "1.7B")  # shapes; the first alone for all but `training`
+    parts: tuple[str, ...] = ("sanity", "head", "profile", "training", "long", "sampling", "learning", "resume")
+    models: tuple[str, ...] = ("0.6B", "1.7B")  # shapes; the first alone for `sanity`, `long`, `sampling`, `resume`
     # mean length of responses (those of `training` are spread over a quarter to seven quarters of it)
     response_tokens: int = 1000
     tokens: int = 65_536  # of a step of `training`
     tokens_per_micro_batch: int = 16_384
+    plans: tuple[str, ...] = ("eager", "compiled", "light")  # of `training`; recomputed: eager, all of a layer again
+    sequences: tuple[int, ...] = (128, 1024)  # of `sampling`
     steps: int = 60  # of `learning`
     repeats: int = 3
     peak_tflops: float | None = None  # of the device in bfloat16 (None: known for some)
@@ -89,7 +113,8 @@ def main(settings: Settings) -> None:
     print(f"{device}, torch {torch.__version__}, {DTYPE}", flush=True)
     for part in settings.parts:
         begin = time.perf_counter()
-        flags = ["--models", *settings.models, "--parts", part]
+        flags = ["--models", *settings.models, "--plans", *settings.plans, "--parts", part]
+        flags += ["--sequences", *map(str, settings.sequences)]
         for name in ("response_tokens", "tokens", "tokens_per_micro_batch", "steps", "repeats", "engine_memory"):
             flags += [f"--{name.replace('_', '-')}", str(getattr(settings, name))]
         command = [sys.executable, __file__, *flags, "--out", "-"]
@@ -97,6 +122,8 @@ def main(settings: Settings) -> None:
             done = subprocess.run(command, stdout=subprocess.PIPE, timeout=settings.seconds)
             lines = done.stdout.decode(errors="replace").splitlines()
             figures = json.loads(lines[-1]) if done.returncode == 0 else {"failed": f"exit code {done.returncode}"}
+            foretold = {key: told for key, told in PREDICTED.get(part, {}).items() if key in figures}
+            figures |= {"predicted": foretold} if foretold else {}
         except (subprocess.TimeoutExpired, ValueError, IndexError) as problem:
             figures = {"failed": str(problem)}
         result[part] = figures | {"seconds": round(time.perf_counter() - begin, 1)}
@@ -217,30 +244,45 @@ def training(settings: Settings) -> Figures:
     figures: Figures = {}
     for name in settings.models:
         rollouts = random_rollouts(settings.tokens, 150, settings.response_tokens, SHAPES[name][6])
-        for recompute in (True, False):
-            key = f"{name}{', recomputed' if recompute else ''}"
-            try:
-                figures[key] = train_ours(name, rollouts, settings, recompute)
-            except torch.OutOfMemoryError:
-                figures[key] = "out of memory"
+        works = {plan: partial(train_ours, name, rollouts, settings, plan) for plan in settings.plans}
         if find_spec("trl"):
+            works["TRL"] = partial(train_trl, name, rollouts, settings)
+        for plan, work in works.items():
             try:
-                figures[f"{name}, TRL"] = train_trl(name, rollouts, settings)
+                figures[f"{name}, {plan}"] = work()
             except torch.OutOfMemoryError:
-                figures[f"{name}, TRL"] = "out of memory"
+                figures[f"{name}, {plan}"] = "out of memory"
+            print(f"{name}, {plan}: {figures[f'{name}, {plan}']}", file=sys.stderr, flush=True)
     return figures
 
 
-def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute: bool) -> Figures:
-    """As `prepare` and `train_step` do it: sharded over a group of one on a GPU."""
-    device, lm = distributed.start(), random_model(name)
-    work = operations(lm, rollouts)
-    policy = PackedLM(lm, DTYPE)
+def long(settings: Settings) -> Figures:
+    name = settings.models[0]
+    rollouts = random_rollouts(settings.tokens, 150, 16_000 if ON_GPU else 100, SHAPES[name][6])
+    return {f"{name}, light": train_ours(name, rollouts, settings, "light")}
+
+
+def policy_of(name: str, plan: str) -> tuple[PackedLM, PackedLM]:
+    """Make a policy and its frozen reference as `prepare` does: sharded over a group of one on a GPU."""
+    device = distributed.start()
+    policy = PackedLM(random_model(name), DTYPE)
     if distributed.in_group():
         shard(policy, init_device_mesh(device.type, (distributed.world_size(),)))
     reference = frozen_copy(policy)
-    if recompute:
+    compiled, recompute = PLANS[plan]
+    if compiled:
+        torch.compiler.reset()  # what another plan has compiled keeps other activations
+        compile_models([policy, reference], recompute == "light")
+    if recompute == "on":
         checkpoint_activations(policy)
+    return policy, reference
+
+
+def train_ours(name: str, rollouts: list[Rollout], settings: Settings, plan: str) -> Figures:
+    """Train as `train_step` does, on whole steps."""
+    policy, reference = policy_of(name, plan)
+    device = distributed.start()
+    work = metrics.operations(policy.lm, rollouts)
     optimizer, config = build_optimizer(policy, (0.9, 0.999), 0.01), Config()
     tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     advantages = group_advantages(torch.arange(len(rollouts)) % 3, GROUP).tolist()
@@ -256,9 +298,8 @@ def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute
         settings.repeats,
     )
     tokens = sum(map(len, rollouts))
-    known = next(
-        (tflops for kind, tflops in BF16_TFLOPS.items() if ON_GPU and kind in torch.cuda.get_device_name()), None
-    )
+    card = torch.cuda.get_device_name() if ON_GPU else ""
+    known = next((tflops for kind, tflops in metrics.BF16_TFLOPS.items() if kind in card), None)
     peak = settings.peak_tflops or known
     return {
         "tokens_per_second": round(tokens / seconds),
@@ -266,16 +307,6 @@ def train_ours(name: str, rollouts: list[Rollout], settings: Settings, recompute
         "reference_tokens_per_second": round(tokens / scoring_seconds),
         "peak_gb": round(metrics.peak_memory_gb(), 1),
     }
-
-
-def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
-    """Floating-point operations of a forward and backward pass, as the head of this file counts them."""
-    body = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
-    head, attention = lm.get_output_embeddings().weight.numel(), lm.config.num_attention_heads * lm.config.head_dim
-    lengths = [len(rollout) for rollout in rollouts]
-    products = body * sum(lengths) + head * sum(len(rollout.response_ids) for rollout in rollouts)
-    squares = attention * lm.config.num_hidden_layers * sum(length**2 for length in lengths)
-    return float(6 * (products + squares))
 
 
 def train_trl(name: str, rollouts: list[Rollout], settings: Settings) -> Figures:
@@ -348,9 +379,16 @@ def trl_inputs(rollouts: Sequence[Rollout]) -> dict[str, Tensor]:
 
 def head(settings: Settings) -> Figures:
     """Forward and backward, milliseconds."""
-    hidden, _, _, heads, key_heads, head_dim, vocabulary, _ = SHAPES[settings.models[0]]
-    device = torch.device("cuda" if ON_GPU else "cpu")
+    figures: Figures = {}
     tokens = min(settings.tokens_per_micro_batch, settings.tokens)
+    for name in settings.models:
+        figures |= head_of(name, tokens, settings.repeats)
+    return figures | {"tokens": tokens} | attention(settings.models[0], tokens, settings)
+
+
+def head_of(name: str, tokens: int, repeats: int) -> Figures:
+    hidden, vocabulary = SHAPES[name][0], SHAPES[name][6]
+    device = torch.device("cuda" if ON_GPU else "cpu")
     states = torch.randn(tokens, hidden, device=device, dtype=DTYPE).requires_grad_()
     weight = (torch.randn(vocabulary, hidden, device=device) * hidden**-0.5).requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=device)
@@ -364,9 +402,23 @@ def head(settings: Settings) -> Figures:
             logits @ lean
             logits.T @ part
 
-    chunked = seconds_of(lambda: ChunkedHead.apply(states, weight, targets, 1.0)[0].sum().backward(), settings.repeats)
-    figures = {"chunked_head_ms": 1e3 * chunked, "four_products_ms": 1e3 * seconds_of(bare, settings.repeats)}
+    figures = {f"{name}, four products": 1e3 * seconds_of(bare, repeats)}
+    compiled = tuple(torch.compile(function, dynamic=True) for function in PASSES)
+    chunk = scoring.LOGITS_PER_CHUNK
+    for (how, passes), power in product((("eager", PASSES), ("compiled", compiled)), (26, 28, 30) if ON_GPU else (14,)):
+        scoring.LOGITS_PER_CHUNK = 2**power
 
+        def both(passes: Any = passes) -> None:
+            ChunkedHead.apply(states, weight, targets, 1.0, passes)[0].sum().backward()
+
+        figures[f"{name}, {how}, 2^{power}"] = 1e3 * seconds_of(both, repeats)
+    scoring.LOGITS_PER_CHUNK = chunk
+    return {key: round(value, 2) for key, value in figures.items()}
+
+
+def attention(name: str, tokens: int, settings: Settings) -> Figures:
+    _, _, _, heads, key_heads, head_dim, _, _ = SHAPES[name]
+    device = torch.device("cuda" if ON_GPU else "cpu")
     (batch, *_) = micro_batches(random_rollouts(tokens, 150, settings.response_tokens, 500), tokens, device)
     shape = batch.input_ids.shape[1]
     q, k, v = (
@@ -375,8 +427,7 @@ def head(settings: Settings) -> Figures:
     )
     packed = seconds_of(lambda: attend(packed_attention, q, k, v, batch).sum().backward(), settings.repeats)
     padded = seconds_of(lambda: attend(padded_attention, q, k, v, batch).sum().backward(), settings.repeats)
-    figures |= {"attention_ms": 1e3 * packed, "padded_attention_ms": 1e3 * padded}
-    return {name: round(value, 2) for name, value in figures.items()} | {"tokens": tokens}
+    return {"attention_ms": round(1e3 * packed, 2), "padded_attention_ms": round(1e3 * padded, 2)}
 
 
 def attend(attention: Callable[..., tuple[Tensor, None]], q: Tensor, k: Tensor, v: Tensor, batch: MicroBatch) -> Tensor:
@@ -389,6 +440,68 @@ def padded_attention(
     """What a trainer that pads computes: [B, heads, L, d]."""
     q, k, v = (packed[0][:, packing.pad_index].transpose(0, 1) for packed in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True), None
+
+
+def profile(settings: Settings) -> Figures:
+    """Profile a micro-batch, forward and backward; the longest kernels go to standard error."""
+    figures: Figures = {}
+    tokens = min(settings.tokens, settings.tokens_per_micro_batch)
+    for name, plan in product(settings.models, ("eager", "compiled")):
+        policy, _ = policy_of(name, plan)
+        rollouts = random_rollouts(tokens, 150, settings.response_tokens, SHAPES[name][6])
+        batch = micro_batches(rollouts, 2 * tokens, distributed.start())[0]
+
+        def work(policy: PackedLM = policy, batch: MicroBatch = batch) -> None:
+            policy(batch, 1.0).logp.sum().backward()
+            policy.zero_grad()
+            torch.cuda.synchronize() if ON_GPU else None
+
+        begin = time.perf_counter()
+        work()
+        first = time.perf_counter() - begin
+        wall = seconds_of(work, settings.repeats)
+        with torch.profiler.profile() as profiler:
+            work()
+        rows = profiler.key_averages()
+        on_device = [row for row in rows if row.self_device_time_total]
+        busy = sum(row.self_device_time_total for row in on_device) / 1e6
+        figures[f"{name}, {plan}"] = {
+            "first_s": round(first, 1),
+            "ms": round(1e3 * wall, 1),
+            "tokens": batch.input_ids.numel(),
+            "busy": round(busy / wall, 3),
+            "kernels": sum(row.count for row in on_device),
+        }
+        order = "self_device_time_total" if ON_GPU else "self_cpu_time_total"
+        print(rows.table(sort_by=order, row_limit=16, max_name_column_width=60), file=sys.stderr, flush=True)
+    return figures
+
+
+def sampling(settings: Settings) -> Figures:
+    """Sample responses of one length, in groups of 4, by the number of sequences at once."""
+    name = settings.models[0]
+    length = 600 if ON_GPU else 8
+    figures: Figures = {}
+    lm = random_model(name)
+    lm = lm.bfloat16() if ON_GPU else lm
+    tokenizer = AutoTokenizer.from_pretrained(resolve("embedded"))
+    begin = time.perf_counter()
+    capacity = Capacity(length + 16, max(settings.sequences), settings.engine_memory)
+    sampler = open_sampler("vllm" if ON_GPU else "hf", lm, tokenizer, DTYPE, capacity)
+    figures["start_s"] = round(time.perf_counter() - begin, 1)
+    for sequences in settings.sequences if ON_GPU else (8, 16):
+        with sampler.loaded(lm) as sample:
+            begin = time.perf_counter()
+            seeds = list(range(0, sequences, 4))
+            said = sample([list(range(5, 15))] * len(seeds), seeds, n=4, temperature=1.0, max_tokens=length)
+            seconds = time.perf_counter() - begin
+        tokens = sum(len(rollout.response_ids) for rollout in said)
+        figures[f"{name}, {sequences}"] = {
+            "tokens_per_second": round(tokens / seconds),
+            "ms_a_token": round(1e3 * seconds / length, 2),
+        }
+    sampler.close()
+    return figures
 
 
 def resume(settings: Settings) -> Figures:
@@ -417,7 +530,8 @@ def resume(settings: Settings) -> Figures:
     return {"largest_gap": gaps, "last_step": last, "tokens_per_second": round(whole[-1]["tokens_per_second"])}
 
 
-PARTS = {"sanity": sanity, "learning": learning, "training": training, "head": head, "resume": resume}
+PARTS = {"sanity": sanity, "head": head, "profile": profile, "training": training, "long": long, "sampling": sampling}
+PARTS |= {"learning": learning, "resume": resume}
 
 if __name__ == "__main__":
     given = tyro.cli(Settings, description=__doc__)

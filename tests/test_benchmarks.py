@@ -22,7 +22,7 @@ def test_the_script_for_a_gpu_runs_on_a_cpu_and_no_part_of_it_fails(tmp_path):
     flags = ["--models", "tiny", "--response-tokens", "20", "--tokens", "800", "--repeats", "1", "--steps", "2"]
     run_benchmark("gpu.py", *flags, "--out", str(tmp_path / "gpu.json"))
     result = json.loads((tmp_path / "gpu.json").read_text())
-    for part in ("sanity", "learning", "training", "head", "resume"):
+    for part in ("sanity", "head", "profile", "training", "long", "sampling", "learning", "resume"):
         assert "failed" not in result[part], part
     assert result["resume"]["largest_gap"]["grad_norm"] == 0, "on a CPU a resumed run is the same to the bit"
 
