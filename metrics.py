@@ -79,6 +79,14 @@ def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[st
     return measured
 
 
+def pace(measured: dict[str, float], steps: int) -> str:
+    """Say after the first step how long the others will take."""
+    seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
+    minutes = seconds * steps / 60
+    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
+    return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {rest}"
+
+
 # ---------------------------------------------------------------- one step
 
 
