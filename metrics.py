@@ -82,9 +82,9 @@ def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[st
 def pace(measured: dict[str, float], steps: int) -> str:
     """Say after the first step how long the others will take."""
     seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
-    minutes = seconds * steps / 60
-    rest = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.0f} minutes"
-    return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {rest}"
+    rest = seconds * steps
+    shown = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{rest / 60:.1f} minutes"
+    return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {shown}"
 
 
 # ---------------------------------------------------------------- one step
