@@ -5,7 +5,7 @@ nothing is sharded. The first rank alone reads weights, and no rank ever holds a
 """
 
 import copy
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -190,12 +190,16 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attentio
 
 @contextmanager
 def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
-    """Switch to evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
+    """Switch to evaluation mode and ordinary attention: the trainer's packed one has no key-value cache.
+
+    Nothing is compiled meanwhile: caches and lengths that grow would compile without end.
+    """
     training = lm.training
     attention = lm.config._attn_implementation
     lm.eval().set_attn_implementation(kind)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         lm.train(training).set_attn_implementation(attention)
 
@@ -275,7 +279,7 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
 
 
 def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
-    """Compile the decoder layers, and the head's passes over logits, for packed rollouts alone.
+    """Compile the decoder layers, and the head's passes over logits.
 
     It happens at the first pass, inside FSDP's hooks. One graph with a gradient and one without serve all layers and
     all lengths; 20 element-wise kernels of a layer's 140 remain.
@@ -285,12 +289,7 @@ def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
     for model in models:
         model.passes = tuple(torch.compile(function, dynamic=True) for function in PASSES)
         for layer in decoder_layers(model.lm):
-            layer.forward = partial(packed_or_plain, torch.compile(layer.forward, dynamic=True), layer.forward)
-
-
-def packed_or_plain(compiled: Callable[..., Any], plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """Call what is compiled for packed rollouts alone: sampling with a cache would compile without end."""
-    return (compiled if "packing" in kwargs else plain)(*args, **kwargs)
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def checkpoint_activations(model: PackedLM) -> None:

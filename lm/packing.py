@@ -80,17 +80,17 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
     return MicroBatch(longest=int(lengths.max()), **on_device)
 
 
-def fill(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Divide places into runs of at most `limit` tokens; a length over it is a run by itself."""
-    runs: list[list[int]] = []
-    used = limit
-    for place, length in enumerate(lengths):
-        if used + length > limit:
-            runs.append([])
+def fill(rollouts: Sequence[Rollout], rows: Sequence[int], tokens: int) -> list[list[int]]:
+    """Divide rows in their order into packs of at most `tokens` tokens; a longer rollout is a pack by itself."""
+    packs: list[list[int]] = []
+    used = tokens
+    for row in rows:
+        if used + len(rollouts[row]) > tokens:
+            packs.append([])
             used = 0
-        runs[-1].append(place)
-        used += length
-    return runs
+        packs[-1].append(row)
+        used += len(rollouts[row])
+    return packs
 
 
 def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
@@ -103,10 +103,9 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
     through the model, and leaves no trace in loss, gradient or metrics.
     """
     rows = sorted(range(len(rollouts)), key=lambda row: len(rollouts[row]))
-    lengths = [len(rollouts[row]) for row in rows]
-    count = len(fill(lengths, tokens))
-    even = bisect_left(range(tokens), True, key=lambda limit: len(fill(lengths, limit)) <= count)
-    packs = [[rows[place] for place in places] for places in fill(lengths, even)]
+    count = len(fill(rollouts, rows, tokens))
+    even = bisect_left(range(tokens), True, key=lambda limit: len(fill(rollouts, rows, limit)) <= count)
+    packs = fill(rollouts, rows, even)
     batches = [pack(rollouts, rows, device) for rows in packs[distributed.rank() :: distributed.world_size()]]
     if len(batches) * distributed.world_size() < len(packs):
         idle = pack(rollouts, packs[0][:1], device)

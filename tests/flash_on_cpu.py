@@ -1,7 +1,6 @@
 """A CPU kernel for PyTorch's variable-length attention, so that what a GPU traces and compiles runs here, exactly.
 
-Importing it registers the kernel, and lets the packed attention take the path of a GPU in bfloat16. It leans on private
-names of PyTorch: where they are missing, `available` is False.
+It leans on private names of PyTorch: where they are missing, `available` is False.
 """
 
 from itertools import pairwise
@@ -60,11 +59,8 @@ def backward(  # type: ignore[no-untyped-def]
     return tuple(torch.cat(part).to(q.dtype) for part in grads)
 
 
-def in_bfloat16(query: Tensor) -> bool:
-    return query.dtype == torch.bfloat16
-
-
-if available:
+def install() -> None:
+    """Register the kernel, and let the packed attention take the path of a GPU in bfloat16: in a process of its own."""
     forward_operator.register_kernel("cpu")(forward)
     backward_operator.register_kernel("cpu")(backward)
-    packing.runs_flash = in_bfloat16
+    packing.runs_flash = lambda query: query.dtype == torch.bfloat16
