@@ -79,6 +79,14 @@ def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[st
     return measured
 
 
+def pace(measured: dict[str, float], steps: int) -> str:
+    """Say after the first step how long the others will take."""
+    seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
+    rest = seconds * steps
+    shown = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{rest / 60:.1f} minutes"
+    return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {shown}"
+
+
 # ---------------------------------------------------------------- one step
 
 
