@@ -12,14 +12,14 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
-from torch import nn
 from torch._dynamo.utils import calculate_time_spent
 from transformers import PreTrainedModel
 
 from data import Pair, PromptedPair
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
-from lm.memory import head_dim
+from lm.memory import head_dim, parameters_of
+from lm.model import decoder_layers
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
 from rollout import Run
@@ -61,9 +61,10 @@ BF16_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 
 
 def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     """Count those of a forward and backward pass: 6 for a weight and token, and for causal attention's products."""
-    body = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
+    model = lm.config.get_text_config()
+    body = sum(map(parameters_of, decoder_layers(lm)))
     head = lm.get_output_embeddings().weight.numel()
-    attention = lm.config.num_attention_heads * head_dim(lm) * lm.config.num_hidden_layers
+    attention = model.num_attention_heads * head_dim(lm) * model.num_hidden_layers
     return float(6 * sum(body * len(r) + head * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts))
 
 
@@ -82,7 +83,7 @@ def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[st
 def pace(measured: dict[str, float], steps: int) -> str:
     """Say after the first step how long the others will take."""
     seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
-    rest = seconds * steps
+    rest = (seconds - measured.get("seconds_compile", 0.0)) * steps
     shown = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{rest / 60:.1f} minutes"
     return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {shown}"
 

@@ -19,6 +19,7 @@ from itertools import product
 from typing import NamedTuple
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from config import Config, UserError
@@ -121,8 +122,8 @@ def token_bytes(lm: PreTrainedModel, itemsize: int = 2) -> int:
     return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * kv_heads(lm) * head_dim(lm)
 
 
-def parameters_of(lm: PreTrainedModel) -> int:
-    return sum(parameter.numel() for parameter in lm.parameters())
+def parameters_of(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def bytes_needed(
@@ -135,7 +136,7 @@ def bytes_needed(
     itemsize = 2 if on_gpu else 4
     parameters = parameters_of(lm)
     shard = parameters / max(hardware.gpus, 1)
-    layer = sum(p.numel() for p in layers[0].parameters())
+    layer = parameters_of(layers[0])
     head = model.vocab_size * model.hidden_size
     kept_of_layer = kept_of_a_token(lm, itemsize, plan.compiled, plan.activation_checkpointing == "light")
     own = 0.0 if plan.offload_optimizer else shard

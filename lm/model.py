@@ -190,10 +190,7 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attentio
 
 @contextmanager
 def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
-    """Switch to evaluation mode and ordinary attention: the trainer's packed one has no key-value cache.
-
-    Nothing is compiled meanwhile: caches and lengths that grow would compile without end.
-    """
+    """Switch to evaluation mode and ordinary attention, not compiled: the packed one has no key-value cache."""
     training = lm.training
     attention = lm.config._attn_implementation
     lm.eval().set_attn_implementation(kind)
@@ -279,10 +276,9 @@ def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
 
 
 def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
-    """Compile the decoder layers, and the head's passes over logits.
+    """Compile, at the first pass, decoder layers inside FSDP's hooks and the head's passes over logits.
 
-    It happens at the first pass, inside FSDP's hooks. One graph with a gradient and one without serve all layers and
-    all lengths; 20 element-wise kernels of a layer's 140 remain.
+    One graph with a gradient and one without serve all layers and lengths; of 140 element-wise kernels 20 remain.
     """
     print("compiling the model's layers during the first step, about a minute (--compile off leaves it out)")
     torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if light else 1.0

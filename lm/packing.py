@@ -76,8 +76,7 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
         "advantages": torch.tensor([r.advantage for r in chosen]),
         "denominators": torch.tensor([r.denominator for r in chosen]),
     }
-    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
-    return MicroBatch(longest=int(lengths.max()), **on_device)
+    return MicroBatch(longest=int(lengths.max()), **{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def fill(rollouts: Sequence[Rollout], rows: Sequence[int], tokens: int) -> list[list[int]]:

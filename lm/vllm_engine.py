@@ -40,7 +40,6 @@ from lm.record import Rollout
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
 CPU_BLOCK = 32
 CPU_SEQUENCES = 256  # sampled at once on a CPU
-GPU_SEQUENCES = 1024
 CHECKED_PROMPT = 160  # tokens of the check after the first load
 CHECKED_RESPONSE = 32
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
@@ -62,8 +61,8 @@ class VLLMSampler:
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
-        # vLLM would keep graphs and room for its own 1,024, whatever is asked
-        settings["max_num_seqs"] = min(GPU_SEQUENCES, math.ceil(capacity.sequences / distributed.world_size()))
+        # by itself vLLM keeps graphs and room for 1,024 at once
+        settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
         if not self.on_gpu:
             settings = cpu_limits(lm, compute_dtype, capacity)
         settings["dtype"] = str(compute_dtype).removeprefix("torch.")

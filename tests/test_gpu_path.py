@@ -191,6 +191,7 @@ def test_an_engine_asks_the_machine_and_not_the_weights(monkeypatch):
     monkeypatch.setattr(vllm_engine, "start_engine", lambda lm, settings: seen.update(settings))
     VLLMSampler(tiny_lm(), [EOS], torch.bfloat16, Capacity(32, 4, engine_memory=0.4))
     assert seen["enable_sleep_mode"] and seen["gpu_memory_utilization"] == 0.4 and "enforce_eager" not in seen
+    assert seen["max_num_seqs"] == 4
 
 
 def test_an_engine_of_the_same_architecture_has_the_same_path(tmp_path, monkeypatch):

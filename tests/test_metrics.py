@@ -6,7 +6,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from tiny import group_of
+import torch
+from tiny import group_of, tiny_lm, tiny_rollouts
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
 from grpo import assign_advantages
@@ -42,6 +45,30 @@ def test_means_are_over_rollouts_and_cut_ones_are_marked():
 
 def test_no_answer_at_all_is_not_a_division_by_zero():
     assert statistics(groups([None]))["commonest_answer"] == 0
+
+
+def test_operations_are_those_that_pytorch_counts():
+    """Of an untied model, whose head sees the responses alone; attention, counted whole by PyTorch, is causal here."""
+    lm, rollouts = tiny_lm(hidden_size=64), tiny_rollouts(5)
+    counted = 0.0
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            lm(ids, use_cache=False, logits_to_keep=len(rollout.response_ids))
+        counted += 3 * counter.get_total_flops()
+    squares = 3 * 2 * 2 * 64 * 2 * sum(len(rollout) ** 2 for rollout in rollouts)
+    assert metrics.operations(lm, rollouts) == pytest.approx(counted - squares / 2, rel=0.01)
+
+
+def test_the_time_of_compiling_is_booked_as_the_update_s(monkeypatch: pytest.MonkeyPatch):
+    spent = iter([{"total_wall_time": 1.0}, {"total_wall_time": 4.0}, {"total_wall_time": 4.0}])
+    monkeypatch.setattr(metrics, "calculate_time_spent", lambda: next(spent))
+    monkeypatch.setattr(metrics.time, "perf_counter", iter([0.0, 5.0, 6.0]).__next__)
+    clock = metrics.Clock()
+    clock.lap("update")
+    clock.lap("metrics")
+    assert clock.seconds == {"seconds_compile": 3.0, "seconds_update": 2.0, "seconds_metrics": 1.0}
+    assert metrics.pace(clock.seconds, 60) == "the first step took 6.0 s; 60 more like it take about 3.0 minutes"
 
 
 def test_views_and_teacher_do_not_mix():

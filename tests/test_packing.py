@@ -43,6 +43,14 @@ def test_splitting_loses_no_rollout_and_keeps_the_limit(count, limit):
     assert sum(int(batch.mask.sum()) for batch in batches) == sum(len(r.response_ids) for r in rollouts)
 
 
+def test_a_small_last_micro_batch_costs_as_many_launches_as_a_full_one():
+    """And none is added to make them even."""
+    rollouts = [Rollout([1], [2] * (19 + i % 3), [0.0] * (19 + i % 3), True) for i in range(41)]
+    sizes = [batch.input_ids.numel() for batch in micro_batches(rollouts, 210, CPU)]
+    assert len(sizes) == -(-sum(map(len, rollouts)) // 210) == 5
+    assert max(sizes) - min(sizes) <= 2 * max(map(len, rollouts))
+
+
 def test_the_stop_token_is_inside_the_mask_although_it_is_the_pad_token():
     rollouts = [Rollout([5, 6], [7, 8, 9, EOS], [0.0] * 4, True), Rollout([5], [EOS], [0.0], True)]
     batch = pack(rollouts, [0, 1], CPU)
