@@ -389,7 +389,7 @@ def test_fewer_steps_are_other_settings(tmp_path):
         (["--resume", "nothere"], "nothere/config.json does not exist"),
         (["--config", "nothere.json"], "nothere.json does not exist"),
         (["--out", "n" * 300], "File name too long"),
-        (["--model", "n" * 300], "File name too long"),
+        (["--model", "n" * 300, "--data", "embedded"], "File name too long"),
         (["--out", "run\udcff"], r"'run\\udcff' has characters that cannot be printed"),
     ],
 )

@@ -551,7 +551,7 @@ def test_missing_benchmark_ends_in_a_traceback(tmp_path: Path, monkeypatch: pyte
     [
         ({"model": None}, "--model is missing"),
         ({"k": -1}, "--k -1 must be at least 0"),
-        ({"temperature": 0.0}, "--temperature 0.0 must be over 0"),
+        ({"temperature": 0.0}, "--temperature 0.0 must be from 0.01 to 100"),
         ({"limit": 0}, "--limit 0 must be at least 1"),
         ({"questions_per_batch": 0}, "--questions-per-batch 0 must be at least 1"),
     ],
