@@ -58,8 +58,10 @@ def soft_label(group: Group) -> list[float]:
     return vote_shares(group, group.label_vote) if group.label_vote else [0.0] * len(group.rollouts)
 
 
-# SCRL's thresholds: what a majority must have, what it must be ahead by, and below what an answer is rare.
-MAJORITY, MARGIN, RARE = 0.5, 0.15, 0.15
+# SCRL's thresholds.
+MAJORITY = 0.5  # what a majority must have
+MARGIN = 0.15  # what it must be ahead by
+RARE = 0.15  # below which an answer is rare
 
 
 def clear_winner(group: Group) -> str | None:

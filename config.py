@@ -179,8 +179,11 @@ class Memory:
     engine_memory: float | None = None
     # tokens of one forward and backward pass: costs memory, changes no result (None: 16,384)
     tokens_per_micro_batch: int | None = None
-    # compute activations again in the backward pass instead of keeping them: a third more arithmetic (None: on)
-    activation_checkpointing: Literal["on", "off"] | None = None
+    # what the backward pass computes again instead of keeping it. on: all of a layer, a third more arithmetic; light:
+    # all but matrix products and attention, nearly for nothing, of compiled layers only; off: nothing (None: on)
+    activation_checkpointing: Literal["on", "light", "off"] | None = None
+    # compile layers and head: a third less time on a GPU, a minute at the first step (None: on GPUs, off on a CPU)
+    compile: Literal["on", "off"] | None = None
     # keep master weights, gradients and AdamW's state in the CPU's memory, and work on them there
     offload_optimizer: bool = False
     offload_teacher: bool = False  # keep the teacher, or the frozen reference, in the CPU's memory

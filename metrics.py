@@ -12,10 +12,14 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 
 import torch
+from torch import nn
+from torch._dynamo.utils import calculate_time_spent
+from transformers import PreTrainedModel
 
 from data import Pair, PromptedPair
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
+from lm.memory import head_dim
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
 from rollout import Run
@@ -31,11 +35,15 @@ class Clock:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
+        self.compiled = calculate_time_spent()["total_wall_time"]
 
     def lap(self, phase: str, sync: float | None = None) -> None:
-        """Book the time since the last lap; the `sync` seconds that an engine's weights took are booked apart."""
+        """Book the time since the last lap, apart from the `sync` seconds of an engine's weights and from compiling."""
         now = time.perf_counter()
-        self.seconds[f"seconds_{phase}"] += now - self.last - (sync or 0.0)
+        if compiling := calculate_time_spent()["total_wall_time"] - self.compiled:
+            self.seconds["seconds_compile"] += compiling
+            self.compiled += compiling
+        self.seconds[f"seconds_{phase}"] += now - self.last - (sync or 0.0) - compiling
         if sync is not None:
             self.seconds["seconds_sync"] += sync
         self.last = now
@@ -46,6 +54,37 @@ def peak_memory_gb(sleeping_bytes: int = 0) -> float:
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - sleeping_bytes) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+BF16_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 2250, "L40S": 362}  # dense, of a card
+
+
+def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
+    """Count those of a forward and backward pass: 6 for a weight and token, and for causal attention's products."""
+    body = sum(module.weight.numel() for module in lm.base_model.modules() if isinstance(module, nn.Linear))
+    head = lm.get_output_embeddings().weight.numel()
+    attention = lm.config.num_attention_heads * head_dim(lm) * lm.config.num_hidden_layers
+    return float(6 * sum(body * len(r) + head * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts))
+
+
+def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[str, float]) -> dict[str, float]:
+    """Compute tokens a second, sampled and trained on, and the share of a GPU's arithmetic that training uses (MFU)."""
+    trained = [rollout for rollout in rollouts_of(groups) if run.variant.kl_coef or rollout.advantage]
+    measured = {"tokens_per_second/rollout": sampled / (seconds["seconds_rollout"] + seconds.get("seconds_teacher", 0))}
+    measured["tokens_per_second/train"] = sum(map(len, trained)) / seconds["seconds_update"]
+    card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
+    if peak := next((tflops for name, tflops in BF16_TFLOPS.items() if name in card), None):
+        work = operations(run.policy.lm, trained) / distributed.world_size()
+        measured["mfu"] = work / seconds["seconds_update"] / (peak * 1e12)
+    return measured
+
+
+def pace(measured: dict[str, float], steps: int) -> str:
+    """Say after the first step how long the others will take."""
+    seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
+    rest = seconds * steps
+    shown = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{rest / 60:.1f} minutes"
+    return f"the first step took {seconds:.1f} s; {steps:,} more like it take about {shown}"
 
 
 # ---------------------------------------------------------------- one step

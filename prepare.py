@@ -14,7 +14,14 @@ from lm import distributed
 from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
 from lm.memory import Demand, fit, this_hardware
-from lm.model import checkpoint_activations, frozen_copy, limit_threads, load_policy, load_pretrained
+from lm.model import (
+    checkpoint_activations,
+    compile_models,
+    frozen_copy,
+    limit_threads,
+    load_policy,
+    load_pretrained,
+)
 from lm.prompts import prompt_encoder, read_chat_template
 from lm.scoring import PackedLM
 from rewards import Variant
@@ -56,6 +63,8 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
 
     teacher = frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
     initial = frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
+    if plan.compiled:
+        compile_models(filter(None, (policy, teacher, initial)), plan.activation_checkpointing == "light")
     if plan.activation_checkpointing == "on":
         checkpoint_activations(policy)
     run = Run(

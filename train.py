@@ -110,6 +110,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     clock.lap("metrics")
     tokens = sum(group.sampled_tokens for group in groups + teacher_groups)
     measured["tokens_per_second"] = tokens / sum(clock.seconds.values())
+    measured |= metrics.throughput(run, tokens, groups, clock.seconds)
     return measured | described | clock.seconds, records
 
 
@@ -185,6 +186,8 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         if skipped > MAX_SKIPPED_STEPS:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done = step + 1
+        if log and step == first_step:
+            bar.write(metrics.pace(measured, run.total_steps - done), file=sys.stderr)
         signal_number = int(distributed.all_reduce_max(stop.number))
         if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or lost:
             saved = checkpoint.save(

@@ -34,7 +34,7 @@ LEAST_SEQUENCES = 16  # of full length that the engine's cache must hold
 MOST_OF_A_GPU = 0.85  # share of it that the engine gets at most
 
 # What each choice adds to the seconds of a step, as a share (docs/PERFORMANCE.md): of the plans that fit, the cheapest.
-RECOMPUTE = {"off": 0.0, "on": 0.12}
+RECOMPUTE = {"off": 0.0, "light": 0.01, "on": 0.12}  # light: of compiled layers only
 MICRO_BATCH = {16384: 0.0, 8192: 0.02, 4096: 0.06}
 OFFLOAD_TEACHER = {False: 0.0, True: 0.05}
 OFFLOAD_OPTIMIZER = {False: 0.0, True: 0.8}
@@ -69,9 +69,10 @@ class Plan(NamedTuple):
     offload_teacher: bool
     offload_optimizer: bool
     engine_memory: float = 0.5
+    compiled: bool = False
 
     def __str__(self) -> str:
-        kept = "recomputed" if self.activation_checkpointing == "on" else "activations kept"
+        kept = {"on": "recomputed", "light": "products kept", "off": "activations kept"}[self.activation_checkpointing]
         away = "".join(f", {name} off-loaded" for name in ("teacher", "optimizer") if getattr(self, f"offload_{name}"))
         return f"engine {self.engine_memory:.2f}, {kept}, {self.tokens_per_micro_batch:,} tokens{away}"
 
@@ -85,17 +86,21 @@ def this_hardware() -> Hardware:
     return Hardware(distributed.world_size(), -distributed.all_reduce_max(-float(total)), host)
 
 
-def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
+def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2, compiled: bool = False, light: bool = False) -> int:
     """Count the bytes that autograd keeps of a token in each layer, computing with numbers of `itemsize` bytes.
 
     For each of two norms its input in float32, the normalised vector and the output; query, key, value and output of
-    attention; four vectors of the MLP; and for norms of query and key (Qwen3) two each.
+    attention; four vectors of the MLP; and for norms of query and key (Qwen3) two each. A compiled layer keeps the
+    results of matrix products and of attention, and unless `light` those of norms, rotation and gate too.
     """
     model = lm.config.get_text_config()
     hidden = model.hidden_size
     query = model.num_attention_heads * head_dim(lm)
     key = kv_heads(lm) * head_dim(lm)
     width = getattr(model, "intermediate_size", None) or 4 * hidden  # GPT-2 does not name it
+    if compiled:
+        products = hidden + 2 * query + 2 * key + 2 * width
+        return int(itemsize * (products if light else products + 3 * hidden + query + key + width))
     norms_heads = any("q_norm" in name for name, _ in lm.named_parameters())
     kept = 2 * (4 + 2 * itemsize) * hidden + itemsize * (2 * query + 2 * key + 4 * width)
     return int(kept + norms_heads * (4 + itemsize) * (query + key))
@@ -132,13 +137,15 @@ def bytes_needed(
     shard = parameters / max(hardware.gpus, 1)
     layer = sum(p.numel() for p in layers[0].parameters())
     head = model.vocab_size * model.hidden_size
-    kept_of_layer = kept_of_a_token(lm, itemsize)
+    kept_of_layer = kept_of_a_token(lm, itemsize, plan.compiled, plan.activation_checkpointing == "light")
     own = 0.0 if plan.offload_optimizer else shard
     tokens = max(plan.tokens_per_micro_batch, config.max_sequence_tokens)
     recomputed = plan.activation_checkpointing == "on"
-    # The head: float32 logits and probabilities, and its gradient in float32 and rounded. A layer: its weights and the
+    # The head: logits and their gradient as they are computed, compiled no others, else float32 logits and
+    # probabilities, and rounded logits on a GPU; its gradient in float32 and rounded. A layer: its weights and the
     # next one's, its gradients in bfloat16 and in float32, and its activations if they are computed again.
-    head_at_work = 8 * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
+    of_a_logit = 2 * itemsize if plan.compiled else 8 + 2 * on_gpu
+    head_at_work = of_a_logit * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
     layer_at_work = (10 * layer + 2 * head) * on_gpu + tokens * kept_of_layer * recomputed
     rows = min(demand.sequences, ROWS_PER_CALL)
     cpu_cache = rows * config.max_sequence_tokens / 2 * token_bytes(lm, itemsize)
@@ -167,10 +174,15 @@ def fullest(need: dict[str, float]) -> float:
     return max(need["at the first check"], need["while sampling"], need["while training"])
 
 
-def candidates(config: Config) -> Iterator[tuple[Plan, float]]:
+def is_compiled(config: Config, hardware: Hardware) -> bool:
+    return (config.memory.compile or ("on" if hardware.gpus else "off")) == "on"
+
+
+def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float]]:
     """Yield every combination of choices with its cost; what is given by hand stays as it is."""
     given = config.memory
-    recompute = RECOMPUTE
+    compiled = is_compiled(config, hardware)
+    recompute = {how: cost for how, cost in RECOMPUTE.items() if compiled or how != "light"}
     if given.activation_checkpointing:
         recompute = {str(given.activation_checkpointing): 0.0}
     tokens = {given.tokens_per_micro_batch: 0.0} if given.tokens_per_micro_batch else MICRO_BATCH
@@ -179,7 +191,7 @@ def candidates(config: Config) -> Iterator[tuple[Plan, float]]:
     for choice in product(recompute, tokens, teacher, optimizer):
         how, size, teacher_away, optimizer_away = choice
         cost = recompute[how] + tokens[size] + teacher[teacher_away] + optimizer[optimizer_away]
-        yield Plan(how, size, teacher_away, optimizer_away, engine_memory=0.0), cost
+        yield Plan(how, size, teacher_away, optimizer_away, engine_memory=0.0, compiled=compiled), cost
 
 
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:
@@ -195,7 +207,7 @@ def plans_that_fit(
     usable = USABLE * hardware.gpu_bytes
     least = least_engine(lm, config, demand, hardware.gpus)
     wanted = demand.sequences / hardware.gpus * config.max_sequence_tokens / 2 * token_bytes(lm)
-    for candidate, cost in candidates(config):
+    for candidate, cost in candidates(config, hardware):
         without = bytes_needed(lm, config, candidate, demand, hardware)
         left = usable - max(without["at the first check"], without["while sampling"])
         share = config.memory.engine_memory or int(100 * min(left / hardware.gpu_bytes, MOST_OF_A_GPU)) / 100
@@ -219,6 +231,9 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
         UserError: nothing fits.
     """
     given = config.memory
+    compiled = is_compiled(config, hardware)
+    if given.activation_checkpointing == "light" and not compiled:
+        raise UserError("--activation-checkpointing light is of compiled layers: add --compile on, or take on or off")
     if given.fit == "auto" and hardware.gpus:
         plans = list(plans_that_fit(lm, config, demand, hardware))
         if not plans:
@@ -233,6 +248,7 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
         given.offload_teacher,
         given.offload_optimizer,
         given.engine_memory or 0.5,
+        compiled,
     )
     full = fullest(bytes_needed(lm, config, plan, demand, hardware))
     if given.fit == "auto" and full > USABLE * hardware.host_bytes:
@@ -244,7 +260,7 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
 def shortage(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware) -> str:
     """Say what is short, and what would do: more GPUs, or a smaller model."""
     least = least_engine(lm, config, demand, hardware.gpus) / hardware.gpu_bytes
-    leanest = [plan._replace(engine_memory=least) for plan, _ in candidates(config)]
+    leanest = [plan._replace(engine_memory=least) for plan, _ in candidates(config, hardware)]
     possible = [plan for plan in leanest if host_bytes(lm, plan, demand) <= USABLE * hardware.host_bytes] or leanest
     full = min(fullest(bytes_needed(lm, config, plan, demand, hardware)) for plan in possible)
     billions = parameters_of(lm) / 1e9 * USABLE * hardware.gpu_bytes / full

@@ -5,7 +5,7 @@ nothing is sharded. The first rank alone reads weights, and no rank ever holds a
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._functorch.config
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -31,8 +32,9 @@ from config import EMBEDDED_MODELS, UserError
 from lm import distributed
 from lm.packing import pack
 from lm.record import Rollout
-from lm.scoring import PackedLM, autocast
+from lm.scoring import PASSES, PackedLM, autocast
 
+KEPT_WHEN_LIGHT = 0.6  # share of activations: those of matrix products and attention alone, in all of Qwen3's shapes
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 SMALL = 20e6  # parameters, below which one thread is enough
 
@@ -188,12 +190,16 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attentio
 
 @contextmanager
 def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
-    """Switch to evaluation mode and ordinary attention: the trainer's packed one has no key-value cache."""
+    """Switch to evaluation mode and ordinary attention: the trainer's packed one has no key-value cache.
+
+    Nothing is compiled meanwhile: caches and lengths that grow would compile without end.
+    """
     training = lm.training
     attention = lm.config._attn_implementation
     lm.eval().set_attn_implementation(kind)
     try:
-        yield
+        with torch.compiler.set_stance("force_eager"):
+            yield
     finally:
         lm.train(training).set_attn_implementation(attention)
 
@@ -261,14 +267,29 @@ def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
     for module in [*decoder_layers(model.lm), model]:
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=place)
         assert isinstance(module, FSDPModule)
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
+        if mesh.size() > 1:  # alone there is nothing to divide by, and FSDP would copy every gradient once more
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:
     """Find the decoder layers by their classes' bases: FSDP makes classes of its own (FSDPQwen3DecoderLayer)."""
     names = set(lm._no_split_modules or ())
     return [module for module in lm.modules() if names & {base.__name__ for base in type(module).__mro__}]
+
+
+def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
+    """Compile the decoder layers, and the head's passes over logits.
+
+    It happens at the first pass, inside FSDP's hooks. One graph with a gradient and one without serve all layers and
+    all lengths; 20 element-wise kernels of a layer's 140 remain.
+    """
+    print("compiling the model's layers during the first step, about a minute (--compile off leaves it out)")
+    torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if light else 1.0
+    for model in models:
+        model.passes = tuple(torch.compile(function, dynamic=True) for function in PASSES)
+        for layer in decoder_layers(model.lm):
+            layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
 def checkpoint_activations(model: PackedLM) -> None:

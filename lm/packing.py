@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens of a micro-batch end to end, L longest sequence, T
 """
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
@@ -32,6 +33,7 @@ class MicroBatch:
     rows: Tensor  # [B] places of the sequences among the rollouts that were packed
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [1, S]
+    longest: int  # L; a number, so that compiled layers need not look at [B, L], where B = 1 is a case of its own
     pad_index: Tensor  # [B, L] index into S; 0 past a sequence's end
     unpad_index: Tensor  # [S] index into B*L, the inverse
     cu_seqlens: Tensor  # [B + 1] int32, where sequences begin and end in S
@@ -74,25 +76,36 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
         "advantages": torch.tensor([r.advantage for r in chosen]),
         "denominators": torch.tensor([r.denominator for r in chosen]),
     }
-    return MicroBatch(**{name: tensor.to(device) for name, tensor in tensors.items()})
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    return MicroBatch(longest=int(lengths.max()), **on_device)
 
 
-def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
-    """Pack this rank's share of the rollouts into micro-batches of at most `tokens` tokens (a longer one gets its own).
-
-    Neighbours in length go together: attention, the only part that pads on a CPU, then pads little. The micro-batches
-    are the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
-    gets as many, because FSDP communicates within each pass. Where they do not suffice, a fully masked one passes
-    through the model, and leaves no trace in loss, gradient or metrics.
-    """
+def fill(rollouts: Sequence[Rollout], rows: Sequence[int], tokens: int) -> list[list[int]]:
+    """Divide rows in their order into packs of at most `tokens` tokens; a longer rollout is a pack by itself."""
     packs: list[list[int]] = []
     used = tokens
-    for row in sorted(range(len(rollouts)), key=lambda row: len(rollouts[row])):
+    for row in rows:
         if used + len(rollouts[row]) > tokens:
             packs.append([])
             used = 0
         packs[-1].append(row)
         used += len(rollouts[row])
+    return packs
+
+
+def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device) -> list[MicroBatch]:
+    """Pack this rank's share of the rollouts into micro-batches of at most `tokens` tokens (a longer one gets its own).
+
+    Neighbours in length go together: attention, the only part that pads on a CPU, then pads little. No more
+    micro-batches than needed, and as even as that allows: a small last one would cost as many launches. They are
+    the same whatever the number of ranks, and dealt out in turn, so that shares differ little in length. Every rank
+    gets as many, because FSDP communicates within each pass. Where they do not suffice, a fully masked one passes
+    through the model, and leaves no trace in loss, gradient or metrics.
+    """
+    rows = sorted(range(len(rollouts)), key=lambda row: len(rollouts[row]))
+    count = len(fill(rollouts, rows, tokens))
+    even = bisect_left(range(tokens), True, key=lambda limit: len(fill(rollouts, rows, limit)) <= count)
+    packs = fill(rollouts, rows, even)
     batches = [pack(rollouts, rows, device) for rows in packs[distributed.rank() :: distributed.world_size()]]
     if len(batches) * distributed.world_size() < len(packs):
         idle = pack(rollouts, packs[0][:1], device)
@@ -134,7 +147,7 @@ def packed_attention(
     """
     scale = options.get("scaling")
     sliding_window = options.get("sliding_window")
-    longest = packing.pad_index.shape[1]
+    longest = packing.longest
     query, key, value = as_autocast_would(query, key, value)
     if runs_flash(query):
         q, k, v = (packed[0].transpose(0, 1) for packed in (query, key, value))  # [S, heads, d]

@@ -8,7 +8,7 @@ V vocabulary.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 
@@ -47,20 +47,38 @@ def token_chunks(tokens: int, vocabulary: int) -> Iterator[slice]:
     return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
 
 
-def token_statistics(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """Compute TokenStats [3, n] from logits [n, V], which are overwritten, and target [n, 1].
+def scaled(logits: Tensor, temperature: float) -> Tensor:
+    """Return float32 logits at the temperature, in place if they are float32."""
+    logits = logits.float()
+    return logits if temperature == 1 else logits.div_(temperature)
+
+
+def token_statistics(logits: Tensor, target: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    """Compute TokenStats [3, n] from logits [n, V], overwritten if they are float32, and target [n, 1].
 
     The second result [2, n] is what makes probabilities of logits, exp(z - highest) / total. All is spelled out,
     because `log_softmax` takes three times as long on a CPU.
     """
-    highest = logits.amax(dim=-1, keepdim=True)
-    z = logits.sub_(highest)  # so that exp cannot overflow
+    z = scaled(logits, temperature)
+    highest = z.amax(dim=-1, keepdim=True)
+    z = z.sub_(highest)  # so that exp cannot overflow
     exp_z = z.exp()
     total = exp_z.sum(dim=-1)
     logp = z.gather(-1, target).squeeze(-1) - total.log()
     entropy = total.log() - exp_z.mul_(z).sum(dim=-1) / total
     self_certainty = total.log() - z.mean(dim=-1)
     return torch.stack([logp, entropy, self_certainty]), torch.stack([highest.squeeze(-1), total])
+
+
+def minus_probabilities(logits: Tensor, highest: Tensor, total: Tensor, slope: Tensor, temperature: float) -> Tensor:
+    """Compute -slope * p [n, V] in the dtype of the logits [n, V], which are overwritten if they are float32."""
+    # highest and total apart: z minus their sum would round what a likely token still has to learn
+    exp_z = scaled(logits, temperature).sub_(highest[:, None]).exp_()
+    return exp_z.mul_((-slope / total)[:, None]).to(logits.dtype)
+
+
+# The head's passes over logits. Each is one kernel if it is compiled, else every operation moves all logits once more.
+PASSES: tuple[Callable[..., Any], ...] = (token_statistics, minus_probabilities)
 
 
 class ChunkedHead(torch.autograd.Function):
@@ -73,45 +91,42 @@ class ChunkedHead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, temperature: float, passes: Any = PASSES
+    ) -> tuple[Tensor, ...]:
         lean = weight.to(hidden.dtype)
         statistics = hidden.new_empty(3, len(hidden), dtype=torch.float32)
         normalisers = hidden.new_empty(2, len(hidden), dtype=torch.float32)
         for chunk in token_chunks(len(hidden), len(weight)):
-            logits = chunk_logits(hidden[chunk], lean, temperature)
-            statistics[:, chunk], normalisers[:, chunk] = token_statistics(logits, targets[chunk, None])
+            logits = hidden[chunk] @ lean.T
+            statistics[:, chunk], normalisers[:, chunk] = passes[0](logits, targets[chunk, None], temperature)
             del logits  # before the next chunk's come
         logp, *others = statistics
-        ctx.save_for_backward(hidden, weight, targets, normalisers)
+        ctx.save_for_backward(hidden, weight, targets, normalisers, logp)
         ctx.temperature = temperature
+        ctx.passes = passes
         ctx.mark_non_differentiable(*others)
         return logp.clone(), *others
 
     @staticmethod
-    def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        hidden, weight, targets, (highest, total) = ctx.saved_tensors
+    def backward(ctx: Any, grad_logp: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, targets, (highest, total), logp = ctx.saved_tensors
         lean = weight.to(hidden.dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        slope = grad_logp / ctx.temperature
+        of_target = (-slope * torch.expm1(logp)).to(hidden.dtype)  # slope * (1 - p), exact where p is nearly 1
         for chunk in token_chunks(len(hidden), len(weight)):
-            scale = grad_logp[chunk, None] / ctx.temperature
-            # highest and total apart: z minus their sum would round what a likely token still has to learn
-            exp_z = chunk_logits(hidden[chunk], lean, ctx.temperature).sub_(highest[chunk, None]).exp_()
-            minus_p = exp_z.mul_(-scale / total[chunk, None])
-            grad_logits = minus_p.scatter_add_(-1, targets[chunk, None], scale).to(hidden.dtype)
+            logits = hidden[chunk] @ lean.T
+            grad_logits = ctx.passes[1](logits, highest[chunk], total[chunk], slope[chunk], ctx.temperature)
+            grad_logits.scatter_(-1, targets[chunk, None], of_target[chunk, None])
             grad_hidden[chunk] = grad_logits @ lean
             if hidden.dtype == torch.float32:
                 grad_weight.addmm_(grad_logits.T, hidden[chunk])
             else:
                 grad_weight += grad_logits.T @ hidden[chunk]
-            del exp_z, minus_p, grad_logits  # before the next chunk's logits come
-        return grad_hidden, grad_weight.to(weight.dtype), None, None
-
-
-def chunk_logits(hidden: Tensor, weight: Tensor, temperature: float) -> Tensor:
-    """Return the float32 logits [n, V] at the temperature."""
-    logits = (hidden @ weight.T).float()
-    return logits if temperature == 1 else logits.div_(temperature)
+            del logits, grad_logits  # before the next chunk's logits come
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
@@ -127,6 +142,7 @@ class PackedLM(nn.Module):
         lm.set_attn_implementation("packed")
         self.lm = lm
         self.compute_dtype = compute_dtype
+        self.passes = PASSES
 
     def forward(self, batch: MicroBatch, temperature: float) -> TokenStats:
         with autocast(batch.input_ids.device, self.compute_dtype):  # the weights may be elsewhere, see model.shard
@@ -135,7 +151,7 @@ class PackedLM(nn.Module):
             ).last_hidden_state[0]  # [S, H]
         hidden = hidden[batch.predictor_at[batch.mask]].to(self.compute_dtype)  # [R, H]
         weight = self.lm.get_output_embeddings().weight
-        statistics = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature)
+        statistics = ChunkedHead.apply(hidden, weight, batch.targets[batch.mask], temperature, self.passes)
         zeros = torch.zeros_like(batch.sampler_logp)
         return TokenStats._make(zeros.masked_scatter(batch.mask, statistic) for statistic in statistics)
 

@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from config import UserError
 from lm import distributed
 from lm.decoding import Capacity, Sample
+from lm.memory import token_bytes
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
 
@@ -39,6 +40,7 @@ from lm.record import Rollout
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
 CPU_BLOCK = 32
 CPU_SEQUENCES = 256  # sampled at once on a CPU
+GPU_SEQUENCES = 1024
 CHECKED_PROMPT = 160  # tokens of the check after the first load
 CHECKED_RESPONSE = 32
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
@@ -60,8 +62,10 @@ class VLLMSampler:
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
         settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+        # vLLM would keep graphs and room for its own 1,024, whatever is asked
+        settings["max_num_seqs"] = min(GPU_SEQUENCES, math.ceil(capacity.sequences / distributed.world_size()))
         if not self.on_gpu:
-            settings = cpu_limits(lm.config, compute_dtype, capacity)
+            settings = cpu_limits(lm, compute_dtype, capacity)
         settings["dtype"] = str(compute_dtype).removeprefix("torch.")
         settings["max_model_len"] = capacity.sequence_tokens
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
@@ -215,17 +219,15 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
         raise UserError(f"vLLM does not start: {error}") from error
 
 
-def cpu_limits(config: PretrainedConfig, dtype: torch.dtype, capacity: Capacity) -> dict[str, Any]:
+def cpu_limits(lm: PreTrainedModel, dtype: torch.dtype, capacity: Capacity) -> dict[str, Any]:
     """Size the key-value cache for a CPU, where no engine sleeps: as large as the sequences need, at most its share."""
     sequences = min(capacity.sequences, CPU_SEQUENCES)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    token_bytes = 2 * config.num_hidden_layers * kv_heads * head_dim * dtype.itemsize
     blocks = sequences * math.ceil(capacity.sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
+    needed = blocks * CPU_BLOCK * token_bytes(lm, dtype.itemsize)
     return {
         "block_size": CPU_BLOCK,
-        "kv_cache_memory_bytes": min(blocks * CPU_BLOCK * token_bytes, int(capacity.engine_memory * memory)),
+        "kv_cache_memory_bytes": min(needed, int(capacity.engine_memory * memory)),
         "max_num_seqs": sequences,
         "enforce_eager": True,
         # A prompt that is read in two parts makes vLLM rewind its request's random numbers, which a CPU cannot.

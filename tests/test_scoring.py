@@ -66,6 +66,22 @@ def test_the_gradient_of_the_chunked_head_by_finite_differences(monkeypatch):
     assert torch.autograd.gradcheck(loss, (hidden, weight), eps=1e-2, atol=2e-2, rtol=1e-2, nondet_tol=1e-6)
 
 
+@pytest.mark.parametrize("margin", [0.0, 4.0, 12.0, 16.0])
+def test_what_a_likely_token_still_has_to_learn_is_not_rounded_away(margin):
+    """1 - p of a token whose p is nearly 1: no further off than subtracting its float32 probability from 1."""
+    torch.manual_seed(0)
+    logits, targets = torch.randn(50, 300), torch.arange(50)
+    logits[targets, targets] += margin
+    identity = torch.eye(300)  # so that hidden states are logits
+    exact = logits.double().requires_grad_()
+    naive_head(exact, identity.double(), targets, 1.0)[0].sum().backward()
+    hidden = logits.clone().requires_grad_()
+    ChunkedHead.apply(hidden, identity, targets, 1.0)[0].sum().backward()
+    subtracted = (1 - logits.softmax(-1)[targets, targets] - exact.grad[targets, targets]).abs().max()
+    off = (hidden.grad - exact.grad)[targets, targets].abs().max()
+    assert off <= max(subtracted.item(), 6e-8)
+
+
 def test_only_log_probs_carry_a_gradient():
     """An entropy bonus would otherwise be written down, and do nothing."""
     logp, *others = ChunkedHead.apply(*head_inputs(), TEMPERATURE)

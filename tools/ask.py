@@ -25,7 +25,6 @@ def ask(
     temperature: float = 1.0,
     max_response_tokens: int = 256,
     chat_template: str | None = None,
-    seed: int = 0,
 ) -> None:
     """Ask the model of a run, a folder or a hub name."""
     if k < 1:
@@ -33,8 +32,7 @@ def ask(
     asked = load_inference_model(newest_policy(model), "auto", chat_template)
     prompt = prompt_ids(asked.tokenizer, question, asked.template)
     with sampling_from(asked, Capacity(len(prompt) + max_response_tokens, sequences=k)) as sample:
-        seeds = [request_seed(seed, "ask")]
-        rollouts = sample([prompt], seeds, n=k, temperature=temperature, max_tokens=max_response_tokens)
+        rollouts = sample([prompt], [request_seed("ask")], n=k, temperature=temperature, max_tokens=max_response_tokens)
     read_answers(rollouts, asked.tokenizer)
     vote = vote_of(rollouts, "math")
     headings = [f"{i}. {each.answer}{'' if each.finished else ' (cut)'}" for i, each in enumerate(rollouts, 1)]
