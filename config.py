@@ -59,6 +59,11 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
 
     Whatever becomes of stdout and stderr from now on, the work goes on.
     """
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # closed: the pipe of a child would take its place, and hang
+            os.open(os.devnull, os.O_RDWR)
     sys.stdout = LastingStream(sys.stdout)
     sys.stderr = LastingStream(sys.stderr)
     try:
@@ -194,6 +199,7 @@ class RunSettings:
     out: str | None = None  # folder to write (None: a new one under runs/)
     # a run or a checkpoint, whose settings hold where no flag is given; auto: the newest of out, or a new run
     resume: str | None = None
+    config: str | None = None  # file of settings, such as another run's config.json: they hold where no flag is given
     save_every: int = 20  # steps between checkpoints; 0: only at the end
     keep: int = 2  # checkpoints to keep, the newest; 0: all
     keep_every: int = 0  # steps between checkpoints that are kept besides, such as 50; 0: none
@@ -277,7 +283,9 @@ def parse(arguments: list[str] | None = None) -> Config:
     else:
         default = EMBEDDED_DEFAULTS if known.model in (None, *EMBEDDED_MODELS) else Config()
     model = default.model if known.model is None else replace(default.model, name=known.model)
-    default = replace(default, model=model, run=replace(default.run, out=None, resume=known.resume))
+    default = replace(
+        default, model=model, run=replace(default.run, out=None, resume=known.resume, config=known.config)
+    )
     about = (
         "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
         "with --model NAME those of real models, with --config FILE those of another run's config.json."

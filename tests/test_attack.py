@@ -460,3 +460,16 @@ def test_a_curve_of_one_point_is_not_seen_and_a_picture_does_not_say_of_what(tmp
     assert one.axes[2].lines[0].get_marker() == "o"
     assert all(step == int(step) for step in one.axes[2].get_xticks())
     assert [text.get_text() for text in two.legends[0].get_texts()] == ["II"], "the sampler changes no curve"
+
+
+@pytest.mark.slow
+def test_streams_that_are_closed_at_the_start_hang_the_run(tmp_path):
+    command = f"{sys.executable} train.py {' '.join(SMALL)} --steps 1 --out {tmp_path / 'run'} >&- 2>&- <&-"
+    assert subprocess.run(command, shell=True, cwd=ROOT, check=False, timeout=60).returncode == 0
+    assert len(metrics_of(tmp_path / "run")) == 1
+
+
+def test_the_help_does_not_list_config(capsys):
+    with pytest.raises(SystemExit):
+        parse(["--help"])
+    assert "--config" in capsys.readouterr().out.partition("run options")[2]
