@@ -364,7 +364,7 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
 
 def test_two_processes_write_what_one_writes(tmp_path):
     finish(start(tmp_path, "one.jsonl"))
-    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     summary = finish(start(tmp_path, "two.jsonl", launcher=torchrun))
     asked = Counter((tmp_path / "asked.txt").read_text().splitlines())
     assert set(asked.values()) == {2}  # by the one process, and by one of the two

@@ -158,7 +158,15 @@ def test_a_mistake_waits_for_pytorch(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--variant ii", "--learning-rate 1", "--model nowhere --data questions.jsonl"])
 def test_an_error_under_torchrun_is_printed_by_every_rank(flags, here):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(ROOT / "train.py"),
+    ]
     done = subprocess.run([*command, *flags.split()], cwd=here, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0 and "Traceback" in done.stderr  # torchrun's own
     ours = done.stderr.partition("Traceback")[0]
