@@ -115,7 +115,8 @@ def draw(folders: Sequence[Path], file: Path, title: str = "") -> Path:
     lines = {str(line.get_label()): line for line in chain.from_iterable(axis.lines for axis in axes)}
     legend = figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=4, frameon=False)
     legend.set_title(f"means over the last {WINDOW} steps, held-out accuracy as measured")
-    figure.supxlabel("training step", fontsize=10)
+    for axis in axes[4:]:
+        axis.set_xlabel("training step", fontsize=9)
     figure.suptitle(title or (folders[0].resolve().name if len(folders) == 1 else ""))
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

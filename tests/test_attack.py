@@ -456,7 +456,7 @@ def test_a_curve_of_one_point_is_not_seen_and_a_picture_does_not_say_of_what(tmp
     draw([tmp_path / "one"], tmp_path / "one.png")
     draw([tmp_path / "one", tmp_path / "two"], tmp_path / "two.png")
     one, two = figures
-    assert one.get_suptitle() == "one" and one.get_supxlabel() == "training step"
+    assert one.get_suptitle() == "one" and one.axes[-1].get_xlabel() == "training step"
     assert one.axes[2].lines[0].get_marker() == "o"
     assert all(step == int(step) for step in one.axes[2].get_xticks())
     assert [text.get_text() for text in two.legends[0].get_texts()] == ["II"], "the sampler changes no curve"
