@@ -120,7 +120,7 @@ def split_mini_batches(groups: Sequence[Group], count: int) -> Iterator[list[Gro
 
 
 def assign_denominators(groups: Sequence[Group], how: Aggregation, max_tokens: int) -> None:
-    """Give each rollout of a mini-batch the number that `aggregate` divides its loss by: a count over its whole view.
+    """Give each rollout of a mini-batch the number that `aggregate` divides its loss by: a count over its view in it.
 
     The number is known before the first backward pass, so the gradient does not depend on micro-batches or processes.
     Each view has its own, so that the views' means add up (Eq. 6).
@@ -148,9 +148,9 @@ def select_with_gradient(rollouts: list[Rollout]) -> list[Rollout]:
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
     """Add up the losses of a micro-batch's tokens to its share of the step's loss, a scalar.
 
-    "token": every response token of the step weighs the same. "sequence": every rollout does (Eq. 4 as printed).
-    "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783). `per_token` and `mask` are
-    [B, T], `denominator` is one number, or [B] as `assign_denominators` gives it.
+    "token": every response token of a view in the mini-batch weighs the same; "sequence": every rollout does (Eq. 4 as
+    printed); "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783), while advantages keep
+    their division by the deviation. `per_token` and `mask` are [B, T], `denominator` is one number or [B].
     """
     sums = per_token.masked_fill(mask == 0, 0.0).sum(dim=1)  # [B]
     length = mask.sum(dim=1).clamp(min=1) if how == "sequence" else 1

@@ -101,7 +101,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     assign_advantages(groups, rewards)
     clock.lap("reward")
 
-    # 5. The policy takes one optimizer step on the clipped surrogate plus KL to the reference.         Eqs. 4-6
+    # 5. The policy takes an optimizer step for each mini-batch (by default one, the whole step).       Eqs. 4-6
     measured = update_policy(run, groups, step, clock)
 
     if run.teacher is not None:
@@ -127,7 +127,7 @@ def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock
     mini_batches = []
     for part in split_mini_batches(groups, config.optimisation.mini_batches):
         assign_denominators(part, config.method.loss_agg, config.sampling.max_response_tokens)
-        rollouts = rollouts_of(part)
+        rollouts = rollouts_of(part)  # all of them are counted, also those without a gradient
         if reference is None:
             rollouts = select_with_gradient(rollouts)
         batches = micro_batches(rollouts, run.plan.tokens_per_micro_batch, run.device)
