@@ -2,13 +2,12 @@
 
 import fcntl
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 
-from config import Config, UserError, load_config
+from config import Config, UserError
 from lm import distributed
 from store import checkpoint
 
@@ -41,8 +40,6 @@ def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
     def claim(held: ExitStack) -> tuple[Path, Path | None]:
         folder, resumed = folder_of(config)
         held.enter_context(lock(folder))
-        if resumed and resumed.parents[1] != folder.resolve():
-            branch_off(resumed.parents[1], folder)
         return folder, resumed
 
     with ExitStack() as held:
@@ -50,37 +47,36 @@ def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
 
 
 def folder_of(config: Config) -> tuple[Path, Path | None]:
-    """Decide where this run writes, and the checkpoint to go on from: in its own run, unless --out names a folder."""
+    """Decide where this run writes: in a new folder, or in its own with the checkpoint that it goes on from."""
     resume, out = config.run.resume, config.run.out
     resumed = checkpoint.find_checkpoint(resume, out) if resume else None
-    if resumed and (differing := checkpoint.differences(resumed, asdict(config))):
+    if resumed is None:
+        return new_folder(config), None
+    if differing := checkpoint.differences(resumed, asdict(config)):
         fewer = "; fewer steps are refused" if "--steps" in differing or "--epochs" in differing else ""
         cure = f"leave these out{fewer}, or start a new run from the checkpoint's policy/ with --model"
         raise UserError(f"--resume {resume}: made with other settings: {differing}; {cure}")
-    if resumed is None or (out and Path(out).resolve() != resumed.parents[1]):
-        return new_folder(config), resumed
-    if resumed.parent.name != "checkpoints" or resumed not in checkpoint.newest_first(resumed.parent):
-        raise UserError(f"--resume {resume} is no step-N in a run's checkpoints/: say where to write, with --out")
-    newer = checkpoint.newest_first(resumed.parent)[0]
-    if resume != "auto" and checkpoint.step_of(newer) > checkpoint.step_of(resumed):
-        raise UserError(f"--resume {resume}: its run has gone on to {newer.name}; name another folder with --out")
-    return resumed.parents[1], resumed
+    run = resumed.parents[1]
+    saved = checkpoint.newest_first(run / "checkpoints")
+    elsewhere = out is not None and Path(out).resolve() != run
+    is_older = resumed not in saved or (Path(str(resume)).resolve() == resumed and resumed != saved[0])
+    if elsewhere or is_older:
+        cure = "start another run from its policy/ with --model"
+        raise UserError(f"--resume {resume} is not the newest checkpoint of the run in {out or run}: {cure}")
+    return run, resumed
 
 
 def new_folder(config: Config) -> Path:
     """Find a folder that no other run has written to, or one to resume in from the very beginning."""
     if config.run.out:
         folder = Path(config.run.out)
-        if (folder / "metrics.jsonl").exists():
-            if config.run.resume != "auto":
-                raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
-            if load_config(folder / "config.json").run.resume not in (None, "auto"):
-                raise UserError(f"--out {folder} is a branch without a checkpoint: delete it, and branch off again")
+        if (folder / "metrics.jsonl").exists() and config.run.resume != "auto":
+            raise UserError(f"--out {folder} holds a run: continue it with --resume auto, or name another folder")
         return folder
-    model, data = (Path(str(name)).name.partition(".")[0][:60] for name in (config.model.name, config.data.source))
-    parts = [config.method.variant, model, *([data] if data != model else []), f"seed{config.run.seed}"]
+    names = [Path(str(name)).name.partition(".")[0][:60] for name in (config.model.name, config.data.source)]
+    stem = "-".join([config.method.variant, *dict.fromkeys(names), f"seed{config.run.seed}"])
     for suffix in ("", *(f"-{i}" for i in range(2, 10_000))):
-        folder = Path("runs", "-".join(parts) + suffix)
+        folder = Path("runs", stem + suffix)
         with suppress(FileExistsError):
             folder.mkdir(parents=True)  # of two runs that start at once, one makes it
             return folder
@@ -95,9 +91,3 @@ def remove_if_empty(folder: Path) -> None:
             folder.rmdir()
             if folder.parent == Path("runs"):
                 folder.parent.rmdir()  # fails where another run is
-
-
-def branch_off(run: Path, folder: Path) -> None:
-    """Copy the log of the steps before."""
-    for log in run.glob("*.jsonl"):
-        shutil.copyfile(log, folder / log.name)

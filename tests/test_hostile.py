@@ -73,37 +73,12 @@ def test_a_line_of_garbage_in_the_metrics_ends_a_resume_in_a_traceback(tmp_path)
         (run / "metrics.jsonl").write_bytes(whole)
 
 
-def test_a_branch_writes_into_a_folder_that_holds_another_run(tmp_path):
+def test_a_resumed_run_writes_into_a_folder_that_holds_another_run(tmp_path):
     run, other = (train.train(small(tmp_path / name, "--steps", "1")) for name in ("run", "other"))
     before = {path: path.read_bytes() for path in other.rglob("*") if path.is_file()}
-    with pytest.raises(UserError, match=f"--out {other} holds a run: .*name another folder"):
+    with pytest.raises(UserError, match=f"is not the newest checkpoint of the run in {other}: start another run"):
         train.train(parse(["--resume", str(run / "checkpoints" / "step-000001"), "--out", str(other)]))
     assert {path: path.read_bytes() for path in other.rglob("*") if path.is_file()} == before
-
-
-def test_a_branch_that_was_killed_before_its_first_checkpoint_starts_from_nothing(tmp_path, monkeypatch):
-    """Its log holds the steps before, its folder no checkpoint: `auto` took it for a new run and cut the log."""
-    run = train.train(small(tmp_path / "run", "--steps", "1"))
-    branch = ["--resume", str(run / "checkpoints" / "step-000001"), "--steps", "3", "--out", str(tmp_path / "branch")]
-    again = [*SMALL, "--steps", "3", "--out", str(tmp_path / "branch"), "--resume", "auto"]
-    in_prepare, in_save = (
-        (train, "prepare", "config.json does not exist"),
-        (train.checkpoint, "save", "branch without a checkpoint"),
-    )
-    for module, killed_in, sentence in (in_prepare, in_save):
-        with monkeypatch.context() as kill, pytest.raises(KeyboardInterrupt):
-            kill.setattr(module, killed_in, interrupted)
-            train.train(parse(branch))
-        log = (tmp_path / "branch" / "metrics.jsonl").read_text()
-        with pytest.raises(UserError, match=sentence):
-            train.train(parse(again))
-        assert (tmp_path / "branch" / "metrics.jsonl").read_text() == log
-        shutil.rmtree(tmp_path / "branch")
-    assert len(metrics_of(train.train(parse(branch)))) == 3
-
-
-def interrupted(*_: object) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

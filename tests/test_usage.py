@@ -346,26 +346,14 @@ def test_the_cures_for_a_run_that_is_there_do_not_work(monkeypatch, capsys, here
 
     checkpoint = here / "mine" / "checkpoints" / "step-000001"
     said = sentence_of(train.main, f"{QUICK} --resume {checkpoint}", monkeypatch, capsys, here)
-    assert "its run has gone on to step-000002; name another folder with --out" in said
-    trained(f"--resume {checkpoint} --steps 2 --out branch")
-
-    shutil.rmtree(here / "branch" / "checkpoints")
-    branch = f"{QUICK} --resume auto --steps 2 --out branch"
-    said = sentence_of(train.main, branch, monkeypatch, capsys, here)
-    assert "is a branch without a checkpoint: delete it, and branch off again" in said
-    shutil.rmtree(here / "branch")
-    trained(f"--resume {checkpoint} --steps 2 --out branch")
+    assert "start another run from its policy/ with --model" in said
+    trained(f"--model {checkpoint}/policy --data embedded --steps 2 --out from-it")
 
     with lock_run_dir(train.parse(f"{QUICK} {flags} --resume auto --steps 3".split())):
         with pytest.raises(config.UserError, match="wait for it, or name another --out"):
             trained(f"{flags} --resume auto --steps 3")
         trained("--out meanwhile")
     trained(f"{flags} --resume auto --steps 3 --keep 0")
-
-    checkpoint.rename(here / "moved")
-    said = sentence_of(train.main, f"{QUICK} --resume moved --steps 2", monkeypatch, capsys, here)
-    assert "say where to write, with --out" in said
-    trained("--resume moved --steps 2 --out of-moved")
 
 
 def test_the_cures_for_questions_that_have_changed_do_not_work(monkeypatch, capsys, here):
