@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,7 +24,6 @@ SYSTEM_PROMPT = "Let's think step by step and output the final answer within \\b
 
 
 OTHER_RANK = os.environ.get("RANK", "0") != "0"  # of torchrun, and not its first
-SECONDS_FOR_RANK_0 = 5.0  # torchrun ends the other ranks at once when rank 0 has ended
 
 
 class UserError(ValueError):
@@ -68,6 +67,9 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
     sys.stderr = LastingStream(sys.stderr)
     try:
         yield
+    except SystemExit:
+        wait_for_rank0()  # which alone answers --help and wrong flags
+        raise
     except KeyboardInterrupt as stop:
         leave(str(stop) or when_stopped, 130)
     except UserError as error:
@@ -77,26 +79,16 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
         leave(f"error: {place}{error.strerror or error}; put that right, then go on", 2)
 
 
+def wait_for_rank0() -> None:
+    if OTHER_RANK:
+        time.sleep(5)  # torchrun ends all ranks when rank 0 has ended
+
+
 def leave(sentence: str, code: int) -> NoReturn:
     """Print a last sentence and exit; ranks other than 0 are heard only if rank 0 does not end with them."""
-    if OTHER_RANK:
-        time.sleep(SECONDS_FOR_RANK_0)
+    wait_for_rank0()
     print(sentence, file=sys.stderr)
     raise SystemExit(code) from None
-
-
-@contextmanager
-def silent_on_other_ranks() -> Iterator[None]:
-    """Let rank 0 alone answer --help and wrong flags, which all ranks see."""
-    if not OTHER_RANK:
-        yield
-        return
-    try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere), redirect_stderr(nowhere):
-            yield
-    except SystemExit:
-        time.sleep(SECONDS_FOR_RANK_0)
-        raise
 
 
 @dataclass(frozen=True)
@@ -290,9 +282,10 @@ def parse(arguments: list[str] | None = None) -> Config:
         "Co-rewarding: reinforcement learning for reasoning, without labels. Defaults are those of the embedded task; "
         "with --model NAME those of real models, with --config FILE those of another run's config.json."
     )
-    with silent_on_other_ranks():
-        flags = (tyro.conf.FlagCreatePairsOff,)
-        config = tyro.cli(Config, args=others, default=default, description=about, config=flags)
+    flags = (tyro.conf.FlagCreatePairsOff,)
+    config = tyro.cli(
+        Config, args=others, default=default, description=about, config=flags, console_outputs=not OTHER_RANK
+    )
     return validate(config, default)
 
 

@@ -26,14 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import tyro
 
-from config import (
-    EMBEDDED_MODELS,
-    UserError,
-    check_ranges,
-    exit_on_user_error,
-    parse_template_options,
-    silent_on_other_ranks,
-)
+from config import EMBEDDED_MODELS, OTHER_RANK, UserError, check_ranges, exit_on_user_error, parse_template_options
 from sources.pairs import Benchmark, Pair, check_benchmark, load_benchmark
 from store.results import compare, estimate, read_result, seeds, table, versions
 
@@ -62,8 +55,7 @@ class EvaluationSettings:
 
 def parse_settings() -> EvaluationSettings | None:
     """Read the settings from the command line and check them; None if a question that needs no model was answered."""
-    with silent_on_other_ranks():
-        settings = tyro.cli(EvaluationSettings, description=__doc__)
+    settings = tyro.cli(EvaluationSettings, description=__doc__, console_outputs=not OTHER_RANK)
     if settings.compare or settings.seeds:
         print(compare(*settings.compare) if settings.compare else seeds(settings.seeds))
         return None

@@ -10,27 +10,16 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from itertools import chain, repeat, takewhile
 from pathlib import Path
 from statistics import fmean
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 from tqdm import tqdm
 
 from config import UserError
 from lm import distributed
 from store.folder import lock
-from store.jsonl import Record, append_rows, changes, intact_rows, to_lines, write_atomic
-
-
-class Thing(Protocol):
-    """What is worked on; its rows have its id."""
-
-    @property
-    def id(self) -> str: ...
-
-
-T = TypeVar("T", bound=Thing)
+from store.jsonl import Record, append_rows, changes, read_rows, to_lines, write_atomic
 
 
 @contextmanager
@@ -61,19 +50,19 @@ def claim_folder(folder: Path, settings: Mapping[str, Any], out: Path) -> Iterat
 
 def work_through(
     file: Path,
-    things: Sequence[T],
+    things: Sequence[Any],
     size: int,
-    work: Callable[[Sequence[T]], list[Record]],
+    work: Callable[[Sequence[Any]], list[Record]],
     shown: str,
     rows_per_thing: int = 1,
 ) -> list[Record]:
     """Work through all things in batches of `size`; return the rows of all of them, in order.
 
-    Every rank calls it. The progress bar shows in how many rows of a batch the column `shown` holds something.
+    Every rank calls it. A thing has an id, and so have its rows. The progress bar shows in how many rows of a batch the
+    column `shown` holds something.
     """
     rows = distributed.run_on_rank0(lambda: rows_so_far(file, things, rows_per_thing))
-    done = len(rows) // rows_per_thing
-    batches = range(done, len(things), size)
+    batches = range(len(rows) // rows_per_thing, len(things), size)
     with tqdm(batches, file.stem, unit="batch", disable=not distributed.is_rank0()) as bar:
         for start in bar:
             new = work(things[start : start + size])
@@ -83,12 +72,14 @@ def work_through(
     return rows
 
 
-def rows_so_far(file: Path, things: Sequence[T], rows_per_thing: int) -> list[Record]:
-    """Return the rows of the things that are done; cut the file behind them, where a kill may have left anything."""
-    found = intact_rows(file)
-    expected = chain.from_iterable(repeat(thing.id, rows_per_thing) for thing in things)
-    good = sum(1 for _ in takewhile(bool, (row.get("id") == name for row, name in zip(found, expected, strict=False))))
-    rows = found[: good - good % rows_per_thing]
-    if file.exists():
-        write_atomic(file, to_lines(rows))
+def rows_so_far(file: Path, things: Sequence[Any], rows_per_thing: int) -> list[Record]:
+    """Return the rows of the things that are done; cut the file behind them, where a kill may have left some rows."""
+    if not file.exists():
+        return []
+    rows = read_rows(file)
+    rows = rows[: len(rows) - len(rows) % rows_per_thing]
+    for place, row in enumerate(rows):
+        if place // rows_per_thing >= len(things) or row.get("id") != things[place // rows_per_thing].id:
+            raise UserError(f"{file}, line {place + 1} is of another question: move the file away")
+    write_atomic(file, to_lines(rows))
     return rows

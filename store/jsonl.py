@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -48,15 +47,6 @@ def read_rows(path: Path, is_whole: Callable[[Record], bool] = lambda row: True)
         except (ValueError, TypeError, RecursionError) as problem:
             complaint = f"{path}, line {number} is damaged ({problem})"
             raise UserError(f"{complaint}: repair it or move the file away") from problem
-    return rows
-
-
-def intact_rows(path: Path) -> list[Record]:
-    """Read the lines before the first that is damaged; none where there is no file."""
-    rows: list[Record] = []
-    with suppress(FileNotFoundError, ValueError, TypeError, RecursionError):
-        for line in path.read_bytes().split(b"\n")[:-1]:
-            rows.append({**json.loads(line)})
     return rows
 
 

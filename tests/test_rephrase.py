@@ -24,7 +24,7 @@ from lm.engine import InferenceModel
 from lm.model import load_pretrained, stop_token_ids
 from lm.record import Rollout
 from sources.faults import lost_numbers, numbers, strict_fault
-from store.jsonl import intact_rows
+from store.jsonl import read_rows
 from tools import rephrase
 from tools.rephrase import RephrasingSettings, read_reply
 
@@ -336,7 +336,7 @@ def finish(process: subprocess.Popen) -> str:
 
 def done_in(folder: Path) -> set[str]:
     file = folder / "killed.jsonl.work" / "rows.jsonl"
-    return {str(row["id"]) for row in intact_rows(file)}
+    return {str(row["id"]) for row in read_rows(file)} if file.exists() else set()
 
 
 @pytest.mark.slow
@@ -372,7 +372,7 @@ def test_two_processes_write_what_one_writes(tmp_path):
     assert summary.count("of 10 questions have a rephrasing") == 1
 
 
-@pytest.mark.parametrize("damage", [b"", b'{"id": "q2", "quest', b"null\n\xff\n", b"{}\n"])
+@pytest.mark.parametrize("damage", [b"", b'{"id": "q2", "quest', b"null\n", b"\xff\n", b"{}\n"])
 def test_damaged_rows_are_taken_for_whole_ones(tmp_path, monkeypatch, damage):
     use(monkeypatch, Scripted(answer_in_other_words))
     settings = RephrasingSettings(str(questions(tmp_path)), "m", tmp_path / "pairs.jsonl", batch_size=2)
@@ -380,6 +380,12 @@ def test_damaged_rows_are_taken_for_whole_ones(tmp_path, monkeypatch, damage):
     whole = settings.out.read_bytes()
     settings.out.unlink()
     (tmp_path / "pairs.jsonl.work" / "rows.jsonl").write_bytes(whole.splitlines(keepends=True)[0] + damage)
+    if damage.endswith(b"\n"):
+        with pytest.raises(
+            UserError, match=r"rows\.jsonl, line 2 is (damaged|of another question)"
+        ):
+            rephrase.rephrase(settings)
+        (tmp_path / "pairs.jsonl.work" / "rows.jsonl").unlink()
     rephrase.rephrase(settings)
     assert settings.out.read_bytes() == whole
 
