@@ -19,12 +19,33 @@ each, the flags that come nearest to its published recipe, what then still diffe
 
 import random
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from statistics import fmean
 
 from config import Method, UserError
-from rewards import BOTH, VARIANTS, VIEWS, Group, Variant, X, match_to_vote, vote_shares, with_views
+from rewards import BOTH, VARIANTS, Group, Match, Variant, View, Vote, Voter, X, matches
+
+
+def match_to_vote(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
+    """Map each answer to the one that it matches in `vote.counts`, or to None."""
+    name_of: dict[str | None, str] = {}
+    for name in vote.counts:
+        others = [answer for answer in dict.fromkeys(answers) if answer not in name_of]
+        for answer, same in zip(others, matches([name] * len(others), others, match), strict=True):
+            if same:
+                name_of[answer] = name
+    return [name_of.get(answer) for answer in answers]
+
+
+def vote_shares(group: Group, vote: Vote) -> list[float]:
+    """Return for each rollout of the group the share of a vote's rollouts that gave the same answer.
+
+    The vote is the group's own or the one that labels it. Rollouts without an answer count, and have share 0.
+    """
+    names = match_to_vote(vote, group.answers, group.match)
+    return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in names]
 
 
 def random_reward(group: Group) -> list[float]:
@@ -113,6 +134,7 @@ def harmonic_winner(group: Group) -> str | None:
 
 
 CROSSED = VARIANTS["I"].label_of
+VIEWS: dict[str, tuple[View, ...]] = {"original": X, "rephrased": ("x'",), "both": BOTH}
 
 # fmt: off
 BASELINES: dict[str, Variant] = {
@@ -133,6 +155,13 @@ BASELINES: dict[str, Variant] = {
 # fmt: on
 
 
+def with_views(variant: Variant, views: tuple[View, ...]) -> Variant:
+    """Move a baseline to other views, each labelled by itself: the paper's ablations without crossing."""
+    voters: list[Voter] = [voter for voter, _ in variant.label_of.values()]
+    label_of = {view: (voters[0], view) for view in views} if voters else {}
+    return replace(variant, policy_views=views, label_of=label_of)
+
+
 def choose_variant(method: Method) -> Variant:
     """Look the variant up in the tables, and change what the command line changes in it.
 
@@ -147,7 +176,8 @@ def choose_variant(method: Method) -> Variant:
         raise UserError(f"--variant {method.variant} is not known: {guess}choose from {', '.join(variants)}")
     variant = variants[method.variant]
     if method.views is not None:
-        if not variant.is_baseline:
+        crossed = any(view != voted_view for view, (_, voted_view) in variant.label_of.items())
+        if crossed or variant.teacher_views:
             raise UserError(
                 f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
                 "try --variant majority"

@@ -1,4 +1,4 @@
-"""GRPO, the objective of Co-rewarding (arXiv 2508.00410, Eqs. 3-5), as pure functions of tensors.
+"""GRPO, the objective of Co-rewarding (arXiv 2508.00410, Eqs. 3-6).
 
     A      = (r - mean(r)) / (std(r) + 1e-6)                      within a group of G rollouts     (Eq. 3)
     L_t    = -w_t min(c_t A, clip(c_t, 1-eps, 1+eps) A) + beta k3_t,   c_t = pi(y_t) / pi_old(y_t)  (Eq. 4)
@@ -35,7 +35,7 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True
     """Compute the advantage [N] of each rollout within its group (Eq. 3) from rewards [N], groups contiguous.
 
     The standard deviation is the unbiased one (n-1), as in the authors' code. A group whose rewards are all equal
-    teaches nothing: its advantages are exactly 0, whatever rounding leaves of its mean.
+    has advantages of exactly 0, whatever rounding leaves of its mean.
     """
     if rewards.ndim != 1 or len(rewards) % group_size:
         raise ValueError(f"{tuple(rewards.shape)} rewards are not whole groups of {group_size}")
@@ -91,13 +91,13 @@ def policy_loss(
     return loss.masked_fill(mask == 0, 0.0)
 
 
-def truncated_importance_weight(logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
-    """Compute min(pi(y_t) / pi_sampler(y_t), cap), detached, in the shape of its input.
+def truncated_importance_weight(old_logp: Tensor, sampler_logp: Tensor, cap: float) -> Tensor:
+    """Compute min(pi_old(y_t) / pi_sampler(y_t), cap), detached, in the shape of its input.
 
     The sampler computes in other kernels, often in a lower precision: its rollouts come from a slightly different
     distribution than the one that is trained.
     """
-    return torch.exp(logp.detach() - sampler_logp).clamp(max=cap)
+    return torch.exp(old_logp.detach() - sampler_logp).clamp(max=cap)
 
 
 def token_loss(logp: Tensor, old_logp: Tensor, batch: MicroBatch, kl_coef: float, method: Method) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, Literal
 
@@ -31,7 +31,6 @@ View = Literal["x", "x'"]
 Voter = Literal["policy", "teacher", "gold"]
 X: tuple[View, ...] = ("x",)
 BOTH: tuple[View, ...] = ("x", "x'")
-VIEWS: dict[str, tuple[View, ...]] = {"original": X, "rephrased": ("x'",), "both": BOTH}
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class Group:
     vote: Vote  # of all V
     match: Match  # how answers are compared with each other and with the label
     label: str | None = None  # None: nobody voted, or the variant has no labels
-    label_share: float = 0.0  # of the label in the vote that gave it; 1 for a gold answer
+    label_share: float = 0.0  # of the winner of the vote that labels; 1 for a gold answer
     label_vote: Vote | None = None  # the vote that gave the label; None for a gold answer
 
     @property
@@ -109,26 +108,6 @@ def matches(labels: Sequence[str | None], answers: Sequence[str | None], match: 
     return equivalent_many(pairs)
 
 
-def match_to_vote(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
-    """Map each answer to the one that it matches in `vote.counts`, or to None."""
-    name_of: dict[str | None, str] = {}
-    for name in vote.counts:
-        others = [answer for answer in dict.fromkeys(answers) if answer not in name_of]
-        for answer, same in zip(others, matches([name] * len(others), others, match), strict=True):
-            if same:
-                name_of[answer] = name
-    return [name_of.get(answer) for answer in answers]
-
-
-def vote_shares(group: Group, vote: Vote) -> list[float]:
-    """Return for each rollout of the group the share of a vote's rollouts that gave the same answer.
-
-    The vote is the group's own or the one that labels it. Rollouts without an answer count, and have share 0.
-    """
-    names = match_to_vote(vote, group.answers, group.match)
-    return [0.0 if name is None else vote.counts[name] / vote.rollouts for name in names]
-
-
 def agreement(group: Group) -> list[float]:
     """Pay 1 for an answer that matches the group's label, else 0; without a label, 0 (Eqs. 7-10)."""
     labels = [group.label] * len(group.rollouts)
@@ -141,9 +120,9 @@ def negative_entropy(group: Group) -> list[float]:
 
 
 def self_certainty(group: Group) -> list[float]:
-    """Pay the mean over tokens of KL(uniform || policy) + log V (Intuitor, arXiv 2505.19590).
+    """Pay the mean over tokens of logsumexp(z) - mean(z) of their logits z (Intuitor, arXiv 2505.19590).
 
-    With logits z that is logsumexp(z) - mean(z); log V is the same for all rollouts of a group.
+    That is KL(uniform || policy) plus a constant, the logarithm of the vocabulary's size.
     """
     return [rollout.token_stats["self_certainty"] for rollout in group.rollouts]
 
@@ -184,11 +163,6 @@ class Variant:
         """Tell whether the initial policy is the reference of the KL term."""
         return self.kl_coef > 0 and self.kl_reference == "init"
 
-    @property
-    def is_baseline(self) -> bool:
-        """Tell whether no teacher votes and each view is labelled by itself or by gold, if at all."""
-        return not self.teacher_views and all(view == source for view, (_, source) in self.label_of.items())
-
 
 # fmt: off
 VARIANTS: dict[str, Variant] = {
@@ -202,14 +176,6 @@ VARIANTS: dict[str, Variant] = {
     "entropy":        Variant(X,    (),   {}, "init", 0.005, negative_entropy, needs_token_stats=True),
 }
 # fmt: on
-
-
-def with_views(variant: Variant, views: tuple[View, ...]) -> Variant:
-    """Move a baseline to other views, each labelled by itself: the paper's ablations without crossing."""
-    label_of: dict[View, tuple[Voter, View]] = {}
-    for voter, _ in variant.label_of.values():
-        label_of = {view: (voter, view) for view in views}
-    return replace(variant, policy_views=views, label_of=label_of)
 
 
 def label_groups(

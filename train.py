@@ -145,7 +145,8 @@ def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock
     for batches in mini_batches:
         measured.append(optimizer_step(run.policy, run.optimizer, batches, rate, variant.kl_coef, config))
     clock.lap("update")
-    return {name: fmean(each[name] for each in measured) for name in measured[0]}
+    means = {name: fmean(each[name] for each in measured) for name in measured[0]}
+    return means | {"mismatch_max": max(each["mismatch_max"] for each in measured)}
 
 
 MAX_SKIPPED_STEPS = 9  # in a row, without a finite gradient

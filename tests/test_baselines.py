@@ -19,13 +19,15 @@ from baselines import (
     empo_reward,
     format_reward,
     harmonic_winner,
+    match_to_vote,
     random_reward,
     scrl_reward,
     soft_label,
+    vote_shares,
 )
 from data import Pair
 from grpo import group_advantages
-from rewards import VARIANTS, Group, Match, Variant, View, label_groups, majority_vote, match_to_vote, vote_shares
+from rewards import VARIANTS, Group, Match, Variant, View, label_groups, majority_vote
 
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", "4", None]), min_size=2, max_size=24)
 

@@ -381,9 +381,7 @@ def test_damaged_rows_are_taken_for_whole_ones(tmp_path, monkeypatch, damage):
     settings.out.unlink()
     (tmp_path / "pairs.jsonl.work" / "rows.jsonl").write_bytes(whole.splitlines(keepends=True)[0] + damage)
     if damage.endswith(b"\n"):
-        with pytest.raises(
-            UserError, match=r"rows\.jsonl, line 2 is (damaged|of another question)"
-        ):
+        with pytest.raises(UserError, match=r"rows\.jsonl, line 2 is (damaged|of another question)"):
             rephrase.rephrase(settings)
         (tmp_path / "pairs.jsonl.work" / "rows.jsonl").unlink()
     rephrase.rephrase(settings)
