@@ -290,7 +290,6 @@ def parse(arguments: list[str] | None = None) -> Config:
 
 
 def load_config(file: Path) -> Config:
-    """Load the settings of a run's config.json, or of a checkpoint's trainer.json."""
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         groups = groups.get("settings", groups)
@@ -360,7 +359,6 @@ def check_ranges(settings: Mapping[str, Any]) -> None:
 
 
 def by_flag(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the settings of all groups under their flags."""
     flags: dict[str, Any] = {}
     for group in groups.values():
         flags |= {flag_name(name): value for name, value in group.items()}
@@ -368,7 +366,6 @@ def by_flag(groups: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def parse_template_options(template_options: str) -> dict[str, Any]:
-    """Parse --template-options, which the chat template gets."""
     with suppress(ValueError, RecursionError):
         if isinstance(options := json.loads(template_options), dict):
             return options

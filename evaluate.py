@@ -53,12 +53,12 @@ class EvaluationSettings:
     seeds: tuple[str, ...] = ()  # instead of an evaluation: results of runs, of which those of a setting make one line
 
 
-def parse_settings() -> EvaluationSettings | None:
-    """Read the settings from the command line and check them; None if a question that needs no model was answered."""
+def parse_settings() -> EvaluationSettings:
+    """Read the settings from the command line and check them; exit where --compare or --seeds has been answered."""
     settings = tyro.cli(EvaluationSettings, description=__doc__, console_outputs=not OTHER_RANK)
     if settings.compare or settings.seeds:
         print(compare(*settings.compare) if settings.compare else seeds(settings.seeds))
-        return None
+        raise SystemExit
     if settings.model in EMBEDDED_MODELS:  # a toy: of its own task, unless something else is asked for
         usual = vars(EvaluationSettings())
         toy: dict[str, Any] = {"benchmarks": ("embedded:held-out",), "max_response_tokens": 32}
@@ -86,8 +86,6 @@ STOPPED = "stopped; the same command goes on from the answers kept so far"
 if __name__ == "__main__":
     with exit_on_user_error(STOPPED):  # before the imports that take seconds
         given = parse_settings()
-        if given is None:
-            raise SystemExit
 
 import json
 import math
@@ -113,8 +111,6 @@ GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # colum
 
 
 class Asked(NamedTuple):
-    """A question of a benchmark as it is asked."""
-
     id: str
     place: int  # in the benchmark
     pair: Pair
@@ -229,7 +225,6 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
 
 
 def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folder: Path) -> dict[str, Any]:
-    """Load the model and ask it all questions; return the results by benchmark."""
     model = load_inference_model(str(settings.model), settings.sampler, settings.chat_template)
     encode = prompt_encoder(model.tokenizer, model.template, settings.template_options)
     asked: dict[str, list[Asked]] = {}
@@ -253,9 +248,7 @@ def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folde
 
 def main(settings: EvaluationSettings | None = None) -> None:
     with exit_on_user_error(STOPPED):
-        settings = settings or parse_settings()
-        if settings:
-            evaluate_model(settings)
+        evaluate_model(settings or parse_settings())
 
 
 if __name__ == "__main__":

@@ -50,7 +50,6 @@ class Clock:
 
 
 def peak_memory_gb(sleeping_bytes: int = 0) -> float:
-    """Return the trainer's peak on the GPU if there is one, else that of the process."""
     if torch.cuda.is_available():
         return (torch.cuda.max_memory_allocated() - sleeping_bytes) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
@@ -68,11 +67,17 @@ def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     return float(6 * sum(body * len(r) + head * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts))
 
 
-def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[str, float]) -> dict[str, float]:
+def throughput(
+    run: Run, groups: Sequence[Group], teacher_groups: Sequence[Group], seconds: dict[str, float]
+) -> dict[str, float]:
     """Compute tokens a second, sampled and trained on, and the share of a GPU's arithmetic that training uses (MFU)."""
+    sampled = sum(group.sampled_tokens for group in [*groups, *teacher_groups])
     trained = [rollout for rollout in rollouts_of(groups) if run.variant.kl_coef or rollout.advantage]
-    measured = {"tokens_per_second/rollout": sampled / (seconds["seconds_rollout"] + seconds.get("seconds_teacher", 0))}
-    measured["tokens_per_second/train"] = sum(map(len, trained)) / seconds["seconds_update"]
+    measured = {
+        "tokens_per_second": sampled / sum(seconds.values()),
+        "tokens_per_second/rollout": sampled / (seconds["seconds_rollout"] + seconds.get("seconds_teacher", 0)),
+        "tokens_per_second/train": sum(map(len, trained)) / seconds["seconds_update"],
+    }
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
     if peak := next((tflops for name, tflops in BF16_TFLOPS.items() if name in card), None):
         work = operations(run.policy.lm, trained) / distributed.world_size()
@@ -81,7 +86,6 @@ def throughput(run: Run, sampled: int, groups: Sequence[Group], seconds: dict[st
 
 
 def pace(measured: dict[str, float], steps: int) -> str:
-    """Say after the first step how long the others will take."""
     seconds = sum(value for name, value in measured.items() if name.startswith("seconds_"))
     rest = (seconds - measured.get("seconds_compile", 0.0)) * steps
     shown = f"{rest / 3600:.1f} hours" if rest > 5400 else f"{rest / 60:.1f} minutes"
@@ -109,19 +113,28 @@ STATISTICS: dict[str, Callable[[Sequence[Group]], float]] = {
 
 
 def describe_step(
-    run: Run, step: int, questions: Sequence[PromptedPair], groups: Sequence[Group], teacher_groups: Sequence[Group]
+    run: Run,
+    step: int,
+    questions: Sequence[PromptedPair],
+    groups: Sequence[Group],
+    teacher_groups: Sequence[Group],
+    clock: Clock,
 ) -> tuple[dict[str, float], Records]:
-    """Measure a step's groups, and record its labels and the rollouts to its first question; rank 0 does it for all."""
+    """Measure a step, and record its labels and the rollouts to its first question; rank 0 compares for all."""
+    gold_answers = [question.pair.gold for question in questions]
 
     def describe() -> tuple[dict[str, float], Records]:
-        gold_answers = [question.pair.gold for question in questions]
         labels = label_records(step, groups, gold_answers)
         measured = gold_metrics(groups, gold_answers) | label_metrics(labels)
         measured |= group_metrics(run.variant, groups, teacher_groups)
         shown = rollout_records(step, run.variant, questions[0].pair, groups, teacher_groups)
         return measured, {"labels": labels, "rollouts": shown}
 
-    return distributed.run_on_rank0(describe)
+    measured, records = distributed.run_on_rank0(describe)
+    clock.lap("metrics")
+    measured |= throughput(run, groups, teacher_groups, clock.seconds) | clock.seconds
+    measured["peak_memory_gb"] = distributed.all_reduce_max(peak_memory_gb(run.sampler.sleeping_bytes))
+    return measured, records
 
 
 def group_metrics(variant: Variant, groups: Sequence[Group], teacher_groups: Sequence[Group]) -> dict[str, float]:

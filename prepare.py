@@ -136,18 +136,15 @@ def check_sense(config: Config) -> None:
 
 
 def total_steps(config: Config, questions: int) -> int:
-    """Return K, the number of optimizer steps, or of steps where each has several mini-batches."""
     epochs = config.optimisation.epochs or 3
     return config.optimisation.steps or epochs * steps_per_epoch(questions, config.data.questions_per_step)
 
 
 def build_optimizer(policy: PackedLM, betas: tuple[float, float], weight_decay: float) -> torch.optim.AdamW:
-    """Build AdamW on the float32 master weights; every step sets its learning rate."""
     return torch.optim.AdamW(policy.parameters(), lr=0.0, betas=betas, eps=1e-8, weight_decay=weight_decay, fused=True)
 
 
 def train_state(run: Run) -> checkpoint.Training:
-    """Return what a checkpoint of the run holds."""
     return checkpoint.Training(
         run.policy, run.teacher, run.tokenizer, run.optimizer, asdict(run.config), run.fingerprint
     )

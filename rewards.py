@@ -35,8 +35,6 @@ BOTH: tuple[View, ...] = ("x", "x'")
 
 @dataclass(frozen=True)
 class Vote:
-    """The outcome of a majority vote over one group's answers."""
-
     label: str | None  # the most frequent answer as first written; None if nobody answered
     share: float  # of the answers given, how many agree with the label
     distinct: int  # number of different answers
@@ -73,7 +71,6 @@ class Group:
 
 
 def rollouts_of(groups: Iterable[Group]) -> list[Rollout]:
-    """Return the N rollouts of the groups that are trained on, in order."""
     return list(chain.from_iterable(group.rollouts for group in groups))
 
 
@@ -96,7 +93,6 @@ def majority_vote(answers: Sequence[str | None], match: Match = "exact") -> Vote
 
 
 def vote_of(rollouts: Sequence[Rollout], match: Match) -> Vote:
-    """Let rollouts vote with their answers."""
     return majority_vote([rollout.answer for rollout in rollouts], match)
 
 
@@ -155,12 +151,10 @@ class Variant:
 
     @property
     def has_teacher(self) -> bool:
-        """Tell whether a teacher votes, or is the reference of the KL term."""
         return bool(self.teacher_views) or (self.kl_coef > 0 and self.kl_reference == "ema")
 
     @property
     def has_frozen_reference(self) -> bool:
-        """Tell whether the initial policy is the reference of the KL term."""
         return self.kl_coef > 0 and self.kl_reference == "init"
 
 

@@ -106,12 +106,8 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
 
     if run.teacher is not None:
         measured["ema_weight"] = weight
-    described, records = metrics.describe_step(run, step, questions, groups, teacher_groups)
-    clock.lap("metrics")
-    tokens = sum(group.sampled_tokens for group in groups + teacher_groups)
-    measured["tokens_per_second"] = tokens / sum(clock.seconds.values())
-    measured |= metrics.throughput(run, tokens, groups, clock.seconds)
-    return measured | described | clock.seconds, records
+    described, records = metrics.describe_step(run, step, questions, groups, teacher_groups, clock)
+    return measured | described, records
 
 
 def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock) -> dict[str, float]:
@@ -181,7 +177,6 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         stop.unsaved = f"step {step}"
         evaluated = metrics.evaluate_policy(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         measured, records = train_step(run, step)
-        measured["peak_memory_gb"] = distributed.all_reduce_max(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
         lost = distributed.run_on_rank0(partial(write_step, log, bar, {"step": step} | evaluated | measured, records))
         skipped = skipped + 1 if measured["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > MAX_SKIPPED_STEPS:

@@ -58,7 +58,6 @@ def by_settings(runs: Sequence[Path]) -> dict[str, list[int]]:
 
 
 def histories_by_settings(folders: Sequence[Path]) -> dict[str, list[list[Record]]]:
-    """Read the metrics of the runs that have finished a step."""
     histories: dict[Path, list[Record]] = {}
     for folder in dict.fromkeys(folders):
         if not (folder / "metrics.jsonl").is_file():

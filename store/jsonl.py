@@ -20,12 +20,10 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def to_lines(rows: Iterable[Record]) -> str:
-    """Write records as JSON lines that people can read."""
     return "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
 
 
 def append_rows(path: Path, rows: Iterable[Record]) -> None:
-    """Append records to a file of JSON lines."""
     with path.open("a", encoding="utf-8", errors="backslashreplace") as stream:
         stream.write(to_lines(rows))
 

@@ -6,7 +6,7 @@ rollouts.jsonl   a question a step, to read       warnings.txt    a line for eac
 
 import math
 import sys
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import fmean
@@ -23,16 +23,11 @@ LOGS: dict[str, Callable[[Record], bool]] = {  # what else a row must be that ha
 
 
 def read_log(file: Path) -> list[Record]:
-    """Read one of LOGS.
-
-    Raises:
-        UserError: a line that is not one of such a log.
-    """
     return read_rows(file, lambda row: isinstance(row.get("step"), int) and LOGS[file.name](row))
 
 
 class RunLog:
-    """metrics.jsonl, labels.jsonl and rollouts.jsonl of a run's folder, on request TensorBoard and Weights & Biases."""
+    """What a run writes: three files of JSON lines, on request TensorBoard and Weights & Biases."""
 
     def __init__(self, folder: Path, config: dict[str, Any], first_step: int) -> None:
         self.folder = folder
@@ -57,21 +52,18 @@ class RunLog:
             )
 
     def headline(self) -> dict[str, str]:
-        """Return the latest of the numbers that matter, for the progress bar."""
+        latest = ChainMap(*reversed(self.history))
         shown = {"reward": "reward", "label_accuracy": "label acc", "eval_accuracy": "held-out acc"}
-        latest = {name: next((m[key] for m in reversed(self.history) if key in m), None) for key, name in shown.items()}
-        return {name: f"{value:.2f}" for name, value in latest.items() if value is not None}
+        return {name: f"{latest[key]:.2f}" for key, name in shown.items() if key in latest}
 
     def warnings(self, signs: dict[str, str]) -> list[str]:
-        """Return a line for each sign that was not said before, and keep them in warnings.txt."""
-        new = {sign: line for sign, line in signs.items() if sign not in self.alarms}
-        self.alarms |= set(new)
+        """Return what was not said before of {sign: what was seen}, and keep it in warnings.txt."""
+        new = [line for sign, line in signs.items() if sign not in self.alarms]
+        self.alarms |= signs.keys()
         if new:
-            file = self.folder / "warnings.txt"
-            step = int(self.history[-1]["step"])
-            before = file.read_text(encoding="utf-8") if file.exists() else ""
-            write_atomic(file, before + "".join(f"step {step}: {line}\n" for line in new.values()))
-        return list(new.values())
+            with (self.folder / "warnings.txt").open("a", encoding="utf-8") as stream:
+                stream.writelines(f"step {self.history[-1]['step']}: {line}\n" for line in new)
+        return new
 
     def write(self, metrics: dict[str, float], records: Records) -> None:
         """Write one step; what it could not measure because it was skipped is left out: NaN is no JSON."""
@@ -90,7 +82,6 @@ class RunLog:
             self.wandb.log(measured, step=step)
 
     def flipped(self, labels: list[Record]) -> dict[str, float]:
-        """Compute labels_flipped: of labels to questions seen before, the share that is another one now."""
         now = {(row["id"], row["view"]): row["label"] for row in labels}
         flips = [self.label_of[key] != label for key, label in now.items() if key in self.label_of]
         self.label_of |= now

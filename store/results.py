@@ -44,7 +44,6 @@ def estimate(values: Sequence[float], of_mean: bool = True) -> Estimate:
 
 
 def read_result(path: str) -> dict[str, Any]:
-    """Read a result.json, or the one in an evaluation's folder."""
     file = Path(path, "result.json") if Path(path).is_dir() else Path(path)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
@@ -132,7 +131,6 @@ def seeds(paths: Sequence[str]) -> str:
 
 
 def run_of(result: dict[str, Any], path: str) -> Path:
-    """Find the run whose policy a result measures."""
     model = Path(str(result["settings"].get("model")))
     for folder in model.parents:
         if (folder / "metrics.jsonl").is_file():
