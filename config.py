@@ -331,16 +331,10 @@ def validate(config: Config, default: Config) -> Config:
         config = replace(config, optimisation=replace(optimisation, steps=None))
     if config.votes < config.sampling.rollouts:
         raise UserError(f"--votes {config.votes} are fewer than --rollouts {config.sampling.rollouts}, which all vote")
-    if optimisation.mini_batches > config.data.questions_per_step:
-        limit = f"--questions-per-step {config.data.questions_per_step}: raise that over it, steps differ by one"
-        raise UserError(f"--mini-batches {optimisation.mini_batches} exceeds {limit}")
     if config.model.name is None:
         if config.data.source != EMBEDDED_DEFAULTS.data.source:
             raise UserError(f"--data {config.data.source} without --model: name one, or --model embedded")
         config = replace(config, model=replace(config.model, name="embedded"))
-    if config.model.chat_template and not Path(config.model.chat_template).is_file():
-        raise UserError(f"--chat-template {config.model.chat_template} is not a file")
-    parse_template_options(config.model.template_options)
     if config.run.out and not config.run.out.isprintable():
         raise UserError(f"--out {config.run.out!r} has characters that cannot be printed: name another folder")
     for package in ("tensorboard", "wandb"):

@@ -40,20 +40,17 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     check_sense(config)
     pairs, report, benchmark = read_data(config)
     name = str(config.model.name)
-    shape, _ = load_pretrained(name, torch.float32, weights=False)
-    limit_threads(shape)
-    sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
-    plan = fit(shape, config, Demand(variant.has_teacher + variant.has_frozen_reference, sequences), this_hardware())
-    print(f"loading {name}", flush=True)
-    policy, tokenizer = load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
-    template = read_chat_template(config.model.chat_template)
-    encode = prompt_encoder(tokenizer, template, config.model.template_options)
+    shape, tokenizer = load_pretrained(name, torch.float32, weights=False)
+    encode = prompt_encoder(tokenizer, read_chat_template(config.model.chat_template), config.model.template_options)
     questions = build_prompts(config, variant, encode, pairs, report)
-    eval_questions = []
+    eval_questions: list[PromptedPair] = []
     if benchmark:
         eval_questions = tokenize_pairs(benchmark.pairs, encode, config.data.max_prompt_tokens)
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
         benchmark = replace(benchmark, pairs=[question.pair for question in eval_questions])
+    limit_threads(shape)
+    sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
+    plan = fit(shape, config, Demand(variant.has_teacher + variant.has_frozen_reference, sequences), this_hardware())
     prompts = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
     capacity = Capacity(
         sequence_tokens=max(map(len, prompts)) + config.sampling.max_response_tokens,
@@ -61,6 +58,8 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         engine_memory=plan.engine_memory,
     )
 
+    print(f"loading {name}", flush=True)
+    policy, _ = load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
     teacher = frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
     initial = frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
     if plan.compiled:

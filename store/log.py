@@ -61,8 +61,9 @@ class RunLog:
         new = [line for sign, line in signs.items() if sign not in self.alarms]
         self.alarms |= signs.keys()
         if new:
-            with (self.folder / "warnings.txt").open("a", encoding="utf-8") as stream:
-                stream.writelines(f"step {self.history[-1]['step']}: {line}\n" for line in new)
+            file = self.folder / "warnings.txt"
+            before = file.read_text(encoding="utf-8") if file.exists() else ""
+            write_atomic(file, before + "".join(f"step {self.history[-1]['step']}: {line}\n" for line in new))
         return new
 
     def write(self, metrics: dict[str, float], records: Records) -> None:

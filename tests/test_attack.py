@@ -328,7 +328,7 @@ def test_settings_from_a_file_are_checked_for_ranges_only(tmp_path, group, name,
 def test_template_options_that_do_nothing_are_accepted(capsys):
     for options in ("[]", "7", "null", "[" * 100_000):
         with pytest.raises(UserError, match="is no JSON object"):
-            parse(["--template-options", options])
+            prompt_encoder(byte_tokenizer(), None, options)
     tokenizer = byte_tokenizer()
     template = "{{ messages[0].content }}{{ messages[1].content }}{% if shout %}!{% endif %}"
     encode = prompt_encoder(tokenizer, template, '{"shout": true, "shuot": true}')
