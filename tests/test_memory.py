@@ -1,5 +1,6 @@
 """The memory plan against memory that is measured, and against the arithmetic of the paper's own run."""
 
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from runs import small
 from tiny import CPU, tiny_lm
 from torch import Tensor
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -21,6 +23,7 @@ from lm.packing import micro_batches
 from lm.record import Rollout
 from lm.scoring import PackedLM
 from prepare import build_optimizer
+from train import train
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 
@@ -231,3 +234,15 @@ def test_a_wrong_flag_is_refused_like_by_train() -> None:
     command = [sys.executable, script.__file__, "--model", "embedded", "--rollouts", "1"]
     done = subprocess.run(command, cwd=Path(script.__file__).parents[1], capture_output=True, text=True, check=False)
     assert done.returncode == 2 and done.stderr.startswith("error: --rollouts 1"), done.stderr
+
+
+def test_a_run_that_goes_on_on_other_gpus_keeps_the_plan_of_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--compile", "off", "--activation-checkpointing", "off"]
+    for steps, hardware, share in (("1", Hardware(1, 6e9, HOST), 0.75), ("2", Hardware(4, 80e9, HOST), 0.85)):
+        monkeypatch.setattr("prepare.this_hardware", lambda hardware=hardware: hardware)
+        resumed = ["--resume", "auto"] if steps == "2" else []
+        folder = train(small(tmp_path / "run", *flags, "--steps", steps, *resumed))
+        assert f"fits {hardware}: engine {share:.2f}" in capsys.readouterr().out
+        assert json.loads((folder / "config.json").read_text())["plan"]["engine_memory"] == share
