@@ -9,6 +9,7 @@ import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
+from itertools import chain
 from statistics import fmean
 
 import torch
@@ -187,14 +188,10 @@ def gold_metrics(groups: Sequence[Group], gold_answers: Sequence[str | None]) ->
     rollout_accuracy is the share of them that are right. reward_accuracy, for rewards of 0 or 1, is the share of
     rewards that match those from the gold answer.
     """
-    rollouts: list[Rollout] = []
-    golds: list[str | None] = []
-    for group in groups:
-        gold = gold_answers[group.place]
-        if gold is not None:
-            rollouts += group.rollouts
-            golds += [gold] * len(group.rollouts)
-    right = matches(golds, [rollout.answer for rollout in rollouts], "math")
+    known = [group for group in groups if gold_answers[group.place] is not None]
+    rollouts = rollouts_of(known)
+    golds = chain.from_iterable([gold_answers[group.place]] * len(group.rollouts) for group in known)
+    right = matches(list(golds), [rollout.answer for rollout in rollouts], "math")
     metrics = {"rollout_accuracy": fmean(right)} if right else {}
     if right and {rollout.reward for rollout in rollouts} <= {0.0, 1.0}:
         paid = zip(rollouts, right, strict=True)
