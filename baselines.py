@@ -59,7 +59,6 @@ def random_reward(group: Group) -> list[float]:
 
 
 def format_reward(group: Group) -> list[float]:
-    """Pay 1 for a boxed answer, else 0."""
     return [float(answer is not None) for answer in group.answers]
 
 

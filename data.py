@@ -25,8 +25,6 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class PromptedPair:
-    """A pair with the tokens of its prompts."""
-
     pair: Pair
     prompts: dict[str, list[int]]  # view, x or x' -> token ids
 

@@ -146,7 +146,6 @@ def equivalent(gold: str | None, answer: str | None) -> bool:
 
 
 def equivalent_many(pairs: Sequence[tuple[str | None, str | None]]) -> list[bool]:
-    """Compute `equivalent` for each pair, the hard ones side by side."""
     verdicts = [compare(*pair) for pair in pairs]
     return [verdict if isinstance(verdict, bool) else verdict.result() == b"=" for verdict in verdicts]
 

@@ -10,12 +10,13 @@ from hashlib import blake2b
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+
+from overlap import overlaps
 
 from config import UserError
 from sources.benchmarks import body_and_question
 from sources.files import read_rows
-from sources.overlap import overlaps
 
 IMITATED, TRAINED, ELSEWHERE = ("addsub", "singleeq"), "singleop", ("multiarith", "svamp")
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+"
@@ -105,7 +106,7 @@ def bare_sum(rng: random.Random) -> tuple[str, str]:
 
 
 def without_overlap(questions: list[Question], asked: Sequence[str]) -> list[Question]:
-    """Those that are not among `asked`: not normalised, and not nearly (see sources/overlap.py)."""
+    """Those that are not among `asked`: not normalised, and not nearly (see overlap.py)."""
     known = set(map(normalised, asked))
     nearly = {trained for trained, _ in overlaps([text for text, _ in questions], asked)}
     return [each for i, each in enumerate(questions) if i not in nearly and normalised(each[0]) not in known]

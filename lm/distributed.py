@@ -135,7 +135,6 @@ def progress_bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:
 
 
 def all_gather(mine: list[T]) -> list[T]:
-    """Join the lists of all ranks, in their order."""
     if world_size() == 1:
         return mine
     lists: list[list[T]] = [[] for _ in range(world_size())]
@@ -157,12 +156,10 @@ def all_reduce_mean(mine: Tensor) -> float:
 
 
 def all_reduce_max(mine: float) -> float:
-    """Return the largest of all ranks' numbers."""
     return max(all_gather([mine]))
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Return the processes over which a model is sharded; None if it is not."""
     return next((tensor.device_mesh for tensor in model.parameters() if isinstance(tensor, DTensor)), None)
 
 

@@ -49,7 +49,6 @@ def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
 def open_sampler(
     engine: Engine, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, capacity: Capacity
 ) -> Sampler:
-    """Open a sampler for models of the shape of `lm`, which computes in `dtype`."""
     check_length(lm, capacity.sequence_tokens)
     stop_ids = distributed.run_on_rank0(partial(stop_token_ids, lm, tokenizer))
     if engine == "hf":
@@ -58,8 +57,6 @@ def open_sampler(
 
 
 class InferenceModel(NamedTuple):
-    """A model that is only sampled from, in bfloat16 on a GPU."""
-
     lm: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     template: str | None  # the text of a chat template that replaces the tokenizer's
@@ -69,7 +66,6 @@ class InferenceModel(NamedTuple):
 def load_inference_model(
     model: str, engine: Literal["auto", "vllm", "hf"], chat_template: str | None
 ) -> InferenceModel:
-    """Load what --model, --sampler and --chat-template name; say in one line which engine it is."""
     chosen = choose_engine(engine)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))
@@ -82,7 +78,6 @@ def load_inference_model(
 
 @contextmanager
 def sampling_from(model: InferenceModel, capacity: Capacity) -> Iterator[Sample]:
-    """Open a sampler for the model, load its weights, and yield the function that samples."""
     sampler = open_sampler(model.engine, model.lm, model.tokenizer, model.lm.dtype, capacity)
     with closing(sampler), sampler.loaded(model.lm) as sample:
         yield sample

@@ -43,8 +43,6 @@ SHORT_CACHE = 0.25  # where the engine's cache has room for none of the sequence
 
 
 class Hardware(NamedTuple):
-    """The machine that a run takes place on."""
-
     gpus: int  # 0: a CPU
     gpu_bytes: float  # of each
     host_bytes: float  # of the machine
@@ -118,7 +116,6 @@ def kv_heads(lm: PreTrainedModel) -> int:
 
 
 def token_bytes(lm: PreTrainedModel, itemsize: int = 2) -> int:
-    """Count the bytes of a token's keys and values in the engine's cache."""
     return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * kv_heads(lm) * head_dim(lm)
 
 
@@ -171,7 +168,6 @@ def bytes_needed(
 
 
 def fullest(need: dict[str, float]) -> float:
-    """Return the bytes of the fullest moment."""
     return max(need["at the first check"], need["while sampling"], need["while training"])
 
 

@@ -95,7 +95,6 @@ def load_pretrained(
 
 
 def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None = None) -> PreTrainedModel:
-    """Read a model with its weights; refuse files that lack one. Transformers warns of those it does not use."""
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
     )
@@ -133,7 +132,6 @@ def limit_threads(lm: PreTrainedModel) -> None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Resolve --compute-dtype."""
     auto = "bfloat16" if device.type == "cuda" else "float32"
     dtype: torch.dtype = getattr(torch, auto if name == "auto" else name)
     return dtype

@@ -1,14 +1,12 @@
 """Read the questions of a source: find its files, read their rows, and make each cell what it says.
 
-A source is a file of one's own (.jsonl, .json, .csv or .parquet), a folder, or a set that the authors of Co-rewarding
+A source is a file of one's own (.jsonl, .json or .parquet), a folder, or a set that the authors of Co-rewarding
 published. Their layouts become ordinary rows here, so that no other file knows them.
 """
 
-import csv
 import json
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -132,23 +130,11 @@ def json_rows(path: Path) -> list[Any]:
     return list(json.loads(text))
 
 
-def csv_rows(path: Path) -> list[Any]:
-    csv.field_size_limit(2**31 - 1)  # the default refuses a cell over 131,072 characters
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        if twice := [name for name, count in Counter(reader.fieldnames).items() if count > 1]:
-            raise ValueError(f"two columns are called {twice[0]!r}")
-        rows = list(reader)
-    if ragged := sum(None in row.values() for row in rows):
-        print(f"warning: {path}: {ragged:,} rows have fewer cells than the header, the others count as empty")
-    return rows
-
-
 def parquet_rows(path: Path) -> list[Any]:
     return list(pq.read_table(path, partitioning=None).to_pylist())
 
 
-READERS = {".jsonl": json_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
+READERS = {".jsonl": json_rows, ".json": json_rows, ".parquet": parquet_rows}
 
 
 def read_rows(path: Path) -> list[Any]:
@@ -158,7 +144,7 @@ def read_rows(path: Path) -> list[Any]:
         raise UserError(f"{path} is a folder, a pipe or a device: give a regular file")
     try:
         rows = READERS[path.suffix](path)
-    except (OSError, ValueError, OverflowError, RecursionError, csv.Error, pa.ArrowException) as problem:
+    except (OSError, ValueError, OverflowError, RecursionError, pa.ArrowException) as problem:
         reason = str(problem).partition("\n")[0]
         raise UserError(f"{path} cannot be read as {path.suffix[1:]}: {reason}") from problem
     if not rows:
@@ -176,7 +162,7 @@ def read_pairs(files: Sequence[Path], columns: Columns) -> list[Pair]:
 def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
     cells_at = {f"{source}, row {number}": row for number, row in enumerate(rows, 1)}
     for place, row in cells_at.items():
-        if not isinstance(row, dict) or None in row:  # None: DictReader's name for cells beyond the header
+        if not isinstance(row, dict):
             raise UserError(f"{place} is not a row of named columns")
     cells_at = {place: in_plain_columns(row, columns, place) for place, row in cells_at.items()}
     available = sorted(set().union(*cells_at.values()))

@@ -3,7 +3,7 @@
 Gold never decides which pairs are kept: a set trains the same with and without it.
 
 A source is a folder as the authors of Co-rewarding publish theirs (train_original.parquet, train_rewrite_*.parquet),
-one's own .jsonl, .json, .parquet or .csv, or a name: embedded, math, dapo, open-rs, amc.
+one's own .jsonl, .json or .parquet, or a name: embedded, math, dapo, open-rs, amc.
 """
 
 import os
@@ -22,7 +22,6 @@ from sources.benchmarks import SOURCES, Files, find_files
 from sources.faults import rewrite_fault
 from sources.files import PUBLISHED, Columns, locate, read_source, to_pairs
 from sources.files import Pair as Pair
-from sources.overlap import overlaps
 
 T = TypeVar("T")
 EMBEDDED: dict[str, Split] = {"embedded": "train", "embedded:held-out": "held-out"}
@@ -40,7 +39,6 @@ CONSEQUENCES = {
     "no rephrasing": "pair dropped: this run needs its rephrasing",
     "no gold": "pair dropped: this run needs the answer",
     "too long": "pair dropped: a prompt is over the limit",
-    "in a benchmark": "pair dropped: --decontaminate found its question there",
 }
 
 
@@ -154,9 +152,8 @@ def check_sources(data: Data) -> None:
     """
     if data.source not in {*EMBEDDED, *PUBLISHED}:
         locate(data.source)
-    for name in (data.eval_data, *data.decontaminate):
-        if name is not None:
-            check_benchmark(name)
+    if data.eval_data is not None:
+        check_benchmark(data.eval_data)
 
 
 def check_benchmark(name: str) -> None:
@@ -184,12 +181,3 @@ def load_benchmark(
     if not source:
         return Benchmark(Path(name).stem.replace(":", "-"), pairs)
     return Benchmark(name, [replace(pair, question=source.ask(pair.question, pair.meta)) for pair in pairs])
-
-
-def without_overlap(pairs: list[Pair], benchmarks: Sequence[Benchmark], report: Report) -> list[Pair]:
-    """Drop the pairs whose question is in one of the benchmarks; it is an error if no pair is left."""
-    asked = chain.from_iterable(benchmark.pairs for benchmark in benchmarks)
-    found = {i for i, _ in overlaps([pair.question for pair in pairs], [pair.question for pair in asked])}
-    names = " ".join(benchmark.name for benchmark in benchmarks)
-    cure = f"--decontaminate {names} leaves no training question: it is the training set itself"
-    return report.usable([pair for i, pair in enumerate(pairs) if i not in found], pairs, "in a benchmark", cure)

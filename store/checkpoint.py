@@ -48,8 +48,6 @@ HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch", "--fit", "--config",
 
 @dataclass
 class Training:
-    """The state that a checkpoint holds, or is loaded into."""
-
     policy: PackedLM
     teacher: PackedLM | None
     tokenizer: PreTrainedTokenizerBase
@@ -102,7 +100,6 @@ def begin(aside: Path) -> None:
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a folder, or a link and not what it points to."""
     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
@@ -117,14 +114,12 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def moments_of(training: Training, moment: str) -> dict[str, Tensor]:
-    """Return a moment of AdamW for each weight that has had a gradient."""
     states = training.optimizer.state
     named = training.policy.lm.named_parameters()
     return {name: states[parameter][moment] for name, parameter in named if parameter in states}
 
 
 def optimizer_steps(optimizer: torch.optim.Optimizer) -> float:
-    """Return the number of optimizer steps that were not skipped."""
     return max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
 
 

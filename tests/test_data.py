@@ -301,16 +301,11 @@ def test_the_same_rows_come_out_of_every_format(tmp_path):
     write_jsonl(tmp_path / "q.jsonl", rows)
     (tmp_path / "q.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "q.parquet")
-    (tmp_path / "q.csv").write_text(
-        '\ufeffid,problem,answer,topic\r\na,"Süß, ""¿√2?""\n$x_1$","1,2",数\r\nb,p2,,t\r\n',
-        encoding="utf-8",
-        newline="",
-    )
     expected = [
         Pair("a", rows[0]["problem"], None, "1,2", {"topic": "数"}),
         Pair("b", "p2", None, None, {"topic": "t"}),
     ]
-    for suffix in ("jsonl", "json", "parquet", "csv"):
+    for suffix in ("jsonl", "json", "parquet"):
         assert load_pairs(str(tmp_path / f"q.{suffix}"), question="problem") == expected
 
 
@@ -319,14 +314,12 @@ def test_a_line_separator_inside_a_json_string_does_not_cut_the_line(tmp_path):
     assert [p.question for p in load_pairs(str(tmp_path / "q.jsonl"))] == ["a\u2028b\x85c", "d"]
 
 
-@pytest.mark.parametrize("suffix", ["jsonl", "csv", "parquet"])
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
 def test_a_million_characters_are_read_and_then_dropped_as_too_long(tmp_path, suffix):
     path = tmp_path / f"q.{suffix}"
     long = "1+" * 500_000
     if suffix == "jsonl":
         write_jsonl(path, [{"question": long}, {"question": "q"}])
-    elif suffix == "csv":
-        path.write_text(f"question,answer\n{long},1\nq,1\n")
     else:
         pq.write_table(pa.table({"question": [long, "q"]}), path)
     report = Report()
@@ -345,16 +338,12 @@ BAD_FILES = {
     "empty.jsonl": (b"", "empty.jsonl holds no rows"),
     "blank.json": (b"\n \n", "blank.json holds no rows"),
     "list.json": (b"[]", "list.json holds no rows"),
-    "header.csv": (b"question,answer\n", "header.csv holds no rows"),
     "broken.jsonl": (b'{"question": "q"}\n{"question": \n', r"broken\.jsonl cannot be read as jsonl: .*line 2 "),
     "broken.json": (b'[{"question": "q"}', r"broken\.json cannot be read as json: "),
     "deep.jsonl": (b'{"question": "q"}\n' + b"[" * 200_000, r"deep\.jsonl cannot be read as jsonl: "),
     "scalar.jsonl": (b'{"question": "q"}\n7\n', r"scalar\.jsonl, row 2 is not a row"),
-    "latin.csv": ("question\nSüß\n".encode("latin-1"), r"latin\.csv cannot be read as csv: .*utf-8"),
-    "ragged.csv": (b"question\na\nb,c\n", r"ragged\.csv, row 2 is not a row"),
-    "quote.csv": (b'question\n"a\n', r"quote\.csv cannot be read as csv: "),
-    "twice.csv": (b"question,question\na,b\n", r"twice\.csv cannot be read as csv: two columns are called 'question'"),
-    "nul.csv": (b"question\n\x00\xff\n", r"nul\.csv cannot be read as csv: "),
+    "latin.jsonl": ('{"question": "Süß"}\n'.encode("latin-1"), r"latin\.jsonl cannot be read as jsonl: .*utf-8"),
+    "table.csv": (b"question\nq\n", r"table\.csv is of no known kind: give one of \.jsonl, "),
     "noise.parquet": (b"PAR1 is not enough PAR1", r"noise\.parquet cannot be read as parquet: "),
     "notes.txt": (b"question", r"notes\.txt is of no known kind: give one of \.jsonl, "),
     "names.jsonl": (b'{"problem": "q"}\n', r"no column 'question': choose with --question-column from problem"),
@@ -417,8 +406,8 @@ def test_a_date_outside_the_calendar_is_no_traceback(tmp_path):
 
 def test_one_set_in_two_formats_is_not_read_twice(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", [{"question": "q"}])
-    (tmp_path / "train.csv").write_text("question\nq\n")
-    with pytest.raises(UserError, match=r"holds train\.csv and train\.jsonl: name the one to read"):
+    (tmp_path / "train.json").write_text('{"question": "q"}\n')
+    with pytest.raises(UserError, match=r"holds train\.json and train\.jsonl: name the one to read"):
         load_pairs(str(tmp_path))
 
 

@@ -1,4 +1,4 @@
-"""tools/look.py and tools/ask.py: each test is named after the bug it prevents."""
+"""tools/look.py: each test is named after the bug it prevents."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from config import UserError
-from tools import ask, look
+from tools import look
 from tools.look import side_by_side
 
 
@@ -49,8 +49,3 @@ def test_a_step_is_shown_without_its_votes_or_another_step_is(tmp_path: Path, ca
         look.look(tmp_path, step=7)
     with pytest.raises(UserError, match="is no run's folder"):
         look.look(tmp_path / "nowhere")
-
-
-def test_a_model_that_is_asked_answers_as_in_training(capsys: pytest.CaptureFixture[str]):
-    ask.ask("embedded", "Ann has 3 pens and buys 2 bags of 4 pens. How many pens now?", k=8, max_response_tokens=32)
-    assert "vote: 11 (" in capsys.readouterr().out

@@ -1,14 +1,18 @@
-"""sources/overlap.py and --decontaminate: each test is named after the bug it prevents."""
+"""benchmarks/overlap.py: each test is named after the bug it prevents."""
 
+import json
 import random
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from config import UserError
-from sources.overlap import NEARLY, RUN, digits, overlaps, runs_of_words
-from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+from overlap import NEARLY, RUN, digits, main, overlaps, runs_of_words
+
+from sources.pairs import load_benchmark, load_pairs
 
 SETS = Path(__file__).resolve().parents[2] / "shared" / "data"
 LONG = "A train leaves the station at 7 and drives for 3 hours at 60 miles an hour before it stops. How far is that?"
@@ -53,14 +57,13 @@ def test_helpers_split_inside_numbers_or_names() -> None:
     assert runs_of_words(" a\n\n b\t") == {("a", "b")}
 
 
-def test_decontaminated_set_keeps_a_copy_or_loses_the_rest() -> None:
-    pairs = [Pair(str(i), f"{LONG} And what is {i} squared?") for i in (100, 200)] + [Pair("other", "What is 2+2?")]
-    report = Report()
-    benchmark = Benchmark("own", [Pair("0", f"{LONG} And what is 100 squared?", gold="1")])
-    assert [pair.id for pair in without_overlap(pairs, [benchmark], report)] == ["200", "other"]
-    assert report.dropped["in a benchmark"] == 1
-    with pytest.raises(UserError, match="--decontaminate own leaves no training question"):
-        without_overlap(pairs[:1], [benchmark], report)
+def test_a_cleaned_set_keeps_a_copy_or_loses_the_rest(tmp_path: Path) -> None:
+    questions = [f"{LONG} And what is {i} squared?" for i in (100, 200)] + ["What is 2+2?"]
+    for name, part in (("train", questions), ("asked", questions[:1])):
+        rows = [{"question": question, "answer": "1"} for question in part]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(str(tmp_path / "train.jsonl"), [str(tmp_path / "asked.jsonl")], tmp_path / "clean.jsonl")
+    assert [pair.question for pair in load_pairs(str(tmp_path / "clean.jsonl"))] == questions[1:]
 
 
 @pytest.mark.skipif(not SETS.exists(), reason="the published data sets are not here")

@@ -26,7 +26,7 @@ import train
 from baselines import choose_variant
 from lm.model import resolve
 from store.folder import lock_run_dir
-from tools import ask, look, plot, rephrase
+from tools import look, plot, rephrase
 
 ROWS = [{"question": f"What is {i} plus {i}?", "answer": str(2 * i)} for i in range(1, 5)]
 
@@ -58,7 +58,6 @@ TRAIN = {
     "a chat template that is not there": ("--chat-template nowhere.jinja", "nowhere.jinja cannot be read"),
     "a chat template that is none": ("--chat-template notes.txt", "cannot be used"),
     "options that are no JSON": ("--template-options thinking", "is no JSON object"),
-    "training on itself": ("--decontaminate embedded", "leaves no training question"),
     "steps and epochs": ("--steps 7 --epochs 2", "--steps and --epochs say the same thing twice"),
     "fewer votes than rollouts": ("--votes 4", "--votes 4 are fewer than --rollouts 8, which all vote"),
     "more mini-batches than questions": ("--mini-batches 17", "some steps ask 15 questions: lower it"),
@@ -104,7 +103,6 @@ OTHERS: dict[str, tuple[Callable[..., object], str, str]] = {
     "data: nothing there": (data.show, "nowhere", "nowhere is no file"),
     "plot: no run": (plot.main, "empty", "empty"),
     "look: no run": (look.look, "empty", "is no run's folder"),
-    "ask: no model": (ask.ask, "nonsense question", "neither a folder nor a hub name"),
     "rephrase: nothing there": (rephrase.main, "--data nowhere --model M --out o.jsonl", "nowhere is no file"),
 }
 
@@ -284,7 +282,7 @@ def with_everything(here: Path) -> Path:
     lines["blank.jsonl"] = [json.dumps({"question": " "}) + "\n"]
     lines["ids.jsonl"] = [json.dumps({**row, "id": "one"}) + "\n" for row in ROWS]
     lines["two/gsm8k_test.jsonl"] = [json.dumps({**row, "answer": f"#### {row['answer']}"}) + "\n" for row in ROWS]
-    lines["two/train.csv"] = ["question,answer\n", "What is 1 plus 1?,2\n"]
+    lines["two/train.json"] = ['{"question": "What is 1 plus 1?", "answer": "2"}\n']
     (here / "two").mkdir()
     (here / "rewrites").mkdir()
     for name in ("original", "rewrite_a", "rewrite_b"):

@@ -36,7 +36,6 @@ def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
 
 
 def described(row: Record) -> Group:
-    """Describe one wording of the question: who voted for what, and what the policy said."""
     votes = Table.grid(padding=(0, 2))
     for who, answers in row["votes"].items():
         counts = Counter("(none)" if answer is None else answer for answer in answers).most_common()
@@ -50,7 +49,6 @@ def described(row: Record) -> Group:
 
 
 def look(run: Positional[Path], step: int | None = None) -> None:
-    """Show what was asked and said in a step of a run."""
     file = run / "rollouts.jsonl"
     if not file.is_file():
         raise UserError(f"{run} is no run's folder: it holds no rollouts.jsonl")

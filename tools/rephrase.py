@@ -156,7 +156,6 @@ def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
 
 
 def rephrase(settings: RephrasingSettings) -> None:
-    """Give each question a second wording, by a model, checked."""
     distributed.start()
     settings = replace(settings, model=distributed.run_on_rank0(lambda: newest_policy(settings.model)))
     report = Report()
@@ -172,7 +171,6 @@ def rephrase(settings: RephrasingSettings) -> None:
 
 
 def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path) -> list[Record]:
-    """Load the rewriter, and let it rewrite all questions."""
     model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
     tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
     with sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
@@ -184,7 +182,6 @@ def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path)
 
 
 def summary(out: Path, rows: Sequence[Record]) -> str:
-    """Count the questions with a rephrasing, and the rewrites turned down by reason."""
     good = sum(bool(row["rephrased"]) for row in rows)
     faults: Counter[str] = Counter()
     for row in rows:

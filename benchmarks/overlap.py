@@ -1,4 +1,6 @@
-"""Find questions of a benchmark in a training set, word for word or nearly so.
+"""Find questions of a benchmark in a training set, word for word or nearly so, and write the set without them.
+
+    python benchmarks/overlap.py --data dapo --benchmarks math500 math amc --out dapo-clean.jsonl
 
 Half of the benchmark question's runs of 8 words, or more, stand in one training question, which also has all its
 numbers: the same exercise with other numbers is another exercise. A question of fewer words is found if it is equal
@@ -6,8 +8,19 @@ but for white space. This sees a question through another layout or a sentence a
 """
 
 import re
+import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+
+import tyro
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from config import exit_on_user_error
+from sources.pairs import load_benchmark, load_pairs
+from store.jsonl import to_lines, write_atomic
 
 RUN = 8  # words
 NEARLY = 0.5  # share of a benchmark question's runs
@@ -39,3 +52,22 @@ def overlaps(training: Sequence[str], asked: Sequence[str]) -> Iterator[tuple[in
         for j, count in shared.items():
             if count >= NEARLY * len(runs_in[j]) and digits(asked[j]) <= digits(question):
                 yield i, j
+
+
+def main(data: str, benchmarks: list[str], out: Path, data_dir: str = "data") -> None:
+    """Write the questions of a training set that none of the benchmarks asks too."""
+    pairs = load_pairs(data)
+    asked = chain.from_iterable(load_benchmark(name, data_dir).pairs for name in benchmarks)
+    found = {i for i, _ in overlaps([pair.question for pair in pairs], [pair.question for pair in asked])}
+    kept = [pair for i, pair in enumerate(pairs) if i not in found]
+    rows = [
+        {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold} | pair.meta
+        for pair in kept
+    ]
+    write_atomic(out, to_lines(rows))
+    print(f"{out}: {len(kept):,} of {len(pairs):,} questions; {len(found):,} are in {' '.join(benchmarks)}")
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        tyro.cli(main, description=__doc__)
