@@ -4,11 +4,11 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from hashlib import blake2b
 from inspect import signature
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +31,6 @@ class Capacity(NamedTuple):
     sequence_tokens: int  # of the longest prompt and response together
     sequences: int
     engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
-
-
-class Sampler(Protocol):
-    """What the loop asks of an engine that samples."""
-
-    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
-    sleeping_bytes: int  # that PyTorch counts as used while the engine sleeps, and that are free
-
-    def loaded(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
-        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
-        ...
-
-    def close(self) -> None:
-        """End what the sampler runs, if anything; after the last communication between ranks."""
-        ...
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -125,8 +110,8 @@ class TransformersSampler:
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
     """
 
-    sync_seconds: float | None = None
-    sleeping_bytes = 0
+    sync_seconds: float | None = None  # that the last load of weights took; here sampling needs none
+    sleeping_bytes = 0  # that PyTorch counts as used while an engine sleeps, and that are free
 
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
         self.eos_ids = list(eos_ids)
@@ -137,6 +122,7 @@ class TransformersSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        """Yield the function that samples from the model's present weights."""
         lm = unsharded(lm, self.compute_dtype)
 
         def sample(prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import UserError
 from lm import distributed
-from lm.decoding import Capacity, Sample, Sampler, TransformersSampler
+from lm.decoding import Capacity, Sample, TransformersSampler
 from lm.model import check_length, compute_dtype, limit_threads, load_pretrained, stop_token_ids
 from lm.prompts import prompt_ids, read_chat_template
 from lm.vllm_engine import VLLMSampler
 
 Engine = Literal["vllm", "hf"]
+Sampler = TransformersSampler | VLLMSampler
 
 
 def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:

@@ -1,4 +1,4 @@
-"""Sample with vLLM inside the trainer's process, behind the interface of `lm/decoding.py: Sampler`.
+"""Sample with vLLM inside the trainer's process, with the members of `lm/decoding.py: TransformersSampler`.
 
     sampler = VLLMSampler(lm, ...)
     with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
