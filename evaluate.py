@@ -97,14 +97,12 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
-from lm import distributed
+from lm import distributed, engine
 from lm.decoding import Capacity, Sample, request_seed
-from lm.engine import load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import prompt_encoder
 from rewards import majority_vote, matches, read_answers
-from store.batches import claim_folder, work_through
-from store.checkpoint import weights_fingerprint
+from store import batches, checkpoint
 from store.jsonl import Record, fingerprint, write_atomic
 
 GROUPINGS = ("level", "subject", "type", "subfield", "Type", "wording")  # columns to break numbers down by
@@ -210,9 +208,9 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
     made_with = asdict(settings) | {"out": None, "questions": fingerprint([each.pairs for each in benchmarks])}
-    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(model)))
+    made_with["weights"] = distributed.run_on_rank0(lambda: checkpoint.weights_fingerprint(Path(model)))
     file = folder / "result.json"
-    with claim_folder(folder, made_with, file):
+    with batches.claim_folder(folder, made_with, file):
         if not distributed.run_on_rank0(file.exists):
             result = {
                 "settings": made_with,
@@ -225,7 +223,7 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
 
 
 def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folder: Path) -> dict[str, Any]:
-    model = load_inference_model(str(settings.model), settings.sampler, settings.chat_template)
+    model = engine.load_inference_model(str(settings.model), settings.sampler, settings.chat_template)
     encode = prompt_encoder(model.tokenizer, model.template, settings.template_options)
     asked: dict[str, list[Asked]] = {}
     for benchmark in benchmarks:
@@ -235,13 +233,15 @@ def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folde
     size = settings.questions_per_batch * distributed.world_size()
     capacity = Capacity(longest + settings.max_response_tokens, settings.questions_per_batch * max(settings.k, 1))
     results = {}
-    with sampling_from(model, capacity) as sample:
+    with engine.sampling_from(model, capacity) as sample:
 
         def ask(batch: Sequence[Asked]) -> list[Record]:
             return ask_questions(distributed.shard_prompts(sample), model.tokenizer, batch, settings)
 
         for each in benchmarks:
-            rows = work_through(folder / f"{each.name}.jsonl", asked[each.name], size, ask, "correct", settings.k + 1)
+            rows = batches.work_through(
+                folder / f"{each.name}.jsonl", asked[each.name], size, ask, "correct", settings.k + 1
+            )
             results[each.name] = result_of(each, rows)
     return results
 

@@ -10,68 +10,55 @@ import torch
 from baselines import choose_variant
 from config import Config, Data, UserError, flag_name
 from data import PromptedPair, steps_per_epoch, tokenize_pairs
-from lm import distributed
+from lm import distributed, engine, memory, model, prompts
 from lm.decoding import Capacity
-from lm.engine import choose_engine, open_sampler
-from lm.memory import Demand, fit, this_hardware
-from lm.model import (
-    checkpoint_activations,
-    compile_models,
-    frozen_copy,
-    limit_threads,
-    load_policy,
-    load_pretrained,
-)
-from lm.prompts import prompt_encoder, read_chat_template
 from lm.scoring import PackedLM
 from rewards import Variant
 from rollout import Run
 from sources.files import Columns
 from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs
-from store import checkpoint
-from store.jsonl import fingerprint
+from store import checkpoint, jsonl
 
 
 def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[Run, int]:
     """Check and load everything, cheap checks first; return the run and its first step."""
     device = distributed.start()
     variant = choose_variant(config.method)
-    engine = choose_engine(config.sampling.sampler)
+    chosen_engine = engine.choose_engine(config.sampling.sampler)
     check_sense(config)
     pairs, report, benchmark = read_data(config)
     name = str(config.model.name)
-    shape, tokenizer = load_pretrained(name, torch.float32, weights=False)
-    encode = prompt_encoder(tokenizer, read_chat_template(config.model.chat_template), config.model.template_options)
+    shape, tokenizer = model.load_pretrained(name, torch.float32, weights=False)
+    template = prompts.read_chat_template(config.model.chat_template)
+    encode = prompts.prompt_encoder(tokenizer, template, config.model.template_options)
     questions = build_prompts(config, variant, encode, pairs, report)
     eval_questions: list[PromptedPair] = []
     if benchmark:
         eval_questions = tokenize_pairs(benchmark.pairs, encode, config.data.max_prompt_tokens)
         print(f"evaluation: {len(eval_questions):,} of {len(benchmark.pairs):,} questions of {benchmark.name}")
         benchmark = replace(benchmark, pairs=[question.pair for question in eval_questions])
-    limit_threads(shape)
+    model.limit_threads(shape)
     sequences = len(variant.policy_views) * config.data.questions_per_step * config.votes
-    plan = fit(shape, config, Demand(variant.has_teacher + variant.has_frozen_reference, sequences), this_hardware())
-    prompts = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
-    capacity = Capacity(
-        sequence_tokens=max(map(len, prompts)) + config.sampling.max_response_tokens,
-        sequences=sequences,
-        engine_memory=plan.engine_memory,
-    )
+    demand = memory.Demand(variant.has_teacher + variant.has_frozen_reference, sequences)
+    plan = memory.fit(shape, config, demand, memory.this_hardware())
 
     print(f"loading {name}", flush=True)
-    policy, _ = load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
-    teacher = frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
-    initial = frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
+    policy = model.load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
+    teacher = model.frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
+    initial = model.frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
     if plan.compiled:
-        compile_models(filter(None, (policy, teacher, initial)), plan.activation_checkpointing == "light")
+        model.compile_models(filter(None, (policy, teacher, initial)), plan.activation_checkpointing == "light")
     if plan.activation_checkpointing == "on":
-        checkpoint_activations(policy)
+        model.checkpoint_activations(policy)
+    prompt_lists = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
+    longest = max(map(len, prompt_lists)) + config.sampling.max_response_tokens
+    capacity = Capacity(longest, sequences, plan.engine_memory)
     run = Run(
         config=config,
         folder=folder,
         variant=variant,
         questions=questions,
-        fingerprint=fingerprint([(each.pair.id, sorted(each.prompts.items()), each.pair.gold) for each in questions]),
+        fingerprint=jsonl.fingerprint([(q.pair.id, sorted(q.prompts.items()), q.pair.gold) for q in questions]),
         benchmark=benchmark,
         eval_prompts=[question.prompts["x"] for question in eval_questions],
         total_steps=total_steps(config, len(questions)),
@@ -82,7 +69,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         teacher=teacher,
         initial=initial,
         optimizer=build_optimizer(policy, (0.9, config.optimisation.beta2), config.optimisation.weight_decay),
-        sampler=open_sampler(engine, policy.lm, tokenizer, policy.compute_dtype, capacity),
+        sampler=engine.open_sampler(chosen_engine, policy.lm, tokenizer, policy.compute_dtype, capacity),
     )
     return run, checkpoint.restore(resumed, train_state(run)) if resumed else 0
 

@@ -105,23 +105,21 @@ def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None 
     return lm
 
 
-def load_policy(
-    name: str, device: torch.device, dtype: str = "auto", offload: bool = False
-) -> tuple[PackedLM, PreTrainedTokenizerBase]:
-    """Load the model to train, with float32 master weights and `dtype` to compute in, and its tokenizer.
+def load_policy(name: str, device: torch.device, dtype: str = "auto", offload: bool = False) -> PackedLM:
+    """Load the model to train, with float32 master weights and `dtype` to compute in.
 
     In a group of processes rank 0 reads the weights, and each rank keeps its shards: on `device`, or with `offload` in
     the CPU's memory.
     """
-    lm, tokenizer = load_pretrained(name, torch.float32, weights=distributed.is_rank0())
+    lm, _ = load_pretrained(name, torch.float32, weights=distributed.is_rank0())
     policy = PackedLM(lm if distributed.is_rank0() else empty_like(lm), compute_dtype(dtype, device))
     distributed.run_on_rank0(partial(verify_head, policy, name))
     if not distributed.in_group():
-        return policy.to(device), tokenizer
+        return policy.to(device)
     weights = distributed.named_tensors(policy)
     shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload)
     distributed.fill_from_rank0(weights.__getitem__, distributed.named_tensors(policy))
-    return policy, tokenizer
+    return policy
 
 
 def limit_threads(lm: PreTrainedModel) -> None:

@@ -85,8 +85,8 @@ class Guesser:
 @pytest.fixture
 def guesser(monkeypatch: pytest.MonkeyPatch) -> Guesser:
     guesser = Guesser()
-    monkeypatch.setattr(evaluate, "load_inference_model", guesser.loaded)
-    monkeypatch.setattr(evaluate, "sampling_from", lambda *_, **__: nullcontext(guesser.sample))
+    monkeypatch.setattr(evaluate.engine, "load_inference_model", guesser.loaded)
+    monkeypatch.setattr(evaluate.engine, "sampling_from", lambda *_, **__: nullcontext(guesser.sample))
     return guesser
 
 

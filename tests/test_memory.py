@@ -241,7 +241,7 @@ def test_a_run_that_goes_on_on_other_gpus_keeps_the_plan_of_the_first(
 ) -> None:
     flags = ["--compile", "off", "--activation-checkpointing", "off"]
     for steps, hardware, share in (("1", Hardware(1, 6e9, HOST), 0.75), ("2", Hardware(4, 80e9, HOST), 0.85)):
-        monkeypatch.setattr("prepare.this_hardware", lambda hardware=hardware: hardware)
+        monkeypatch.setattr("lm.memory.this_hardware", lambda hardware=hardware: hardware)
         resumed = ["--resume", "auto"] if steps == "2" else []
         folder = train(small(tmp_path / "run", *flags, "--steps", steps, *resumed))
         assert f"fits {hardware}: engine {share:.2f}" in capsys.readouterr().out

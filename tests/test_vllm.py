@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen3Config, Qwe
 import prepare
 import train
 from config import UserError, parse
-from lm import vllm_engine
+from lm import engine, vllm_engine
 from lm.decoding import Capacity
 from lm.engine import choose_engine, open_sampler
 from lm.model import resolve
@@ -294,7 +294,7 @@ def test_a_run_does_not_use_vllm_or_does_not_time_it(tmp_path: Path, monkeypatch
         ENGINES.append(open_sampler(*arguments, **options))
         return ENGINES[-1]
 
-    monkeypatch.setattr(prepare, "open_sampler", keep)
+    monkeypatch.setattr(engine, "open_sampler", keep)
     seen = {}
     for sampler in ("vllm", "hf"):
         flags = f"--variant III --sampler {sampler} --steps 2 --questions-per-step 2 --rollouts 2 --eval-every 0"
