@@ -65,7 +65,6 @@ from lm.prompts import prompt_ids
 from lm.scoring import autocast
 from metrics import detect_collapse
 from rewards import VARIANTS
-from store import curves
 from store.jsonl import Record, changes, fingerprint, read_rows, to_lines, write_atomic
 from store.results import estimate, written
 
@@ -74,7 +73,6 @@ READ = 20  # answers to read, of every model
 IMITATION_WARM_UP = 10  # steps
 SUMS = 8  # in a row of the drill: as long as a question with its solution
 WRITE_EVERY = 20  # seconds
-PANELS = {"eval_accuracy": "held-out accuracy, sampled", "reward": "reward", "label_accuracy": "label accuracy"}
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PHASES = ("evaluation", "rollout", "sync", "teacher", "reward", "reference", "update", "metrics")
 PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
@@ -488,20 +486,24 @@ def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) 
     return [["question", "gold", *shown], *rows]
 
 
-def draw(result: Record, file: Path) -> None:
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    axes = figure.subplots(1, len(PANELS))
-    for axis, (key, heading) in zip(axes, PANELS.items(), strict=True):
-        for i, (row, runs) in enumerate(by_label(result).items()):
-            style = {"color": curves.COLOURS[i % len(curves.COLOURS)], "linestyle": curves.DASHES[i % 4]}
-            curves.draw_metric(axis, key, [run["metrics"] for run in runs.values()], label=row, **style)
-        axis.set_title(heading, fontsize=10)
-        axis.set_xlabel("training step")
-        axis.grid(alpha=0.25)
-        if key == "reward" and axis.dataLim.ymax > 1:  # self-certainty is over 10, where votes pay 1
-            axis.set_yscale("symlog", linthresh=1)
-    lines = {str(line.get_label()): line for axis in axes for line in axis.get_lines()}
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, frameon=False)
+def draw(change: Table, file: Path) -> None:
+    """Draw the table of changes: a panel for each benchmark, a point with its error for each method."""
+    header, *rows = change
+    figure = Figure(figsize=(12, 0.6 + 0.5 * len(rows)), layout="constrained")
+    axes = figure.subplots(1, len(BENCHMARKS), sharex=True, sharey=True)
+    for axis, benchmark in zip(axes, BENCHMARKS, strict=True):
+        for how, marker, shift in (("sampled", "o", -0.12), ("greedy", "s", 0.12)):
+            column = header.index(f"{benchmark}, {how}")
+            values, errors = zip(*(map(float, row[column].split(" ± ")) for row in rows), strict=True)
+            heights = [i + shift for i in range(len(rows))]
+            axis.errorbar(values, heights, xerr=errors, fmt=marker, capsize=3, label=how)
+        axis.axvline(0, color="grey", linewidth=0.8)
+        axis.set_title(benchmark, fontsize=10)
+        axis.grid(axis="x", alpha=0.25)
+    axes[0].set_yticks(range(len(rows)), [f"{row[0].partition(',')[0]}, seeds: {row[1]}" for row in rows])
+    axes[0].invert_yaxis()
+    axes[0].legend(frameon=False)
+    figure.supxlabel("change of accuracy by training, points; bars: the standard error over questions", fontsize=10)
     figure.savefig(file, dpi=160)
 
 
@@ -511,8 +513,8 @@ def report(result: Record, document: Path) -> None:
     tables |= {"time": time_table(result), "rollouts": rollouts_table(result)}
     for name, rows in tables.items():
         publish(document, f"real-{name}", rows)
-    if result["runs"]:
-        draw(result, document.with_name("real.png"))
+    if len(tables["change"]) > 1:
+        draw(tables["change"], document.with_name("real.png"))
 
 
 def main(settings: Settings) -> None:
