@@ -192,6 +192,7 @@ def optimizer_step(
         aggregate(loss, batch.mask, config.method.loss_agg, batch.denominators).backward()
         per_batch.append(token_metrics(stats, old_logp, batch))
         del stats, loss  # or their graph would outlive the next forward pass
+    distributed.reshard(policy)  # weights that stayed whole would miss the update
     norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), config.optimisation.max_grad_norm)
     grad_norm = distributed.full_tensor(norm).item()
     is_finite = math.isfinite(grad_norm)

@@ -43,7 +43,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
     plan = memory.fit(shape, config, demand, memory.this_hardware())
 
     print(f"loading {name}", flush=True)
-    policy = model.load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer)
+    policy = model.load_policy(name, device, config.model.compute_dtype, plan.offload_optimizer, plan.gather_once)
     teacher = model.frozen_copy(policy, plan.offload_teacher) if variant.has_teacher else None
     initial = model.frozen_copy(policy, plan.offload_teacher) if variant.has_frozen_reference else None
     if plan.compiled:

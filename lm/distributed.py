@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
@@ -178,6 +179,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
 def local_shard(tensor: Tensor) -> Tensor:
     """Return this rank's shard of a sharded tensor, sharing its memory; any other as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def reshard(model: nn.Module) -> None:
+    """Free the weights that a model may have kept unsharded: after an update they would be the old ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def named_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -6,8 +6,9 @@ P parameters in N shards (FSDP2, see model.shard); vLLM samples. Bytes on each G
     kept after step 1  AdamW's moments 8P/N
     first check        the engine and an unsharded bfloat16 copy, 2P, before AdamW has its moments
     while sampling     the engine: a share of the GPU
-    while training     gradients 4P/N; weights outside of layers, unsharded; what autograd keeps of a micro-batch (where
-                       it is recomputed, the inputs of layers); the head or the layer at work
+    while training     gradients 4P/N; weights outside of layers, unsharded, on one GPU of layers too where they fit;
+                       what autograd keeps of a micro-batch (where it is recomputed, the inputs of layers); the head or
+                       the layer at work
 
 Not in it: the CUDA context and NCCL's buffers (about 2 GB), and the allocator's fragmentation; USABLE leaves room. On a
 CPU there is one shard, and the key-value cache of the model itself takes the engine's place.
@@ -39,6 +40,7 @@ RECOMPUTE = {"off": 0.0, "light": 0.01, "on": 0.12}  # light: of compiled layers
 MICRO_BATCH = {16384: 0.0, 8192: 0.02, 4096: 0.06}
 OFFLOAD_TEACHER = {False: 0.0, True: 0.05}
 OFFLOAD_OPTIMIZER = {False: 0.0, True: 0.8}
+GATHER_EACH_TIME = 0.03  # instead of once a step, which one GPU can
 SHORT_CACHE = 0.25  # where the engine's cache has room for none of the sequences that are wanted at once
 
 
@@ -69,6 +71,7 @@ class Plan(NamedTuple):
     offload_optimizer: bool
     engine_memory: float = 0.5
     compiled: bool = False
+    gather_once: bool = False  # the policy's weights stay unsharded over a step
 
     def __str__(self) -> str:
         kept = {"on": "recomputed", "light": "products kept", "off": "activations kept"}[self.activation_checkpointing]
@@ -154,12 +157,12 @@ def bytes_needed(
         "CUDA graphs": CUDA_GRAPHS * on_gpu,
         "engine": plan.engine_memory * hardware.gpu_bytes if on_gpu else cpu_cache,
         "gradients": 4 * own,
-        "weights outside of layers": 2 * (parameters - layer * len(layers)) * on_gpu,
+        "unsharded weights": 2 * (parameters - layer * len(layers) * (not plan.gather_once)) * on_gpu,
         "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
         "head or layer at work": max(head_at_work, layer_at_work),
     }
     kept = need["master weights"] + need["teacher, reference"] + need["CUDA graphs"]
-    training = ("AdamW", "gradients", "weights outside of layers", "activations", "head or layer at work")
+    training = ("AdamW", "gradients", "unsharded weights", "activations", "head or layer at work")
     return need | {
         "at the first check": kept + need["engine"] + 2 * parameters * on_gpu,
         "while sampling": kept + need["engine"] + need["AdamW"],
@@ -185,10 +188,11 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float
     tokens = {given.tokens_per_micro_batch: 0.0} if given.tokens_per_micro_batch else MICRO_BATCH
     teacher = {True: 0.0} if given.offload_teacher else OFFLOAD_TEACHER
     optimizer = {True: 0.0} if given.offload_optimizer else OFFLOAD_OPTIMIZER
-    for choice in product(recompute, tokens, teacher, optimizer):
-        how, size, teacher_away, optimizer_away = choice
-        cost = recompute[how] + tokens[size] + teacher[teacher_away] + optimizer[optimizer_away]
-        yield Plan(how, size, teacher_away, optimizer_away, engine_memory=0.0, compiled=compiled), cost
+    once = {True: 0.0, False: GATHER_EACH_TIME} if hardware.gpus == 1 else {False: 0.0}
+    for choice in product(recompute, tokens, teacher, optimizer, once):
+        how, size, teacher_away, optimizer_away, gather = choice
+        cost = recompute[how] + tokens[size] + teacher[teacher_away] + optimizer[optimizer_away] + once[gather]
+        yield Plan(how, size, teacher_away, optimizer_away, 0.0, compiled, gather), cost
 
 
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:

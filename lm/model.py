@@ -105,7 +105,9 @@ def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None 
     return lm
 
 
-def load_policy(name: str, device: torch.device, dtype: str = "auto", offload: bool = False) -> PackedLM:
+def load_policy(
+    name: str, device: torch.device, dtype: str = "auto", offload: bool = False, gather_once: bool = False
+) -> PackedLM:
     """Load the model to train, with float32 master weights and `dtype` to compute in.
 
     In a group of processes rank 0 reads the weights, and each rank keeps its shards: on `device`, or with `offload` in
@@ -117,7 +119,7 @@ def load_policy(name: str, device: torch.device, dtype: str = "auto", offload: b
     if not distributed.in_group():
         return policy.to(device)
     weights = distributed.named_tensors(policy)
-    shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload)
+    shard(policy, init_device_mesh(device.type, (distributed.world_size(),)), offload, gather_once)
     distributed.fill_from_rank0(weights.__getitem__, distributed.named_tensors(policy))
     return policy
 
@@ -246,20 +248,21 @@ def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> l
     return sorted(ids)
 
 
-def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False) -> None:
+def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False, gather_once: bool = False) -> None:
     """Shard float32 weights over the mesh's ranks, in place, and with them gradients and AdamW's state (FSDP2).
 
     With `offload` all of these stay in the CPU's memory, AdamW works there, and layers visit the GPU.
 
-    Each decoder layer is put together when its turn comes, in the dtype of computing, and taken apart behind it: a
-    weight that stayed whole after a pass would miss the next update. Gradients are added up in float32 and not
-    averaged, because the loss is divided by the whole step's denominator.
+    Each decoder layer is put together when its turn comes, in the dtype of computing, and taken apart behind it, or
+    with `gather_once` by `distributed.reshard`: a weight that stayed whole would miss the next update. Gradients are
+    added up in float32 and not averaged, because the loss is divided by the whole step's denominator.
     """
     precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for module in [*decoder_layers(model.lm), model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision, offload_policy=place)
+        fully_shard(module, mesh=mesh, reshard_after_forward=not gather_once, mp_policy=precision, offload_policy=place)
         assert isinstance(module, FSDPModule)
+        module.set_reshard_after_backward(not gather_once, recurse=False)
         if mesh.size() > 1:  # alone there is nothing to divide by, and FSDP would copy every gradient once more
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds

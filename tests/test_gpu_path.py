@@ -22,16 +22,22 @@ ROOT = Path(__file__).resolve().parents[1]
 
 IN_A_GROUP_OF_ONE = """
 import json, sys
+from functools import partial
+
 import torch
 from tiny import gradients, tiny_lm, tiny_rollouts
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.functional import cosine_similarity
 
+from config import Config
+from grpo import optimizer_step
 from lm import packing, distributed
 from lm.decoding import TransformersSampler
 from lm.model import checkpoint_activations, decoder_layers, shard
 from lm.packing import micro_batches, pack
-from lm.scoring import PackedLM
+from lm.scoring import PackedLM, score
+from prepare import build_optimizer
 
 distributed.start()
 found = {}
@@ -60,11 +66,43 @@ def gradient_of(dtype, recompute):
     return flat, len(layers), [list(each) for each in dtypes]
 
 
+def after_two_steps(gather_once, recompute):
+    policy = PackedLM(tiny_lm("qwen3", tied=True), torch.bfloat16)
+    shard(policy, init_device_mesh("cpu", (1,)), gather_once=gather_once)
+    if recompute:
+        checkpoint_activations(policy)
+    gathers = []
+    for module in policy.modules():
+        if isinstance(module, FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                group.unshard = partial(counted, group, group.unshard, gathers)
+    optimizer = build_optimizer(policy, (0.9, 0.999), 0.0)
+    for i, rollout in enumerate(rollouts):
+        rollout.advantage = 1.0 - i % 2
+        rollout.denominator = 6.0
+    for _ in range(2):
+        batches = [pack(rollouts, rows, torch.device("cpu")) for rows in ((0, 1), (2, 3), (4, 5))]
+        score(policy, batches, 1.0)  # gathers, as for the log-probs of the policy that has answered
+        optimizer_step(policy, optimizer, batches, 1e-2, 0.0, Config())
+    weights = [distributed.full_tensor(p.detach()) for p in policy.parameters()]
+    return torch.cat([weight.flatten() for weight in weights]), len(gathers)
+
+
+def counted(group, unshard, gathers, *arguments):
+    if group.is_sharded:
+        gathers.append(group)
+    return unshard(*arguments)
+
+
+each_time, many = after_two_steps(False, False)
+once, few = after_two_steps(True, False)
+recomputed, _ = after_two_steps(True, True)
 exact, layers, kept = gradient_of(torch.float32, False)
 again, _, twice = gradient_of(torch.float32, True)
 rounded, _, seen = gradient_of(torch.bfloat16, True)
 print(json.dumps({
     "layers": layers, "kept": len(kept), "recomputed": len(twice), "equal": torch.equal(exact, again), "dtypes": seen,
+    "once": torch.equal(each_time, once) and torch.equal(once, recomputed), "gathers": [many, few],
     "cosine": cosine_similarity(exact, rounded, dim=0).item(), "type": type(rounded).__name__,
 }))
 """
@@ -100,6 +138,12 @@ def test_queries_keys_and_values_are_bfloat16_in_every_layer(group_of_one):
 
 def test_gradients_in_bfloat16_point_where_those_in_float32_do(group_of_one):
     assert group_of_one["cosine"] > 0.99
+
+
+def test_weights_gathered_once_a_step_are_those_before_the_update(group_of_one):
+    assert group_of_one["once"], "the same weights to the bit after two steps"
+    many, few = group_of_one["gathers"]
+    assert few == 2 * 3 and many > 6 * few, "two steps of three FSDP modules"
 
 
 LEARNS_IN_BFLOAT16 = """
