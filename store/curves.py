@@ -15,7 +15,7 @@ from store.log import read_log
 PANELS = {
     "eval_accuracy": "held-out accuracy, sampled",
     "label_accuracy": "label accuracy",
-    "reward": "reward",
+    "reward": "reward, in each variant's own unit",
     "commonest_answer": "share of the commonest answer",
     "answered": "share of responses with an answer",
     "truncated": "share of responses cut at the limit",

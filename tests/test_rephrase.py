@@ -166,12 +166,12 @@ class Scripted:
 
 
 def use(monkeypatch, model: Scripted) -> None:
-    monkeypatch.setattr(rephrase, "load_inference_model", lambda *_: InferenceModel(None, None, None, "hf"))
-    monkeypatch.setattr(rephrase, "sampling_from", lambda *_: nullcontext(model.sample))
+    monkeypatch.setattr(rephrase.engine, "load_inference_model", lambda *_: InferenceModel(None, None, None, "hf"))
+    monkeypatch.setattr(rephrase.engine, "sampling_from", lambda *_: nullcontext(model.sample))
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
     monkeypatch.setattr(rephrase, "request_seed", lambda *key: key)
     monkeypatch.setattr(rephrase, "read_answers", lambda replies, _: None)
-    monkeypatch.setattr(rephrase, "instruction_ids", lambda tokenizer, text, chat_template: list(text.encode()))
+    monkeypatch.setattr(rephrase, "instruction_ids", lambda _, text: list(text.encode()))
 
 
 def wrap(rewrite: str) -> str:
@@ -295,12 +295,12 @@ def reply(question, rng):
     text = "### RESULT_START\\nREWRITE: " + text + "\\n### RESULT_END"
     return Rollout([], [], [], rng.random() < 0.9, text)
 
-rephrase.load_inference_model = lambda *_: InferenceModel(None, None, None, "hf")
-rephrase.sampling_from = lambda *_: nullcontext(sample)
+rephrase.engine.load_inference_model = lambda *_: InferenceModel(None, None, None, "hf")
+rephrase.engine.sampling_from = lambda *_: nullcontext(sample)
 rephrase.longest_prompt = lambda *_: 100
 rephrase.request_seed = lambda *key: key
 rephrase.read_answers = lambda replies, _: None
-rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
+rephrase.instruction_ids = lambda _, question: list(question.encode())
 rephrase.main()
 """
 

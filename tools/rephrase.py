@@ -19,21 +19,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import tyro
-from transformers import PreTrainedTokenizerBase
 
 from config import exit_on_user_error
-from lm import distributed
+from lm import distributed, engine
 from lm.decoding import Capacity, Sample, request_seed
-from lm.engine import InferenceModel, load_inference_model, sampling_from
 from lm.model import newest_policy
 from lm.prompts import chat_ids
 from lm.record import Rollout
 from rewards import read_answers
-from sources.faults import TEMPLATE_ECHO, strict_fault
+from sources import faults
 from sources.pairs import Pair, Report, load_pairs
-from store.batches import claim_folder, work_through
-from store.checkpoint import weights_fingerprint
-from store.jsonl import Record, fingerprint, read_rows, to_lines, write_atomic
+from store import batches, checkpoint, jsonl
+from store.jsonl import Record
 
 INSTRUCTION = """\
 Reword the mathematics question at the end, so that at first sight nobody would take it for the same question.
@@ -77,19 +74,20 @@ class RephrasingSettings:
     answer_column: str = "answer"  # gold answers: only to notice a rewrite that gives them away
 
 
-def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
+def instruction_ids(model: engine.InferenceModel, question: str) -> list[int]:
+    # Templates that do not know enable_thinking pass over it.
+    how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False, "enable_thinking": False}
+
     def render(question: str) -> str:
         messages = [{"role": "user", "content": INSTRUCTION + question}]
-        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-        how["enable_thinking"] = False  # templates that do not know it pass over it
-        return str(tokenizer.apply_chat_template(messages, chat_template=chat_template, **how))
+        return str(model.tokenizer.apply_chat_template(messages, chat_template=model.template, **how))
 
-    return chat_ids(tokenizer, question, render)
+    return chat_ids(model.tokenizer, question, render)
 
 
-def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
+def longest_prompt(settings: RephrasingSettings, model: engine.InferenceModel) -> int:
     """Return the longest prompt in tokens: the rewriter's reply must hold the question and its rewrite."""
-    return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
+    return len(instruction_ids(model, "")) + settings.max_response_tokens // 2
 
 
 def read_reply(reply: Rollout) -> tuple[str, str | None]:
@@ -107,9 +105,10 @@ def read_reply(reply: Rollout) -> tuple[str, str | None]:
     rewrite = rewrite.rstrip("#*` \t\n") if ending else rewrite.rstrip().removesuffix("```").rstrip()
     rewrite = re.sub(r"\A(?:\*\*)?\s*(?:```\w*\n)?", "", rewrite)
     for opening, closing in ('""', "“”", "<>"):
-        quoted = rewrite.startswith(opening) and rewrite.endswith(closing) and not TEMPLATE_ECHO.fullmatch(rewrite)
-        rewrite = rewrite[1:-1].strip() if quoted else rewrite
-    return (rewrite, None) if rewrite else ("", "no result")
+        quoted = rewrite.startswith(opening) and rewrite.endswith(closing)
+        if quoted and not faults.TEMPLATE_ECHO.fullmatch(rewrite):
+            rewrite = rewrite[1:-1].strip()
+    return rewrite, None if rewrite else "no result"
 
 
 def as_row(pair: Pair) -> Record:
@@ -119,14 +118,12 @@ def as_row(pair: Pair) -> Record:
 
 
 def rewrite_batch(
-    settings: RephrasingSettings, pairs: Sequence[Pair], model: InferenceModel, sample: Sample
+    settings: RephrasingSettings, pairs: Sequence[Pair], model: engine.InferenceModel, sample: Sample
 ) -> list[Record]:
     """Return a row for each pair, with a rephrasing where there is one by now."""
-    tokenizer = model.tokenizer
-    template = model.template
     rows = {pair.id: as_row(pair) for pair in pairs}
-    longest = longest_prompt(settings, tokenizer, template)
-    prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
+    longest = longest_prompt(settings, model)
+    prompts = {pair.id: instruction_ids(model, pair.question) for pair in pairs if not pair.rephrased}
     for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
         rows[name]["faults"]["question too long"] = 1
         del prompts[name]
@@ -136,7 +133,7 @@ def rewrite_batch(
         n = 2**attempt
         seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
         said = sample(prompts=list(prompts.values()), seeds=seeds, n=n, **how) if missing else []
-        read_answers(said, tokenizer)
+        read_answers(said, model.tokenizer)
         for i, name in enumerate(missing):
             rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
             if rows[name]["rephrased"]:
@@ -148,7 +145,7 @@ def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
     """Return the first rewrite without a fault; count the faults of those before it."""
     for candidate in candidates:
         rewrite, fault = read_reply(candidate)
-        fault = fault or strict_fault(row["question"], rewrite, row["answer"])
+        fault = fault or faults.strict_fault(row["question"], rewrite, row["answer"])
         if fault is None:
             return rewrite
         row["faults"][fault] += 1
@@ -160,34 +157,34 @@ def rephrase(settings: RephrasingSettings) -> None:
     settings = replace(settings, model=distributed.run_on_rank0(lambda: newest_policy(settings.model)))
     report = Report()
     pairs = load_pairs(settings.data, question=settings.question_column, answer=settings.answer_column, report=report)
-    made_with = asdict(settings) | {"out": None, "questions": fingerprint(pairs)}
-    made_with["weights"] = distributed.run_on_rank0(lambda: weights_fingerprint(Path(settings.model)))
+    made_with = asdict(settings) | {"out": None, "questions": jsonl.fingerprint(pairs)}
+    made_with["weights"] = distributed.run_on_rank0(lambda: checkpoint.weights_fingerprint(Path(settings.model)))
     folder = Path(f"{settings.out}.work")
-    with claim_folder(folder, made_with, settings.out):
+    with batches.claim_folder(folder, made_with, settings.out):
         if not distributed.run_on_rank0(settings.out.exists):
             rows = rewrite_all(settings, pairs, folder / "rows.jsonl")
-            distributed.run_on_rank0(lambda: write_atomic(settings.out, to_lines(rows)))
-    print(report, summary(settings.out, read_rows(settings.out)), sep="\n")
+            distributed.run_on_rank0(lambda: jsonl.write_atomic(settings.out, jsonl.to_lines(rows)))
+    print(report, summary(settings.out), sep="\n")
 
 
 def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path) -> list[Record]:
-    model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
-    tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
-    with sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
+    model = engine.load_inference_model(settings.model, settings.sampler, settings.chat_template)
+    tokens = longest_prompt(settings, model) + settings.max_response_tokens
+    with engine.sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
 
         def rewrite(batch: Sequence[Pair]) -> list[Record]:
             return rewrite_batch(settings, batch, model, distributed.shard_prompts(sample))
 
-        return work_through(file, pairs, settings.batch_size * distributed.world_size(), rewrite, shown="rephrased")
+        size = settings.batch_size * distributed.world_size()
+        return batches.work_through(file, pairs, size, rewrite, shown="rephrased")
 
 
-def summary(out: Path, rows: Sequence[Record]) -> str:
+def summary(out: Path) -> str:
+    rows = jsonl.read_rows(out)
+    faults_of_all = sum((Counter(row["faults"]) for row in rows), Counter[str]())
     good = sum(bool(row["rephrased"]) for row in rows)
-    faults: Counter[str] = Counter()
-    for row in rows:
-        faults.update(row["faults"])
     lines = [f"{out}: {good:,} of {len(rows):,} questions have a rephrasing; turned down:"]
-    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in faults.most_common()])
+    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in faults_of_all.most_common()])
 
 
 def main() -> None:
