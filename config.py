@@ -194,6 +194,8 @@ class RunSettings:
     keep: int = 2  # checkpoints to keep, the newest; 0: all
     keep_every: int = 0  # steps between checkpoints that are kept besides, such as 50; 0: none
     seed: int = 0  # of everything random
+    # sample the first step's questions, say whether label-free RL can work with this model on them, and end
+    preflight: bool = False
     tensorboard: bool = False  # also log to TensorBoard, in the run's folder
     wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
 

@@ -15,6 +15,7 @@ Of n = k sampled answers to a question, c of them correct:
     avg@k     c / n, which is also the sampled pass@1
     pass@j    1 - C(n - c, j) / C(n, j): at least one of j answers is correct, without bias (arXiv 2107.03374)
     maj@k     the most frequent answer is correct; equal mathematics is one answer, ties go to the first
+    lenient   of an answer without a box the last number counts, as in lm-evaluation-harness's flexible extraction
 
 A number is the mean over questions, its standard error std / sqrt(questions): how much it would move with other
 questions of the same kind. The answers to each batch of questions are appended to BENCHMARK.jsonl (store/batches.py): a
@@ -97,6 +98,7 @@ from statistics import fmean
 
 from transformers import PreTrainedTokenizerBase
 
+from answers.equivalence import extract_lenient
 from lm import distributed, engine
 from lm.decoding import Capacity, Sample, request_seed
 from lm.model import newest_policy
@@ -133,11 +135,14 @@ def ask_questions(
         )
         read_answers(rollouts, tokenizer)
         pairs = list(chain.from_iterable(repeat(question.pair, n) for question in asked))
-        correct = matches([pair.gold for pair in pairs], [rollout.answer for rollout in rollouts], "math")
+        golds = [pair.gold for pair in pairs]
+        correct = matches(golds, [rollout.answer for rollout in rollouts], "math")
+        lenient = matches(golds, [extract_lenient(rollout.text) for rollout in rollouts], "math")
         for j, (pair, rollout) in enumerate(zip(pairs, rollouts, strict=True)):
             row = {"id": pair.id, "question": pair.question, "gold": str(pair.gold), "greedy": temperature == 0}
-            row |= {"answer": rollout.answer, "correct": correct[j], "tokens": len(rollout.response_ids)}
-            answered[j // n].append(row | {"truncated": not rollout.finished, "text": rollout.text})
+            row |= {"answer": rollout.answer, "correct": correct[j], "lenient": lenient[j]}
+            row |= {"tokens": len(rollout.response_ids), "truncated": not rollout.finished, "text": rollout.text}
+            answered[j // n].append(row)
     return list(chain.from_iterable(answered))
 
 
@@ -151,11 +156,12 @@ def pass_at_k(n: int, correct: int, k: int) -> float:
 def question_values(answered: Sequence[Record]) -> dict[str, float]:
     """Compute what the answers to one question, the greedy one first, add to each number."""
     greedy, *sampled = answered
-    values = {"greedy": float(greedy["correct"])}
+    values = {"greedy": float(greedy["correct"]), "greedy, lenient": float(greedy["lenient"])}
     if k := len(sampled):
         correct = sum(each["correct"] for each in sampled)
         vote = majority_vote([each["answer"] for each in sampled], "math").label
         values[f"avg@{k}"] = correct / k
+        values[f"avg@{k}, lenient"] = fmean(each["lenient"] for each in sampled)
         values |= {f"pass@{2**i}": pass_at_k(k, correct, 2**i) for i in range(1, k.bit_length())}
         values[f"maj@{k}"] = float(any(each["correct"] for each in sampled if each["answer"] == vote))
     seen = sampled or answered

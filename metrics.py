@@ -16,14 +16,14 @@ import torch
 from torch._dynamo.utils import calculate_time_spent
 from transformers import PreTrainedModel
 
-from data import Pair, PromptedPair
+from data import Pair, PromptedPair, questions_of_step
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
 from lm.memory import head_dim, parameters_of
 from lm.model import decoder_layers
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
-from rollout import Run
+from rollout import Run, generate_rollouts
 from store.jsonl import Record
 from store.log import Records
 
@@ -238,12 +238,38 @@ def evaluate_policy(run: Run) -> dict[str, float]:
         answered = ask_questions(shared, run.tokenizer, asked, settings)
     values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
     measured = {"eval_truncated": fmean(values["truncated"])}
-    for name, each in {"eval_accuracy": values[f"avg@{settings.k}"], "eval_accuracy/greedy": values["greedy"]}.items():
-        measured[name] = fmean(each)
-        for group, part in by_group(run.benchmark, each).items():
+    for name, key in {"eval_accuracy": f"avg@{settings.k}", "eval_accuracy/greedy": "greedy"}.items():
+        measured[name] = fmean(values[key])
+        measured[f"{name}/lenient"] = fmean(values[f"{key}, lenient"])
+        for group, part in by_group(run.benchmark, values[key]).items():
             measured[f"{name}/{group}"] = fmean(part)
     clock.lap("evaluation")
     return measured | clock.seconds
+
+
+def preflight(run: Run) -> str:
+    """Say by one step's rollouts of the policy whether votes can teach it, and why not."""
+    questions = questions_of_step(run.questions, run.config.data.questions_per_step, run.config.run.seed, 0)
+    groups = generate_rollouts(run, run.policy, "policy", ("x",), questions, 0)
+    seen = {name: statistic(groups) for name, statistic in STATISTICS.items()}
+    known = [group for group in groups if questions[group.place].pair.gold is not None]
+    golds = [str(questions[group.place].pair.gold) for group in known]
+    of_answers = [
+        matches([gold] * len(group.answers), group.answers, "math") for group, gold in zip(known, golds, strict=True)
+    ]
+    if known:
+        seen["pass@1"] = fmean(map(fmean, of_answers))
+        seen[f"pass@{len(known[0].answers)}"] = fmean(map(any, of_answers))
+        seen["label_accuracy"] = fmean(matches(golds, [group.vote.label for group in known], "math"))
+    reasons = {
+        "most answers have no box: show the form with --chat-template docs/two-examples.jinja": seen["answered"] < 0.5,
+        "most responses are cut: raise --max-response-tokens": seen["truncated"] > 0.5,
+        "votes agree already, there is little to learn from": seen["vote_share"] > 0.95,
+        "votes are no better than single answers": bool(known) and seen["label_accuracy"] <= seen["pass@1"],
+    }
+    found = [reason for reason, is_so in reasons.items() if is_so]
+    lines = [f"  {name:<17} {value:.2f}" for name, value in seen.items()]
+    return "\n".join([f"preflight: {'no, ' + '; '.join(found) if found else 'yes'}", *lines])
 
 
 # ---------------------------------------------------------------- the alarm

@@ -154,6 +154,9 @@ def train(config: Config) -> Path:
     with lock_run_dir(config) as (folder, resumed), distributed.catch_stop_signals() as stop:
         run, first_step = prepare(config, folder, resumed)
         with closing(run.sampler):
+            if config.run.preflight:
+                print(metrics.preflight(run))
+                return folder
             try:
                 loop(run, first_step, stop)
             finally:
@@ -223,7 +226,7 @@ def is_due(step: int, every: int) -> bool:
 def main(config: Config | None = None) -> None:
     with exit_on_user_error("stopped at once; --resume goes on from the last checkpoint, if there is one"):
         folder = train(config or parse())
-        if distributed.is_rank0():
+        if distributed.is_rank0() and (folder / "metrics.jsonl").exists():
             print(closing_table(folder))
     distributed.stop()
 

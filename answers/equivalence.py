@@ -42,6 +42,16 @@ def extract_boxed(text: str) -> str | None:
     return content if content.strip() else None
 
 
+NUMBER_IN_TEXT = re.compile(r"-?[$0-9.,]{2,}|-?[0-9]+")  # of lm-evaluation-harness's flexible extraction, for GSM8K
+
+
+def extract_lenient(text: str) -> str | None:
+    """Return the content of the last box, or else the last number of the text; None if there is neither."""
+    numbers = NUMBER_IN_TEXT.findall(text)
+    last = re.sub(r"[$,]|\.$", "", numbers[-1]) if numbers else ""
+    return extract_boxed(text) or last or None
+
+
 # ------------------------------------------------------------ normalisation
 
 # What Math-Verify misreads or reads slowly. Each rule is about how mathematics is written anywhere.

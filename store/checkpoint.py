@@ -40,7 +40,7 @@ from store.jsonl import changes, fingerprint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
 # Flags that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
-HARMLESS = {"--out", "--resume", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb"}
+HARMLESS = {"--out", "--resume", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb", "--preflight"}
 HARMLESS |= {"--eval-data", "--eval-every", "--eval-samples", "--eval-question-column", "--eval-answer-column"}
 HARMLESS |= {"--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
 HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch", "--fit", "--config", "--compile"}

@@ -100,14 +100,24 @@ def compare(before_path: str, after_path: str) -> str:
             both = [written(result["numbers"][name], name) for result in (a, b)]
             rows.append([benchmark, name, *both, written(difference, name, sign="+")])
         if (main := a["groups of"]) in b["values"]:
-            correct = [(x > 0.5, y > 0.5) for x, y in zip(a["values"][main], b["values"][main], strict=True)]
-            gained = correct.count((False, True))
-            lost = correct.count((True, False))
-            notes.append(f"{benchmark}: {gained:,} questions gained, {lost:,} lost ({main} over 1/2)")
+            notes.append(f"{benchmark}, by {main}: {moved(a['values'][main], b['values'][main])}")
     for kind in ("settings", "versions"):
         if changed := changes(before[kind], after[kind]):
             notes.append(f"other {kind}: {changed}")
     return "\n".join([f"before: {before_path}", f"after:  {after_path}", in_columns(rows), *notes])
+
+
+def moved(before: Sequence[float], after: Sequence[float]) -> str:
+    """Count the questions that moved, by the share of their samples that is right: what was acquired, what was lost."""
+    pairs = list(zip(before, after, strict=True))
+    solvable = [after for before, after in pairs if before > 0]
+    acquired = sum(before == 0 and after > 0.5 for before, after in pairs)
+    degraded = sum(before > 0.5 and after == 0 for before, after in pairs)
+    kept = sum(after > 0.5 for after in solvable)
+    return (
+        f"{acquired:,} questions acquired (never right before, mostly after), {degraded:,} lost (mostly, then never); "
+        f"of {len(solvable):,} solvable before (once or more) {kept:,} are mostly right"
+    )
 
 
 def seeds(paths: Sequence[str]) -> str:

@@ -1,6 +1,7 @@
 """Answers: extraction, equivalence, voting. Each test is named after the bug it prevents."""
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,7 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from answers import equivalence
-from answers.equivalence import equivalent, equivalent_many, extract_boxed, normalise, vote_classes
+from answers.equivalence import equivalent, equivalent_many, extract_boxed, extract_lenient, normalise, vote_classes
 
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data" / "equivalence"
 LATEX = st.lists(
@@ -84,6 +85,37 @@ def test_extraction_agrees_with_counting_braces_from_every_box(text: str) -> Non
 @pytest.mark.parametrize("piece", [r"\boxed{", "{", "}", "\\", r"\boxed{}", r"\{", "x", "boxed{"])
 def test_extraction_is_not_quadratic(piece: str) -> None:
     assert extract_boxed(r"\boxed{7}" + piece * (2_000_000 // len(piece))) in ("7", None)
+
+
+def flexible(text: str) -> str | None:
+    """What lm-evaluation-harness 0.4.13 extracts for GSM8K's `flexible-extract`, and ignores in its comparison."""
+    found = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
+    if not found:
+        return None
+    answer = next(group for group in found[-1] if group).strip()
+    for ignored in (",", r"\$", r"\.$"):
+        answer = re.sub(ignored, "", answer)
+    return answer or None
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("The answer is 42.", "42"),
+        ("It costs $1,234.50.", "1234.50"),
+        ("so -7", "-7"),
+        ("3 + 4 = 7 apples", "7"),
+        ("no number at all", None),
+        ("so it goes...", ".."),
+        ("first 5, then 12 %", "12"),
+    ],
+)
+def test_an_answer_without_a_box_is_lost_or_another_than_that_of_the_harness(text, answer):
+    assert extract_lenient(text) == flexible(text) == answer
+
+
+def test_a_box_counts_before_a_number_after_it():
+    assert extract_lenient(r"\boxed{3} because of 4 more") == "3" and extract_lenient(r"\boxed{} 5") == "5"
 
 
 # --------------------------------------------------------------------------------------------- equivalence

@@ -108,7 +108,8 @@ def result_in(tmp_path: Path, **changes: Any) -> dict[str, Any]:
 
 
 def answered(answer: str | None, correct: bool, greedy: bool = False) -> Record:
-    return {"greedy": greedy, "answer": answer, "correct": correct, "tokens": 5, "truncated": answer is None}
+    row = {"greedy": greedy, "answer": answer, "correct": correct, "lenient": correct}
+    return row | {"tokens": 5, "truncated": answer is None}
 
 
 # ---------------------------------------------------------------- numbers
@@ -149,7 +150,8 @@ def test_greedy_answer_leaks_into_the_sampled_numbers() -> None:
     values = question_values(samples)
     assert (values["greedy"], values["avg@3"], values["maj@3"]) == (1.0, 0.0, 0.0)
     assert values["unanswered"] == values["truncated"] == pytest.approx(1 / 3)
-    assert question_values(samples[:1]) == {"greedy": 1.0, "unanswered": 0.0, "truncated": 0.0, "tokens": 5.0}
+    others = {"unanswered": 0.0, "truncated": 0.0, "tokens": 5.0}
+    assert question_values(samples[:1]) == {"greedy": 1.0, "greedy, lenient": 1.0} | others
     assert [name for name in values if name.startswith("pass@")] == ["pass@2"]
 
 
@@ -403,7 +405,10 @@ def test_difference_has_the_error_of_unpaired_means(tmp_path: Path) -> None:
 
 
 def test_difference_hides_how_many_questions_were_lost(tmp_path: Path) -> None:
-    assert "own: 2 questions gained, 1 lost (greedy over 1/2)" in compare(*two_results(tmp_path)).splitlines()
+    """0 1 0 0 1 before, 1 1 0 1 0 after: two acquired, one lost, one of two still right."""
+    moved = next(line for line in compare(*two_results(tmp_path)).splitlines() if line.startswith("own, by greedy: "))
+    assert "2 questions acquired (never right before, mostly after), 1 lost (mostly, then never)" in moved
+    assert moved.endswith("of 2 solvable before (once or more) 1 are mostly right")
 
 
 def test_folder_of_an_evaluation_is_no_result(tmp_path: Path) -> None:
@@ -411,7 +416,7 @@ def test_folder_of_an_evaluation_is_no_result(tmp_path: Path) -> None:
         folder = Path(path).with_suffix("")
         folder.mkdir()
         Path(path).rename(folder / "result.json")
-    assert "own: 2 questions gained" in compare(str(tmp_path / "before"), str(tmp_path / "after"))
+    assert "own, by greedy: 2 questions acquired" in compare(str(tmp_path / "before"), str(tmp_path / "after"))
 
 
 def test_several_seeds_of_a_setting_are_several_lines(tmp_path: Path) -> None:

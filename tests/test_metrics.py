@@ -2,16 +2,18 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import group_of, tiny_lm, tiny_rollouts
+from tiny import ScriptedSampler, group_of, tiny_lm, tiny_rollouts, tiny_run
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
+from data import Pair
 from grpo import assign_advantages
 from metrics import detect_collapse, gold_metrics, group_metrics, label_metrics, label_records
 from rewards import VARIANTS, Group, Variant, View, label_groups, rollouts_of
@@ -215,3 +217,25 @@ def test_a_run_that_taught_nothing_ends_like_one_that_did(tmp_path: Path):
     table = log.closing_table(tmp_path)
     assert "nothing was learnt" in table and "2.50" in table
     assert "step 0: one thing" in table and "step 1: another" in table
+
+
+@pytest.mark.parametrize(
+    ("said", "verdict"),
+    [
+        (["1", "1", "2", "3"], "preflight: yes"),
+        (["", "", "", "1"], "preflight: no, most answers have no box"),
+        (["1", "1", "1", "1"], "preflight: no, votes agree already"),
+        (["2", "2", "1", "3"], "preflight: no, votes are no better than single answers"),
+    ],
+)
+def test_a_run_that_cannot_work_begins_all_the_same(said: list[str], verdict: str) -> None:
+    """Gold is 1. Four samples a question: yes where they differ, are boxed and the vote is better than one of them."""
+    boxed = [f"\\boxed{{{answer}}}" if answer else "no idea" for answer in said]
+    pairs = [Pair("a", "1?", gold="1"), Pair("b", "2?", gold="1")]
+    run = tiny_run("majority", pairs, ScriptedSampler(lambda _lm, _prompt, g: boxed[g]))
+    lines = metrics.preflight(run).splitlines()
+    assert lines[0].startswith(verdict)
+    seen = dict(line.split() for line in lines[1:])
+    assert float(seen["pass@1"]) == said.count("1") / 4 and float(seen["pass@4"]) == 1.0
+    run.questions = [replace(each, pair=replace(each.pair, gold=None)) for each in run.questions]
+    assert "pass@1" not in metrics.preflight(run), "without gold the rest is said"
