@@ -265,7 +265,7 @@ def preflight(run: Run) -> str:
         "most answers have no box: show the form with --chat-template docs/two-examples.jinja": seen["answered"] < 0.5,
         "most responses are cut: raise --max-response-tokens": seen["truncated"] > 0.5,
         "votes agree already, there is little to learn from": seen["vote_share"] > 0.95,
-        "votes are no better than single answers": bool(known) and 0 < seen["label_accuracy"] <= seen["pass@1"],
+        "votes are no better than single answers": bool(known) and seen["pass@1"] >= max(seen["label_accuracy"], 0.01),
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     lines = [f"  {name:<17} {value:.2f}" for name, value in seen.items()]
