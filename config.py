@@ -110,6 +110,7 @@ class Method:
     clip_high: float | None = None  # another bound above 1 (None: the same)
     # what weighs the same in the loss: tokens of the step, rollouts, or tokens under a constant length
     loss_agg: Literal["token", "sequence", "dr-grpo"] = "token"
+    mask_answer: bool = False  # leave the tokens of the last box out of surrogate and KL term
     tis_cap: float = 2.0  # cap of the importance weight between sampler and trainer; 0: no weight
 
 

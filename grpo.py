@@ -14,13 +14,16 @@ Shapes: N rollouts of a step = groups x G, B sequences of a micro-batch, T respo
 """
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Literal
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
+from answers.equivalence import BOX, find_boxed
 from config import Config, Method, Optimisation
 from lm import distributed
 from lm.packing import MicroBatch
@@ -119,6 +122,26 @@ def split_mini_batches(groups: Sequence[Group], count: int) -> Iterator[list[Gro
         yield [group for group in groups if group.place in part]
 
 
+def mask_answers(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> None:
+    r"""Leave the tokens of each response's last `\boxed{...}` without a loss (--mask-answer); without a box, none."""
+    for rollout in rollouts:
+        inside = find_boxed(rollout.text)
+        if inside:
+            box = range(inside.start - len(BOX), inside.stop + 1)
+            rollout.untrained = tokens_of(rollout.response_ids, box, tokenizer)
+
+
+def tokens_of(ids: list[int], characters: range, tokenizer: PreTrainedTokenizerBase) -> range:
+    """Find the tokens that any of these characters of their text is part of, whatever the tokenizer has merged."""
+
+    def characters_before(token: int) -> int:
+        return len(tokenizer.decode(ids[:token], skip_special_tokens=True))
+
+    places = range(len(ids) + 1)
+    first = bisect_right(places, characters.start, key=characters_before) - 1
+    return range(first, bisect_left(places, characters.stop, key=characters_before))
+
+
 def assign_denominators(groups: Sequence[Group], how: Aggregation, max_tokens: int) -> None:
     """Give each rollout of a mini-batch the number that `aggregate` divides its loss by: a count over its view in it.
 
@@ -128,7 +151,7 @@ def assign_denominators(groups: Sequence[Group], how: Aggregation, max_tokens: i
     for view in {group.view for group in groups}:
         rollouts = rollouts_of(group for group in groups if group.view == view)
         if how == "token":
-            count = max(sum(len(rollout.response_ids) for rollout in rollouts), 1)
+            count = max(sum(len(rollout.response_ids) - len(rollout.untrained) for rollout in rollouts), 1)
         elif how == "sequence":
             count = len(rollouts)
         else:

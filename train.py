@@ -49,6 +49,7 @@ from grpo import (
     assign_advantages,
     assign_denominators,
     learning_rate,
+    mask_answers,
     optimizer_step,
     select_with_gradient,
     split_mini_batches,
@@ -120,6 +121,8 @@ def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock
     variant = run.variant
     temperature = config.sampling.temperature
     reference = {"init": run.initial, "ema": run.teacher}[variant.kl_reference] if variant.kl_coef else None
+    if config.method.mask_answer:
+        mask_answers(rollouts_of(groups), run.tokenizer)
     mini_batches = []
     for part in split_mini_batches(groups, config.optimisation.mini_batches):
         assign_denominators(part, config.method.loss_agg, config.sampling.max_response_tokens)

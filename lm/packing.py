@@ -39,7 +39,7 @@ class MicroBatch:
     cu_seqlens: Tensor  # [B + 1] int32, where sequences begin and end in S
     predictor_at: Tensor  # [B, T] index into S of the token that predicts each response token
     targets: Tensor  # [B, T] the response tokens
-    mask: Tensor  # [B, T] bool, by length and never by token id: the stop token is trained on, padding is not
+    mask: Tensor  # [B, T] bool, by place and never by token id: the stop token is trained on, padding is not
     sampler_logp: Tensor  # [B, T]
     advantages: Tensor  # [B]
     denominators: Tensor  # [B]
@@ -57,6 +57,8 @@ def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device)
     in_sequence = torch.arange(int(lengths.max())) < lengths[:, None]  # [B, L]
     positions = torch.arange(int(lengths.max())).expand_as(in_sequence)
     mask = torch.arange(int(responses.max())) < responses[:, None]  # [B, T]
+    for row, rollout in enumerate(chosen):
+        mask[row, rollout.untrained.start : rollout.untrained.stop] = False
     predictor_at = (ends - responses - 1)[:, None] + torch.arange(mask.shape[1])
 
     def padded(values: list[list[Any]]) -> Tensor:

@@ -20,6 +20,7 @@ class Rollout:
     token_stats: dict[str, float] = field(default_factory=dict, compare=False)  # means of lm.scoring.TokenStats
     reward: float = field(default=nan, compare=False)
     advantage: float = field(default=nan, compare=False)
+    untrained: range = field(default=range(0), compare=False)  # places of response tokens without a loss
     denominator: float = field(default=nan, compare=False)  # what the losses of its tokens are divided by
 
     def __len__(self) -> int:

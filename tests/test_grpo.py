@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tiny import (
     CPU,
     EOS,
+    ScriptedSampler,
     byte_tokenizer,
     config_with,
     gradients,
@@ -26,10 +27,12 @@ from tiny import (
     tiny_run,
     twin_of,
 )
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import train
+from answers.equivalence import find_boxed
 from config import Config, Optimisation
 from data import Pair
 from grpo import (
@@ -38,6 +41,7 @@ from grpo import (
     group_advantages,
     k3,
     learning_rate,
+    mask_answers,
     optimizer_step,
     policy_loss,
     select_with_gradient,
@@ -424,10 +428,15 @@ def test_gradients_do_not_depend_on_how_the_step_is_split(how):
         assert measured == pytest.approx(splits[0][1], rel=1e-4)
 
 
+@pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("how", AGGREGATIONS)
-def test_the_gradient_of_a_step_is_that_of_the_naive_loss(how):
-    """Every sequence alone, whole logits, float64, the loss spelled out."""
+def test_the_gradient_of_a_step_is_that_of_the_naive_loss(how, masked):
+    """Every sequence alone, whole logits, float64, the loss spelled out; with --mask-answer, without some tokens."""
     rollouts, lm, reference = tiny_rollouts(6), tiny_lm("qwen2", tied=True), tiny_lm("qwen2", tied=True, seed=3)
+    for rollout in rollouts if masked else []:
+        rollout.untrained = range(
+            len(rollout.response_ids) // 2, len(rollout.response_ids) - len(rollout.response_ids) % 2
+        )
     config = step_config(loss_agg=how)
     gradient, measured, _ = seen_gradients(PackedLM(lm), PackedLM(reference), rollouts, 50, 0.3, config)
 
@@ -437,11 +446,13 @@ def test_the_gradient_of_a_step_is_that_of_the_naive_loss(how):
         d = naive_stats(twin_reference, rollout, 0.7)[0].detach() - logp
         k3 = d.exp() - d - 1
         advantage = torch.linspace(-1.5, 2, 6)[row].item()
+        trained = [t for t in range(len(rollout.response_ids)) if t not in rollout.untrained]
+        logp, k3, entropy = logp[trained], k3[trained], entropy[trained]
         per_token = -advantage * (logp - logp.detach()).exp() + 0.3 * k3
         view = rollouts[:3] if row < 3 else rollouts[3:]
         scale = {
-            "token": 1 / sum(len(r.response_ids) for r in view),
-            "sequence": 1 / len(view) / len(rollout.response_ids),
+            "token": 1 / sum(len(r.response_ids) - len(r.untrained) for r in view),
+            "sequence": 1 / len(view) / max(len(trained), 1),
             "dr-grpo": 1 / len(view) / 20,
         }[how]
         loss = loss + per_token.sum() * scale
@@ -452,6 +463,61 @@ def test_the_gradient_of_a_step_is_that_of_the_naive_loss(how):
     assert measured["grad_norm"] == pytest.approx(norm, rel=1e-4)
     assert measured["kl"] == pytest.approx(sum(kls) / len(kls), rel=1e-4)
     assert measured["entropy"] == pytest.approx(sum(entropies) / len(entropies), rel=1e-4)
+
+
+def merging_tokenizer() -> PreTrainedTokenizerFast:
+    """A BPE that has learnt `d{1`, `}.` and the like: its tokens reach over the ends of a box."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = decoders.ByteLevel()
+    texts = [f"so é{i} \\boxed{{{i}}}. Next \\boxed{{{i}}}." for i in range(10, 40)] * 3
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330, initial_alphabet=alphabet, special_tokens=["<eos>"], show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>")
+
+
+@given(st.text("ab {}\\é.17", max_size=12), st.text("17{}é", max_size=4), st.text("b }é.1", max_size=8), st.booleans())
+@settings(max_examples=150, deadline=None)
+def test_a_mask_of_characters_misses_tokens_that_reach_over_the_ends_of_the_box(before, answer, after, merges):
+    tokenizer = merging_tokenizer() if merges else byte_tokenizer()
+    text = f"{before}\\boxed{{{answer}}}{after}"
+    ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
+    rollout = Rollout([1], ids, [0.0] * len(ids), True, text=text)
+    mask_answers([rollout], tokenizer)
+    inside = find_boxed(text)
+    if not inside:
+        assert not rollout.untrained
+        return
+    wanted = set(range(inside.start - 7, inside.stop + 1))
+    starts = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
+    touching = [i for i, (start, stop) in enumerate(starts) if wanted & set(range(start, stop))]
+    assert list(rollout.untrained) == touching, "the stop token and all others stay"
+
+
+def test_a_micro_batch_of_nothing_but_answers_breaks_the_step():
+    rollouts = with_advantages(tiny_rollouts(4), torch.ones(4))
+    for rollout in rollouts:
+        rollout.untrained = range(len(rollout.response_ids))
+    assert denominators("token", rollouts, 20).tolist() == [1.0] * 4
+    policy = PackedLM(tiny_lm())
+    optimizer = build_optimizer(policy, (0.9, 0.999), 0.0)
+    measured = optimizer_step(policy, optimizer, micro_batches(rollouts, 50, CPU), 1e-3, 0.0, step_config())
+    assert measured["grad_norm"] == 0 and measured["skipped_steps"] == 0
+
+
+def test_masked_answers_move_the_policy_or_rewards_do_not_see_them():
+    """Two wrong of four: with the mask the tokens before the box alone move, and rewards are those without it."""
+    said = ["so 4 \\boxed{4}", "so 4 \\boxed{4}", "so 4 \\boxed{5}", "so 4 \\boxed{6}"]
+    seen = {}
+    for mask in (False, True):
+        run = tiny_run("gt", [Pair("a", "2+2", gold="4")], ScriptedSampler(lambda _, __, g: said[g]), mask_answer=mask)
+        measured, _ = train.train_step(run, 0)
+        seen[mask] = measured
+    assert seen[True]["reward"] == seen[False]["reward"] == 0.5
+    assert 0 < seen[True]["grad_norm"] != seen[False]["grad_norm"]
 
 
 def test_the_stop_token_gets_its_gradient_although_it_is_the_pad_token():
