@@ -79,6 +79,23 @@ CROSSING = {
     "I: labels from the other wording": "--variant I",
     "majority on both, labels from the same": "--variant majority --views both",
 }
+STARTS = ("embedded", "embedded-misreading", "embedded-spellings")
+MASKED = ("majority", "I", "II", "III", "soft-II")
+
+
+def with_and_without_mask(rate: str) -> dict[str, str]:
+    """Rows `method, start, rate`, each also with --mask-answer; and controls in which clipping acts."""
+    rows = {}
+    for start in STARTS:
+        for name in MASKED:
+            row = f"{name}, {start}, {rate}"
+            rows[row] = f"{flags_of(name, start)} {RATES[rate]}"
+            rows[f"{row}, masked"] = f"{rows[row]} --mask-answer"
+    for name in ("random", "format"):
+        rows[f"{name}, 4 mini-batches, {rate}"] = f"--variant {name} --mini-batches 4 {RATES[rate]}"
+    return rows
+
+
 # Section of the study -> row of its table -> flags of train.py. {runs} becomes the folder of the runs.
 SECTIONS: dict[str, dict[str, str]] = {
     "usual": at_rates("embedded", ("5e-4", "1e-3")),
@@ -115,6 +132,8 @@ SECTIONS: dict[str, dict[str, str]] = {
         for name in VOTING
         for match, flag in {"exact": "", "math": " --answer-match math"}.items()
     },
+    "mask": with_and_without_mask("1e-3"),
+    "mask, usual rate": with_and_without_mask("5e-4"),
     "noise": {
         f"{name}, {share:.0%} of the pairs": f"--variant {name}"
         + (f" --model embedded --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")
@@ -253,6 +272,36 @@ def section_table(name: str, histories: dict[str, list[History]]) -> Table:
     start = next(iter(histories.values()))
     before = [spread([first(key, history) for history in start]) for key in columns.values()]
     return [["", "seeds", *columns], ["before, or first step", "", *before], *rows]
+
+
+def collapse_step(history: History) -> int | None:
+    """The first evaluation from which on sampled accuracy stays more than five points under its start."""
+    measured = [(int(record["step"]), record[SAMPLED]) for record in history if SAMPLED in record]
+    low = [step for step, value in measured if value >= measured[0][1] - 0.05]
+    return next((step for step, _ in measured if step > low[-1]), None)
+
+
+def at_equal_tokens(flags: str, history: History) -> float | None:
+    """Sampled accuracy when the run has asked for as many answers as majority voting has at its end.
+
+    A step of majority asks each question in one wording, I in two; II also asks the teacher, and III both in two.
+    """
+    variant = (VARIANTS | BASELINES)[flags.split()[1]]
+    step = STEPS // (len(variant.policy_views) + len(variant.teacher_views))
+    return next((record[SAMPLED] for record in history if SAMPLED in record and record["step"] == step), None)
+
+
+def mask_table(name: str, histories: dict[str, list[History]]) -> Table:
+    """How many seeds survive, when others collapse, where runs end: at equal steps, at equal numbers of answers."""
+    header = ["", "seeds", "survive", "collapse at step", "sampled", "at equal answers", "greedy", "label accuracy"]
+    rows = []
+    for row, group in histories.items():
+        steps = [step for history in group if (step := collapse_step(history)) is not None]
+        when = ", ".join(map(str, sorted(steps))) or f"not within {STEPS}"
+        equal = spread([at_equal_tokens(SECTIONS[name][row], history) for history in group])
+        ends = [spread([last(key, history) for history in group]) for key in (SAMPLED, GREEDY, "label_accuracy")]
+        rows.append([row, str(len(group)), f"{sum(map(survives, group))}", when, ends[0], equal, *ends[1:]])
+    return [header, *rows]
 
 
 def summary_table(results: dict[str, dict[str, list[History]]]) -> Table:
@@ -436,7 +485,8 @@ def main(
         for name, rows in sections.items()
     }
     for name, histories in results.items():
-        publish(document, table_name(name), section_table(name, histories))
+        table = mask_table if name.startswith("mask") else section_table
+        publish(document, table_name(name), table(name, histories))
     if "usual" in results:
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
