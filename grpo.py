@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from answers.equivalence import BOX, find_boxed
 from config import Config, Method, Optimisation
 from lm import distributed
 from lm.packing import MicroBatch
@@ -125,10 +124,10 @@ def split_mini_batches(groups: Sequence[Group], count: int) -> Iterator[list[Gro
 def mask_answers(rollouts: Sequence[Rollout], tokenizer: PreTrainedTokenizerBase) -> None:
     r"""Leave the tokens of each response's last `\boxed{...}` without a loss (--mask-answer); without a box, none."""
     for rollout in rollouts:
-        inside = find_boxed(rollout.text)
-        if inside:
-            box = range(inside.start - len(BOX), inside.stop + 1)
-            rollout.untrained = tokens_of(rollout.response_ids, box, tokenizer)
+        if rollout.answer is not None:
+            box = f"\\boxed{{{rollout.answer}}}"
+            start = rollout.text.rindex(box)
+            rollout.untrained = tokens_of(rollout.response_ids, range(start, start + len(box)), tokenizer)
 
 
 def tokens_of(ids: list[int], characters: range, tokenizer: PreTrainedTokenizerBase) -> range:

@@ -9,7 +9,7 @@ import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
-from itertools import chain
+from itertools import chain, islice
 from statistics import fmean
 
 import torch
@@ -19,10 +19,10 @@ from transformers import PreTrainedModel
 from data import Pair, PromptedPair, questions_of_step
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
-from lm.memory import head_dim, parameters_of
-from lm.model import decoder_layers
+from lm.engine import Sampler
+from lm.memory import head_dim
 from lm.record import Rollout
-from rewards import Group, Variant, matches, rollouts_of
+from rewards import Group, Variant, View, matches, rollouts_of
 from rollout import Run, generate_rollouts
 from store.jsonl import Record
 from store.log import Records
@@ -33,14 +33,16 @@ from store.log import Records
 class Clock:
     """Seconds by phase: `clock.lap("rollout")` books the time since the last lap as seconds_rollout."""
 
-    def __init__(self) -> None:
+    def __init__(self, sampler: Sampler | None = None) -> None:
+        self.sampler = sampler
         self.seconds: dict[str, float] = defaultdict(float)
         self.last = time.perf_counter()
         self.compiled = calculate_time_spent()["total_wall_time"]
 
-    def lap(self, phase: str, sync: float | None = None) -> None:
-        """Book the time since the last lap, apart from the `sync` seconds of an engine's weights and from compiling."""
+    def lap(self, phase: str, sampled: bool = False) -> None:
+        """Book the time since the last lap, apart from compiling and, if it `sampled`, from the load of weights."""
         now = time.perf_counter()
+        sync = self.sampler.sync_seconds if self.sampler and sampled else None
         if compiling := calculate_time_spent()["total_wall_time"] - self.compiled:
             self.seconds["seconds_compile"] += compiling
             self.compiled += compiling
@@ -62,10 +64,12 @@ BF16_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "B200": 
 def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     """Count those of a forward and backward pass: 6 for a weight and token, and for causal attention's products."""
     model = lm.config.get_text_config()
-    body = sum(map(parameters_of, decoder_layers(lm)))
-    head = lm.get_output_embeddings().weight.numel()
+    head = lm.get_output_embeddings().weight
+    embedding = lm.get_input_embeddings().weight
+    body = lm.num_parameters() - sum(weight.numel() for weight in {head, embedding})
     attention = model.num_attention_heads * head_dim(lm) * model.num_hidden_layers
-    return float(6 * sum(body * len(r) + head * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts))
+    counts = [body * len(r) + head.numel() * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts]
+    return float(6 * sum(counts))
 
 
 def throughput(
@@ -125,8 +129,9 @@ def describe_step(
     gold_answers = [question.pair.gold for question in questions]
 
     def describe() -> tuple[dict[str, float], Records]:
-        labels = label_records(step, groups, gold_answers)
-        measured = gold_metrics(groups, gold_answers) | label_metrics(labels)
+        right = compare_with_gold(groups, gold_answers)
+        labels = label_records(step, groups, right)
+        measured = gold_metrics(groups, right) | label_metrics(labels)
         measured |= group_metrics(run.variant, groups, teacher_groups)
         shown = rollout_records(step, run.variant, questions[0].pair, groups, teacher_groups)
         return measured, {"labels": labels, "rollouts": shown}
@@ -134,8 +139,8 @@ def describe_step(
     measured, records = distributed.run_on_rank0(describe)
     clock.lap("metrics")
     measured |= throughput(run, groups, teacher_groups, clock.seconds) | clock.seconds
-    measured["peak_memory_gb"] = distributed.all_reduce_max(peak_memory_gb(run.sampler.sleeping_bytes))
-    return measured, records
+    peak = peak_memory_gb(run.sampler.sleeping_bytes)
+    return measured | {"peak_memory_gb": distributed.all_reduce_max(peak)}, records
 
 
 def group_metrics(variant: Variant, groups: Sequence[Group], teacher_groups: Sequence[Group]) -> dict[str, float]:
@@ -152,20 +157,32 @@ def group_metrics(variant: Variant, groups: Sequence[Group], teacher_groups: Seq
     return metrics
 
 
-def label_records(step: int, groups: Sequence[Group], gold_answers: Sequence[str | None]) -> list[Record]:
+Right = dict[tuple[int, View], list[bool]]  # (place, view) of a group -> its label is right, and each of its answers
+
+
+def compare_with_gold(groups: Sequence[Group], gold_answers: Sequence[str | None]) -> Right:
+    """Compare labels and answers of the groups whose gold is known; a missing one is not right."""
+    known = [group for group in groups if gold_answers[group.place] is not None]
+    compared = [[group.label, *group.answers] for group in known]
+    golds = chain.from_iterable([gold_answers[group.place]] * (1 + len(group.rollouts)) for group in known)
+    right = iter(matches(list(golds), list(chain.from_iterable(compared)), "math"))
+    pairs = zip(known, compared, strict=True)
+    return {(group.place, group.view): list(islice(right, len(of_group))) for group, of_group in pairs}
+
+
+def label_records(step: int, groups: Sequence[Group], right: Right) -> list[Record]:
     """Record each label that a vote gave: whether it is right, if gold is known, and whether the group's vote agrees.
 
-    A missing label is not right. Under plain majority voting the group's vote always agrees.
+    Under plain majority voting the group's vote always agrees.
     """
-    voted = [group for group in groups if group.label_vote is not None]
-    golds = [gold_answers[group.place] for group in voted]
-    right = matches(golds, [group.label for group in voted], "math")
     records = []
-    for group, gold, is_right in zip(voted, golds, right, strict=True):
+    for group in groups:
+        if group.label_vote is None:
+            continue
         record: Record = {"step": step, "id": group.question_id, "view": group.view, "label": group.label}
         record |= {"share": group.label_share, "agrees": group.vote.label == group.label}
-        if gold is not None:
-            record["right"] = is_right
+        if verdicts := right.get((group.place, group.view)):
+            record["right"] = verdicts[0]
         records.append(record)
     return records
 
@@ -182,19 +199,17 @@ def label_metrics(labels: Sequence[Record]) -> dict[str, float]:
     return {key: fmean(part) for key, part in shares.items() if part}
 
 
-def gold_metrics(groups: Sequence[Group], gold_answers: Sequence[str | None]) -> dict[str, float]:
-    """Compare the policy's rollouts with gold, where it is known.
+def gold_metrics(groups: Sequence[Group], right: Right) -> dict[str, float]:
+    """Average over the rollouts whose gold is known.
 
     rollout_accuracy is the share of them that are right. reward_accuracy, for rewards of 0 or 1, is the share of
     rewards that match those from the gold answer.
     """
-    known = [group for group in groups if gold_answers[group.place] is not None]
-    rollouts = rollouts_of(known)
-    golds = chain.from_iterable([gold_answers[group.place]] * len(group.rollouts) for group in known)
-    right = matches(list(golds), [rollout.answer for rollout in rollouts], "math")
-    metrics = {"rollout_accuracy": fmean(right)} if right else {}
-    if right and {rollout.reward for rollout in rollouts} <= {0.0, 1.0}:
-        paid = zip(rollouts, right, strict=True)
+    rollouts = rollouts_of(group for group in groups if (group.place, group.view) in right)
+    verdicts = list(chain.from_iterable(of_group[1:] for of_group in right.values()))
+    metrics = {"rollout_accuracy": fmean(verdicts)} if verdicts else {}
+    if verdicts and {rollout.reward for rollout in rollouts} <= {0.0, 1.0}:
+        paid = zip(rollouts, verdicts, strict=True)
         metrics["reward_accuracy"] = fmean(rollout.reward == float(is_right) for rollout, is_right in paid)
     return metrics
 

@@ -73,13 +73,13 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
     config = run.config
     method = config.method
     variant = run.variant
-    clock = metrics.Clock()
+    clock = metrics.Clock(run.sampler)
     questions = questions_of_step(run.questions, config.data.questions_per_step, config.run.seed, step)
     gold_answers = [question.pair.gold for question in questions]
 
     # 1. The policy answers every question V times in the variant's views.
     groups = generate_rollouts(run, run.policy, "policy", variant.policy_views, questions, step)
-    clock.lap("rollout", sync=run.sampler.sync_seconds)
+    clock.lap("rollout", sampled=True)
 
     # 2. The teacher moves towards that policy, then answers too.                                       Eq. 11
     teacher_groups: list[Group] = []
@@ -87,7 +87,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
         weight = ema_weight(step, run.total_steps, method.ema_start, method.ema_end, method.ema_schedule)
         update(run.teacher, run.policy, weight)  # teacher <- weight * teacher + (1 - weight) * policy
         teacher_groups = generate_rollouts(run, run.teacher, "teacher", variant.teacher_views, questions, step)
-        clock.lap("teacher", sync=run.sampler.sync_seconds)
+        clock.lap("teacher", sampled=True)
 
     # 3. Majority votes become pseudo-labels; the variant says whose vote labels which group.           Eqs. 7-10
     label_groups(variant, groups, teacher_groups, gold_answers)

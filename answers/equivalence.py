@@ -22,31 +22,23 @@ MAX_CHARACTERS = 400
 # ------------------------------------------------------------ extraction
 
 
-BOX = "\\boxed{"
-
-
-def find_boxed(text: str) -> range:
-    r"""Find the characters inside the last `\boxed{...}` whose braces balance; an empty range if there is none.
+def extract_boxed(text: str) -> str | None:
+    r"""Return the content of the last `\boxed{...}` whose braces balance, as written; None if missing or blank.
 
     The last box is the one that opens last. Escaped braces `\{` and `\}` are text, as in LaTeX, and do not count:
     `\boxed{\left\{x\right.}` balances, `\boxed{5\}` does not. The time is linear in the length of the text.
     """
     open_braces: list[tuple[int, bool]] = []
-    found = range(0)
+    box_start = -1
+    content = ""
     for token in re.finditer(r"(?<=\\)boxed\{|\\[\\{}]|[{}]", text):
         if token[0] in ("boxed{", "{"):
             open_braces.append((token.end(), token[0] == "boxed{"))
         elif token[0] == "}" and open_braces:
             start, is_box = open_braces.pop()
-            if is_box and start > found.start:
-                found = range(start, token.start())
-    return found
-
-
-def extract_boxed(text: str) -> str | None:
-    r"""Return the content of the last `\boxed{...}` whose braces balance, as written; None if missing or blank."""
-    inside = find_boxed(text)
-    content = text[inside.start : inside.stop]
+            if is_box and start > box_start:
+                box_start = start
+                content = text[start : token.start()]
     return content if content.strip() else None
 
 

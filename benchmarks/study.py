@@ -133,7 +133,6 @@ SECTIONS: dict[str, dict[str, str]] = {
         for match, flag in {"exact": "", "math": " --answer-match math"}.items()
     },
     "mask": with_and_without_mask("1e-3"),
-    "mask, usual rate": with_and_without_mask("5e-4"),
     "noise": {
         f"{name}, {share:.0%} of the pairs": f"--variant {name}"
         + (f" --model embedded --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")

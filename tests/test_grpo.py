@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import grpo
 import train
-from answers.equivalence import find_boxed
+from answers.equivalence import extract_boxed
 from config import Config, Optimisation
 from data import Pair
 from grpo import (
@@ -485,13 +485,13 @@ def test_a_mask_of_characters_misses_tokens_that_reach_over_the_ends_of_the_box(
     tokenizer = merging_tokenizer() if merges else byte_tokenizer()
     text = f"{before}\\boxed{{{answer}}}{after}"
     ids = [*tokenizer(text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
-    rollout = Rollout([1], ids, [0.0] * len(ids), True, text=text)
+    rollout = Rollout([1], ids, [0.0] * len(ids), True, text=text, answer=extract_boxed(text))
     mask_answers([rollout], tokenizer)
-    inside = find_boxed(text)
-    if not inside:
+    if rollout.answer is None:
         assert not rollout.untrained
         return
-    wanted = set(range(inside.start - 7, inside.stop + 1))
+    box = text.rindex(f"\\boxed{{{rollout.answer}}}")
+    wanted = set(range(box, box + len(f"\\boxed{{{rollout.answer}}}")))
     starts = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False).offset_mapping
     touching = [i for i, (start, stop) in enumerate(starts) if wanted & set(range(start, stop))]
     assert list(rollout.untrained) == touching, "the stop token and all others stay"

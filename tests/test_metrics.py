@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import metrics
 from data import Pair
 from grpo import assign_advantages
-from metrics import detect_collapse, gold_metrics, group_metrics, label_metrics, label_records
+from metrics import compare_with_gold, detect_collapse, gold_metrics, group_metrics, label_metrics, label_records
 from rewards import VARIANTS, Group, Variant, View, label_groups, rollouts_of
 from store import log
 from store.jsonl import append_rows
@@ -80,7 +80,7 @@ def test_views_and_teacher_do_not_mix():
     label_groups(row, policy_groups, teacher_groups, ["1"])
     assign_advantages(policy_groups, [[0, 0, 0, 0], [1, 0, 0, 0]])
     found = group_metrics(row, policy_groups, teacher_groups)
-    found |= label_metrics(label_records(7, policy_groups, ["1"]))
+    found |= label_metrics(label_records(7, policy_groups, compare_with_gold(policy_groups, ["1"])))
     assert found["reward"] == 1 / 8 and found["reward/x"] == 0 and found["reward/x'"] == 1 / 4
     assert found["zero_std_groups"] == 1 / 2
     assert found["vote_share"] == pytest.approx((2 / 3 + 1) / 2)
@@ -92,22 +92,23 @@ def test_views_and_teacher_do_not_mix():
 
 def test_label_accuracy_counts_missing_labels_as_wrong_and_missing_golds_not_at_all():
     policy_groups = labelled(VARIANTS["majority"], groups(["1", "1"], [None, None], ["2", "2"]), [None] * 3)
-    found = label_metrics(label_records(0, policy_groups, ["1.0", "7", None]))
+    found = label_metrics(label_records(0, policy_groups, compare_with_gold(policy_groups, ["1.0", "7", None])))
     assert found == {"label_accuracy": 1 / 2, "label_agreement": 1.0}
 
 
 def test_gold_labels_have_no_accuracy():
-    assert label_records(0, labelled(VARIANTS["gt"], groups(["1", "1"]), ["1"]), ["1"]) == []
+    of_gold = labelled(VARIANTS["gt"], groups(["1", "1"]), ["1"])
+    assert label_records(0, of_gold, compare_with_gold(of_gold, ["1"])) == []
 
 
 def test_the_record_of_a_label_says_whose_it_is_how_sure_and_whether_it_is_right():
     both = groups(["1", "1", "2", None]) + groups(["2", "2", "2", "2"], view="x'")
-    records = label_records(7, labelled(VARIANTS["I"], both, [None]), ["1"])
+    records = label_records(7, labelled(VARIANTS["I"], both, [None]), compare_with_gold(both, ["1"]))
     assert records == [
         {"step": 7, "id": "0", "view": "x", "label": "2", "share": 1.0, "agrees": False, "right": False},
         {"step": 7, "id": "0", "view": "x'", "label": "1", "share": 2 / 3, "agrees": False, "right": True},
     ]
-    (without_gold, _) = label_records(7, both, [None])
+    (without_gold, _) = label_records(7, both, compare_with_gold(both, [None]))
     assert "right" not in without_gold
 
 
@@ -115,10 +116,13 @@ def test_rewards_are_measured_by_gold_where_it_is_known_and_only_if_they_are_0_o
     two = groups(["1", "1", "2", None], ["3", "3", "3", "3"])
     rewards = [[1, 1, 0, 0], [1, 1, 1, 1]]  # majority's; gold would have paid the third answer, and knows no second
     assign_advantages(two, rewards)
-    assert gold_metrics(two, ["2", None]) == {"rollout_accuracy": 1 / 4, "reward_accuracy": 1 / 4}
-    assert gold_metrics(two, [None, None]) == {}
+    assert gold_metrics(two, compare_with_gold(two, ["2", None])) == {
+        "rollout_accuracy": 1 / 4,
+        "reward_accuracy": 1 / 4,
+    }
+    assert gold_metrics(two, compare_with_gold(two, [None, None])) == {}
     assign_advantages(two, [[0.5, 0.5, 0, 0], [1] * 4])
-    assert gold_metrics(two, ["2", None]) == {"rollout_accuracy": 1 / 4}
+    assert gold_metrics(two, compare_with_gold(two, ["2", None])) == {"rollout_accuracy": 1 / 4}
 
 
 def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_path: Path):
