@@ -40,10 +40,10 @@ from store.jsonl import changes, fingerprint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
 # Flags that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
-HARMLESS = {"--out", "--resume", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb", "--preflight"}
+HARMLESS = {"--out", "--resume", "--config", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb"}
 HARMLESS |= {"--eval-data", "--eval-every", "--eval-samples", "--eval-question-column", "--eval-answer-column"}
-HARMLESS |= {"--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
-HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch", "--fit", "--config", "--compile"}
+HARMLESS |= {"--preflight", "--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
+HARMLESS |= {"--engine-memory", "--tokens-per-micro-batch", "--fit", "--compile"}
 
 
 @dataclass
@@ -308,15 +308,14 @@ def fill_checked(what: str, read: Callable[[str], Tensor], tensors: dict[str, Te
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
     """Make AdamW's state, which does not exist before its first step, and fill it with what was saved."""
     named = dict(training.policy.lm.named_parameters())
-    states: dict[str, dict[str, Tensor]] = {}
+    state = training.optimizer.state
+    state.clear()
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
             fill_checked(moment, file.get_tensor, values)
         for name, value in values.items():
-            states.setdefault(name, {"step": torch.tensor(steps)})[moment] = value
-    if single := [name for name, state in states.items() if not state.keys() >= set(MOMENTS)]:
-        raise ValueError(f"{single[0]} has one moment of two")
-    state = {i: states[name] for i, name in enumerate(named) if name in states}
-    groups = training.optimizer.state_dict()["param_groups"]
-    training.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            state[named[name]] |= {"step": torch.tensor(steps, device=value.device), moment: value}
+    for name, weight in named.items():
+        if len(state.get(weight, {})) == 2:  # steps and a moment
+            raise ValueError(f"{name} has one moment of two")
