@@ -197,6 +197,7 @@ class RunSettings:
     seed: int = 0  # of everything random
     # sample the first step's questions, say whether label-free RL can work with this model on them, and end
     preflight: bool = False
+    stop_on_collapse: Literal["on", "off"] = "off"  # save and end where the alarm for collapse speaks
     tensorboard: bool = False  # also log to TensorBoard, in the run's folder
     wandb: bool = False  # also log to Weights & Biases (WANDB_MODE=offline works)
 

@@ -183,7 +183,8 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         stop.unsaved = f"step {step}"
         evaluated = metrics.evaluate_policy(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         measured, records = train_step(run, step)
-        lost = distributed.run_on_rank0(partial(write_step, log, bar, {"step": step} | evaluated | measured, records))
+        row = {"step": step} | evaluated | measured
+        ended = distributed.run_on_rank0(partial(write_step, log, bar, row, records))
         skipped = skipped + 1 if measured["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > MAX_SKIPPED_STEPS:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
@@ -191,16 +192,16 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         if log and step == first_step:
             bar.write(metrics.pace(measured, run.total_steps - done), file=sys.stderr)
         signal_number = int(distributed.all_reduce_max(stop.number))
-        if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or lost:
+        if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or ended:
             saved = checkpoint.save(
                 run.folder / "checkpoints", done, train_state(run), config.run.keep, config.run.keep_every
             )
-        if signal_number or lost:
+        if signal_number or ended:
             bar.close()
             if log:
                 log.close()
                 print(f"stopped after {done} steps; go on with --resume {saved}", file=sys.stderr)
-            raise lost or SystemExit(128 + signal_number)
+            raise ended or SystemExit(128 + signal_number)
     stop.unsaved = ""
     evaluated = metrics.evaluate_policy(run)
     if log:
@@ -209,8 +210,10 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         log.close()
 
 
-def write_step(log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records) -> OSError | None:
-    """Log a step, and warn of what it shows; return an error of the file system, which loses no policy."""
+def write_step(
+    log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records
+) -> OSError | UserError | None:
+    """Log a step, and warn of what it shows; return what ends the run, and loses no policy."""
     assert log, "rank 0 has one"
     try:
         log.write(measured, records)
@@ -219,6 +222,8 @@ def write_step(log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float],
             bar.write(f"step {measured['step']}: {warning}", file=sys.stderr)
     except OSError as error:
         return error
+    if log.stops_on_collapse and (seen := metrics.detect_collapse(log.history)):
+        return UserError(f"collapse: {', '.join(seen)}; --stop-on-collapse off goes on all the same")
     return None
 
 

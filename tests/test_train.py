@@ -14,6 +14,7 @@ from runs import ROOT, SMALL, assert_same_weights, metrics_of, small, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import config
+import metrics
 import prepare
 import train
 from baselines import choose_variant
@@ -109,6 +110,17 @@ def test_an_older_checkpoint_cuts_a_run(tmp_path):
         with pytest.raises(UserError, match="step-000002 is not the newest checkpoint of the run in .* with --model"):
             train.train(parse(["--resume", *flags]))
     assert (run / "metrics.jsonl").read_text() == before
+
+
+def test_a_run_that_has_collapsed_goes_on_or_cannot_be_continued(tmp_path, monkeypatch, capsys):
+    sign = {"one answer to many questions": "commonest_answer 0.20 -> 0.90"}
+    monkeypatch.setattr(metrics, "detect_collapse", lambda history: sign if len(history) >= 2 else {})
+    flags = ["--steps", "4", "--stop-on-collapse", "on"]
+    with pytest.raises(UserError, match="collapse: one answer to many questions; --stop-on-collapse off goes on"):
+        train.train(small(tmp_path / "run", *flags))
+    assert "stopped after 2 steps; go on with --resume" in capsys.readouterr().err
+    resumed = ["--resume", str(tmp_path / "run"), "--stop-on-collapse", "off"]
+    assert len(metrics_of(train.train(parse(resumed)))) == 4
 
 
 def test_the_settings_of_a_run_start_another(tmp_path):
