@@ -3,9 +3,9 @@
     A      = (r - mean(r)) / (std(r) + 1e-6)                      within a group of G rollouts     (Eq. 3)
     L_t    = -w_t min(c_t A, clip(c_t, 1-eps, 1+eps) A) + beta k3_t,   c_t = pi(y_t) / pi_old(y_t)  (Eq. 4)
     k3_t   = exp(d_t) - d_t - 1,   d_t = log pi_ref(y_t) - log pi(y_t)                              (Eq. 5)
-    loss   = sum over views of the mean of L_t over the view's response tokens                      (Eq. 6)
+    loss   = sum over views of the mean of L_t over the view's response tokens                      (Eqs. 4, 6)
 
-Where this differs from the paper: the mean in Eq. 4 runs over all response tokens of a view's whole step ("token");
+Where this differs from the paper: the mean runs over all response tokens of a view in the mini-batch ("token");
 "sequence" is the equation as printed. Eq. 5 is printed with its first ratio upside down, which can be negative; this is
 k3, as in the authors' code, which also caps it at 10 (`--kl-cap`). w_t is 1 except for the correction of the sampler's
 rounding, see `truncated_importance_weight`.
@@ -81,7 +81,7 @@ def policy_loss(
 ) -> Tensor:
     """Compute the clipped surrogate of each token [B, T], to be minimised (Eq. 4 without its KL term).
 
-    Advantages are [B], all else [B, T]; the loss is 0 where `mask` is. `weights`, detached, multiply each token's term.
+    Advantages are [B], all else [B, T]; it is 0 where `mask` is. `weights`, detached, multiply each term.
     `clip_high` bounds the ratio above 1 where that differs from the bound below (DAPO, arXiv 2503.14476).
     """
     ratio = torch.exp(logp - old_logp)
@@ -142,7 +142,7 @@ def tokens_of(ids: list[int], characters: range, tokenizer: PreTrainedTokenizerB
 
 
 def assign_denominators(groups: Sequence[Group], how: Aggregation, max_tokens: int) -> None:
-    """Give each rollout of a mini-batch the number that `aggregate` divides its loss by: a count over its view in it.
+    """Give each rollout the number that `aggregate` divides its loss by: a count over its view in the mini-batch.
 
     The number is known before the first backward pass, so the gradient does not depend on micro-batches or processes.
     Each view has its own, so that the views' means add up (Eq. 6).
@@ -168,7 +168,7 @@ def select_with_gradient(rollouts: list[Rollout]) -> list[Rollout]:
 
 
 def aggregate(per_token: Tensor, mask: Tensor, how: Aggregation, denominator: float | Tensor) -> Tensor:
-    """Add up the losses of a micro-batch's tokens to its share of the step's loss, a scalar.
+    """Add up the losses of a micro-batch's tokens to its share of the mini-batch's loss, a scalar.
 
     "token": every response token of a view in the mini-batch weighs the same; "sequence": every rollout does (Eq. 4 as
     printed); "dr-grpo": a constant, rollouts x the longest response allowed (arXiv 2503.20783), while advantages keep
@@ -204,7 +204,7 @@ def optimizer_step(
     """Take one optimizer step on the loss of a mini-batch, whose micro-batches are spread over the ranks (Eqs. 4-6).
 
     A gradient that is not finite leaves policy and optimizer as they were, and is counted in `skipped_steps`. The
-    metrics returned are means over the mini-batch's response tokens, the gradient's norm and the learning rate.
+    metrics returned are means over the tokens in `batches`, the gradient's norm and the learning rate.
     """
     per_batch: list[dict[str, Tensor]] = []
     for batch in distributed.progress_bar(batches, "updating", "micro-batch"):
@@ -234,5 +234,5 @@ def token_metrics(stats: TokenStats, old_logp: Tensor, batch: MicroBatch) -> dic
     """Return what is logged of a micro-batch, for each of its response tokens, without gradient."""
     metrics = {"entropy": stats.entropy, "mismatch_mean": (old_logp - batch.sampler_logp).abs()}
     if batch.reference_logp is not None:
-        metrics["kl"] = k3(stats.logp.detach(), batch.reference_logp)
+        metrics["kl"] = k3(stats.logp.detach(), batch.reference_logp)  # without --kl-cap's bound
     return {name: values[batch.mask] for name, values in metrics.items()}

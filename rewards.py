@@ -1,10 +1,10 @@
 """Answers -> votes -> pseudo-labels -> rewards, and the table of variants (arXiv 2508.00410, Section 4).
 
-A view is a wording of a question: x as written, x' rephrased. A group is G rollouts to one question in one view, and a
-reward is a function of one group that returns G numbers. A variant is a row of VARIANTS: which views the policy and the
-teacher answer, whose vote labels which view, and what the KL term refers to. The training loop reads these fields and
-knows no names; baselines.py has rows of other papers. Labels from another view, or from a teacher that lags behind, are
-what keeps a policy from agreeing with itself on wrong answers.
+A view is a wording of a question: x as written, x' rephrased. A group is the rollouts to one question in one view: V of
+them vote, the first G are trained on. A reward is a function of one group that returns G numbers. A variant is a row of
+VARIANTS: which views the policy and the teacher answer, whose vote labels which view, and what the KL term refers to.
+The training loop reads these fields and knows no names; baselines.py has rows of other papers. Labels from another
+view, or from a teacher that lags behind, are what keeps a policy from agreeing with itself on wrong answers.
 
 Where this differs from the paper's code: a gold answer is compared by mathematical equivalence everywhere. Votes and
 pseudo-labels compare strings, as that code does, unless match="math" is asked for.
@@ -47,7 +47,7 @@ class Vote:
 class Group:
     """The rollouts to one question in one view, their vote and, once labelled, their label.
 
-    No gold answer is in it: a reward sees one group, so it cannot read gold that `label_groups` did not make a label.
+    No gold answer is in it: a reward sees one group, and so gold only where `label_groups` made it the label.
     """
 
     place: int  # of the question in the step
@@ -58,8 +58,8 @@ class Group:
     vote: Vote  # of all V
     match: Match  # how answers are compared with each other and with the label
     label: str | None = None  # None: nobody voted, or the variant has no labels
-    label_share: float = 0.0  # of the winner of the vote that labels; 1 for a gold answer
-    label_vote: Vote | None = None  # the vote that gave the label; None for a gold answer
+    label_share: float = 0.0  # of the labelling vote's winner, even if `select_label` chose another; 1 for gold
+    label_vote: Vote | None = None  # the vote that gave the label; None for a gold answer, or without labels
 
     @property
     def answers(self) -> list[str | None]:

@@ -15,7 +15,8 @@
     rollout     one sampled response to a question in one view
     group       the rollouts to one question in one view: V of them vote, the first G are trained on (V = G by default)
     vote        a group's most frequent answer, and how many gave it
-    label       the answer that a group's rewards compare with: a vote of another group, of the teacher, or its own
+    label       the answer that a group's rewards compare with: by a vote of another group, of the teacher or its own,
+                or gold where the variant says so
     gold        the true answer: for metrics alone, unless the variant says that it is the label
 
 What differs from the paper and from the authors' code is said at the head of grpo.py, rewards.py and teacher.py.
@@ -112,10 +113,10 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
 
 
 def update_policy(run: Run, groups: list[Group], step: int, clock: metrics.Clock) -> dict[str, float]:
-    """Take one optimizer step on Eq. 4's loss for each mini-batch; the paper has one, which is the whole step.
+    """Take one optimizer step for each mini-batch (Eqs. 4-6); the paper has one, which is the whole step.
 
-    The ratio in Eq. 4 is to the policy that has answered. With one mini-batch that is the policy at hand, and the ratio
-    is 1; with several its log-probs are computed before the first of them.
+    The ratio in Eq. 4 is to the policy that generated the rollouts. With one mini-batch that is the current policy, so
+    the ratio is 1; with several, its log-probs are stored before the first update.
     """
     config = run.config
     variant = run.variant
@@ -213,7 +214,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
 def write_step(
     log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records
 ) -> OSError | UserError | None:
-    """Log a step, and warn of what it shows; return what ends the run, and loses no policy."""
+    """Log a step, and warn of what it shows; return what ends the run, so that the policy is saved first."""
     assert log, "rank 0 has one"
     try:
         log.write(measured, records)
