@@ -20,7 +20,6 @@ each, the flags that come nearest to its published recipe, what then still diffe
 import random
 from collections import defaultdict
 from dataclasses import replace
-from difflib import get_close_matches
 from statistics import fmean
 
 from config import Method, UserError
@@ -38,12 +37,10 @@ def random_reward(group: Group) -> list[float]:
 
 
 def format_reward(group: Group) -> list[float]:
-    """Pay 1 for a boxed answer, else 0."""
     return [float(answer is not None) for answer in group.answers]
 
 
 def soft_majority(group: Group) -> list[float]:
-    """Pay p_i in the group's own vote."""
     return vote_shares(group, group.vote)
 
 
@@ -54,27 +51,20 @@ def empo_reward(group: Group) -> list[float]:
 
 
 def soft_label(group: Group) -> list[float]:
-    """Pay p_i in the vote that labels the group, instead of agreement with its winner."""
     return vote_shares(group, group.label_vote) if group.label_vote else [0.0] * len(group.rollouts)
 
 
-# SCRL's thresholds.
-MAJORITY = 0.5  # what a majority must have
-MARGIN = 0.15  # what it must be ahead by
-RARE = 0.15  # below which an answer is rare
-
-
 def clear_winner(group: Group) -> str | None:
-    """Return the most frequent answer if half of all rollouts gave it, clearly more than gave the next one (SCRL)."""
+    """Return the most frequent answer if half of all rollouts gave it, and 0.15 more than the next one (SCRL)."""
     shares = sorted((count / group.vote.rollouts for count in group.vote.counts.values()), reverse=True)
     first, second, *_ = [*shares, 0.0, 0.0]
-    return group.vote.label if first >= MAJORITY and first - second > MARGIN else None
+    return group.vote.label if first >= 0.5 and first - second > 0.15 else None
 
 
 def scrl_reward(group: Group) -> list[float]:
     """Pay 1 for `clear_winner`; -1 for no answer, or for a rare and uncertain one; else 0 (SCRL).
 
-    An answer is uncertain if its rollouts have at least the group's mean entropy.
+    An answer is rare below a share of 0.15, and uncertain if its rollouts have at least the group's mean entropy.
     """
     names = match_to_vote(group.vote, group.answers, group.match)
     entropies: dict[str | None, list[float]] = defaultdict(list)
@@ -82,17 +72,10 @@ def scrl_reward(group: Group) -> list[float]:
         entropies[name].append(rollout.token_stats["entropy"])
     group_mean = fmean(rollout.token_stats["entropy"] for rollout in group.rollouts)
     uncertain = {name for name, values in entropies.items() if fmean(values) >= group_mean}
-    rare = {name for name, count in group.vote.counts.items() if count / group.vote.rollouts < RARE}
-    winner = clear_winner(group)
-    rewards = []
-    for name in names:
-        if name is None:
-            rewards.append(-1.0)
-        elif name == winner:
-            rewards.append(1.0)
-        else:
-            rewards.append(-float(name in rare and name in uncertain))
-    return rewards
+    rare = {name for name, count in group.vote.counts.items() if count / group.vote.rollouts < 0.15}
+    good = {clear_winner(group)} - {None}
+    bad = {None, *(rare & uncertain)}
+    return [float(name in good) - float(name in bad) for name in names]
 
 
 def harmonic_winner(group: Group) -> str | None:
@@ -134,27 +117,14 @@ BASELINES: dict[str, Variant] = {
 
 
 def choose_variant(method: Method) -> Variant:
-    """Look the variant up in the tables, and change what the command line changes in it.
-
-    Raises:
-        UserError: there is no such variant, or it fixes its own views.
-    """
     variants = VARIANTS | BASELINES
-    if str(method.variant) not in variants:  # a config.json can hold anything
-        plain = {name.lower(): name for name in variants}
-        close = get_close_matches(str(method.variant).lower().removeprefix("co-rewarding-"), plain, n=1, cutoff=0.75)
-        guess = f"did you mean {plain[close[0]]}? " if close else ""
-        raise UserError(f"--variant {method.variant} is not known: {guess}choose from {', '.join(variants)}")
+    if method.variant not in variants:
+        raise UserError(f"--variant {method.variant} is not known: choose from {', '.join(variants)}")
     variant = variants[method.variant]
     if method.views is not None:
         if not variant.is_baseline:
-            raise UserError(
-                f"--views {method.views} is for baselines, and variant {method.variant} fixes its own: "
-                "try --variant majority"
-            )
+            fixed = f"variant {method.variant} fixes its own: try --variant majority"
+            raise UserError(f"--views {method.views} is for baselines, and {fixed}")
         variant = with_views(variant, VIEWS[method.views])
-    if method.kl_coef is not None:
-        variant = replace(variant, kl_coef=method.kl_coef)
-    if method.kl_ref is not None:
-        variant = replace(variant, kl_reference=method.kl_ref)
-    return variant
+    kl_coef = variant.kl_coef if method.kl_coef is None else method.kl_coef
+    return replace(variant, kl_coef=kl_coef, kl_reference=method.kl_ref or variant.kl_reference)

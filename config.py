@@ -131,9 +131,7 @@ class Data:
     keep_bad_rewrites: bool = False  # keep placeholder and unchanged rephrasings, as the authors did
     questions_per_step: int = 128  # questions (variants I and III: pairs of wordings) of a step
     max_prompt_tokens: int = 512  # a question longer than this in a needed wording is dropped
-    # benchmarks whose questions, or near copies of them, are dropped from the training data
-    decontaminate: tuple[str, ...] = ()
-    # benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data
+    # benchmark to evaluate on: math500, gsm8k, ... (sources/pairs.py), or questions with answers as for data
     eval_data: str | None = None
     eval_question_column: str = "question"  # in a file of one's own
     eval_answer_column: str = "answer"  # likewise
@@ -301,7 +299,6 @@ def load_config(file: Path) -> Config:
     try:
         groups = json.loads(file.read_text(encoding="utf-8"))
         groups = groups.get("settings", groups)
-        groups["data"]["decontaminate"] = tuple(groups["data"].get("decontaminate", ()))  # JSON has lists
         for group, default in vars(Config()).items():
             kinds = get_type_hints(type(default))
             for name, value in groups[group].items():
@@ -321,8 +318,6 @@ def is_of_kind(value: object, kind: Any) -> bool:
     choices = get_args(kind)
     if get_origin(kind) is Literal:
         return value in choices
-    if get_origin(kind) is tuple:
-        return isinstance(value, tuple) and all(isinstance(each, str) for each in value)
     if choices:  # X | None
         return any(is_of_kind(value, choice) for choice in choices)
     return type(value) is kind or (type(value) is int and kind is float)

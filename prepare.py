@@ -27,7 +27,7 @@ from lm.scoring import PackedLM
 from rewards import Variant
 from rollout import Run
 from sources.files import Columns
-from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs, without_overlap
+from sources.pairs import Benchmark, Pair, Report, load_benchmark, load_pairs
 from store import checkpoint
 from store.jsonl import fingerprint
 
@@ -96,13 +96,10 @@ def read_data(config: Config) -> tuple[list[Pair], Report, Benchmark | None]:
         print(f"data: {data.source} (the default for real models; --data names another)")
     columns = Columns(data.question_column, data.rephrased_column, data.answer_column)._asdict()
     pairs = load_pairs(data.source, **columns, keep_bad_rewrites=data.keep_bad_rewrites, report=report)
-
-    def benchmark(name: str) -> Benchmark:
-        return load_benchmark(name, data.data_dir, data.eval_question_column, data.eval_answer_column)
-
-    if data.decontaminate:
-        pairs = without_overlap(pairs, [benchmark(name) for name in data.decontaminate], report)
-    return pairs, report, benchmark(data.eval_data) if data.eval_data else None
+    if data.eval_data is None:
+        return pairs, report, None
+    benchmark = load_benchmark(data.eval_data, data.data_dir, data.eval_question_column, data.eval_answer_column)
+    return pairs, report, benchmark
 
 
 def build_prompts(

@@ -53,7 +53,7 @@ def test_an_answer_may_not_eat_the_memory_of_the_machine() -> None:
 
 def test_an_unreadable_answer_equals_one() -> None:
     assert not equivalent("x+3", r"\frac{{{ %% \foo")
-    assert algebra.judge("x+3", r"\frac{{{ %% \foo") == b"?"
+    assert algebra.judge("x+3", r"\frac{{{ %% \foo") == b"!"
 
 
 # ------------------------------------------------------------------------------------------------ children
@@ -115,7 +115,7 @@ def test_a_child_that_crashes_leaves_no_wrong_verdict(crash: int, child: subproc
 
 def test_a_pair_that_exceeds_its_time_is_not_asked_again(child: subprocess.Popen[bytes]) -> None:
     assert algebra.judge("5", "9^{9^{9^9}}") == b""
-    assert child.returncode in (-signal.SIGPROF, -signal.SIGALRM, 1)
+    assert child.returncode in (-signal.SIGPROF, 1)
     assert algebra._mine.child is child, "nobody had to start another one for it"
 
 

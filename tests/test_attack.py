@@ -34,12 +34,10 @@ from lm.model import limit_threads, load_pretrained, meta_model, stop_token_ids
 from lm.prompts import prompt_encoder
 from metrics import detect_collapse, step_warnings
 from prepare import check_sense
-from sources.pairs import load_pairs
 from store import checkpoint
 from store.curves import draw
 from store.folder import lock
 from store.log import LOGS, RunLog, closing_table
-from tools.ask import ask
 from tools.look import look
 
 # ---------------------------------------------------------------- loses or mixes up results
@@ -301,14 +299,11 @@ def test_a_line_of_another_shape_ends_in_a_traceback(tmp_path, line):
             with pytest.raises(UserError, match=f"{name}, line 5 is damaged"):
                 task()
         (run / name).write_text(before)
-    with pytest.raises(UserError, match="step 3 is damaged .*show another with --step"):
-        look(run)
 
 
 KINDS = [("optimisation", "lr_schedule", "nonsense"), ("optimisation", "steps", 2.5), ("run", "wandb", 1)]
 KINDS += [
     ("method", "loss_agg", []),
-    ("data", "decontaminate", [1]),
     ("data", "eval_data", 5),
     ("sampling", "votes", True),
 ]
@@ -344,26 +339,6 @@ def test_a_schedule_that_runs_backwards_is_accepted_without_a_word(capsys):
     assert not capsys.readouterr().out
     check_sense(parse(["--ema-start", ".9999", "--ema-end", ".9"]))
     assert "the teacher follows ever faster: --ema-start 0.9999 is over --ema-end" in capsys.readouterr().out
-
-
-def test_asking_for_no_answer_divides_by_zero():
-    with pytest.raises(UserError, match="--k 0 must be at least 1"):
-        ask("embedded", "1+1?", k=0)
-
-
-def test_columns_that_are_nearly_right_are_ignored_without_a_word(tmp_path, capsys):
-    (tmp_path / "data.csv").write_text("question,Answer,rephrase,level\nq,1,r,2\nQ,\n")
-    assert load_pairs(str(tmp_path / "data.csv"))[0].gold is None
-    said = capsys.readouterr().out
-    assert "column 'Answer' is ignored; rename it to 'answer'" in said
-    assert "column 'rephrase' is ignored; rename it to 'rephrased'" in said
-    assert "1 rows have fewer cells than the header" in said and "level" not in said
-
-
-def test_answers_that_are_no_number_are_not_counted(tmp_path, capsys):
-    (tmp_path / "data.jsonl").write_text('{"question": "q", "answer": NaN}\n{"question": "Q", "answer": 7}\n')
-    assert [pair.gold for pair in load_pairs(str(tmp_path / "data.jsonl"))] == [None, "7"]
-    assert "1 answers are NaN, and count as none" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- reads as if something else were wrong

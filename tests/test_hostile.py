@@ -449,7 +449,6 @@ def test_settings_of_another_type_end_in_a_traceback(tmp_path):
     for wrong, sentence in (
         ({"optimisation": {"lr": "fast"}}, "--lr cannot be 'fast'"),
         ({"method": {"variant": ["II"]}}, r"--variant cannot be \['II'\]"),
-        ({"data": {"decontaminate": 5}}, "holds no settings of a run"),
     ):
         groups = {name: vars(group) | wrong.get(name, {}) for name, group in vars(config).items()}
         (tmp_path / "config.json").write_text(json.dumps(groups))

@@ -1,4 +1,4 @@
-"""tools/look.py and tools/ask.py: each test is named after the bug it prevents."""
+"""tools/look.py: each test is named after the bug it prevents."""
 
 import io
 import json
@@ -9,7 +9,7 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from config import UserError
-from tools import ask, look
+from tools import look
 from tools.look import side_by_side
 
 
@@ -45,12 +45,7 @@ def test_a_step_is_shown_without_its_votes_or_another_step_is(tmp_path: Path, ca
     assert "step 3" in shown and "Another?" not in shown
     assert "the vote of the teacher on x' (75%)" in shown and "4 x1   (none) x1" in shown
     assert "1. reward 1, answer 4" in shown and "2. reward 0, answer None" in shown
-    with pytest.raises(UserError, match="has steps 2 to 3, and no 7"):
+    with pytest.raises(UserError, match="has no step 7: its last is 3"):
         look.look(tmp_path, step=7)
     with pytest.raises(UserError, match="is no run's folder"):
         look.look(tmp_path / "nowhere")
-
-
-def test_a_model_that_is_asked_answers_as_in_training(capsys: pytest.CaptureFixture[str]):
-    ask.ask("embedded", "Ann has 3 pens and buys 2 bags of 4 pens. How many pens now?", k=8, max_response_tokens=32)
-    assert "vote: 11 (" in capsys.readouterr().out

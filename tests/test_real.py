@@ -16,7 +16,6 @@ import tyro
 from tiny import byte_tokenizer, tiny_lm
 
 from rewards import matches
-from sources.overlap import digits
 from sources.pairs import load_benchmark
 from store.jsonl import read_rows
 
@@ -27,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import one_step  # noqa: E402
 import real  # noqa: E402
+from overlap import digits  # noqa: E402
 
 # ---------------------------------------------------------------- published rows
 

@@ -171,7 +171,7 @@ def use(monkeypatch, model: Scripted) -> None:
     monkeypatch.setattr(rephrase, "longest_prompt", lambda *_: 100)
     monkeypatch.setattr(rephrase, "request_seed", lambda *key: key)
     monkeypatch.setattr(rephrase, "read_answers", lambda replies, _: None)
-    monkeypatch.setattr(rephrase, "instruction_ids", lambda tokenizer, text, chat_template: list(text.encode()))
+    monkeypatch.setattr(rephrase, "instruction_ids", lambda model, text: list(text.encode()))
 
 
 def wrap(rewrite: str) -> str:
@@ -300,7 +300,7 @@ rephrase.sampling_from = lambda *_: nullcontext(sample)
 rephrase.longest_prompt = lambda *_: 100
 rephrase.request_seed = lambda *key: key
 rephrase.read_answers = lambda replies, _: None
-rephrase.instruction_ids = lambda tokenizer, question, chat_template: list(question.encode())
+rephrase.instruction_ids = lambda model, question: list(question.encode())
 rephrase.main()
 """
 

@@ -24,19 +24,13 @@ from config import UserError, exit_on_user_error
 from store.jsonl import Record
 from store.log import read_log
 
-WIDTH = 60  # characters that make a text legible
-
 
 def side_by_side(headings: Sequence[str], texts: Sequence[str]) -> Columns:
-    """Lay texts out side by side, as many as the terminal has place for."""
     said = zip(headings, texts, strict=True)
-    return Columns(
-        Panel(Text(text, overflow="fold", no_wrap=False), title=Text(heading), width=WIDTH) for heading, text in said
-    )
+    return Columns(Panel(Text(text, overflow="fold"), title=Text(heading), width=60) for heading, text in said)
 
 
 def described(row: Record) -> Group:
-    """Describe one wording of the question: who voted for what, and what the policy said."""
     votes = Table.grid(padding=(0, 2))
     for who, answers in row["votes"].items():
         counts = Counter("(none)" if answer is None else answer for answer in answers).most_common()
@@ -50,19 +44,15 @@ def described(row: Record) -> Group:
 
 
 def look(run: Positional[Path], step: int | None = None) -> None:
-    """Show what was asked and said in a step of a run."""
     file = run / "rollouts.jsonl"
     if not file.is_file():
         raise UserError(f"{run} is no run's folder: it holds no rollouts.jsonl")
     rows = read_log(file)
-    steps = sorted({int(row["step"]) for row in rows})
-    wanted = step if step is not None else max(steps, default=0)
-    if wanted not in steps:
-        raise UserError(f"{file} has steps {min(steps, default=0)} to {max(steps, default=0)}, and no {wanted}")
-    try:
-        shown = [described(row) for row in rows if row["step"] == wanted]
-    except (KeyError, TypeError, AttributeError, ValueError) as problem:
-        raise UserError(f"{file}: step {wanted} is damaged ({problem!r}): show another with --step") from problem
+    last = rows[-1]["step"] if rows else 0
+    wanted = last if step is None else step
+    shown = [described(row) for row in rows if row["step"] == wanted]
+    if not shown:
+        raise UserError(f"{file} has no step {wanted}: its last is {last}")
     print(*shown, sep="\n")
 
 

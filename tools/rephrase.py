@@ -15,11 +15,11 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import tyro
-from transformers import PreTrainedTokenizerBase
 
 from config import exit_on_user_error
 from lm import distributed
@@ -77,56 +77,55 @@ class RephrasingSettings:
     answer_column: str = "answer"  # gold answers: only to notice a rewrite that gives them away
 
 
-def instruction_ids(tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None) -> list[int]:
-    def render(question: str) -> str:
-        messages = [{"role": "user", "content": INSTRUCTION + question}]
-        how: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
-        how["enable_thinking"] = False  # templates that do not know it pass over it
-        return str(tokenizer.apply_chat_template(messages, chat_template=chat_template, **how))
+def instruction_ids(model: InferenceModel, question: str) -> list[int]:
+    def render(text: str) -> str:
+        return str(
+            model.tokenizer.apply_chat_template(
+                [{"role": "user", "content": INSTRUCTION + text}],
+                chat_template=model.template,
+                add_generation_prompt=True,
+                tokenize=False,
+                enable_thinking=False,  # templates that do not know it pass over it
+            )
+        )
 
-    return chat_ids(tokenizer, question, render)
+    return chat_ids(model.tokenizer, question, render)
 
 
-def longest_prompt(settings: RephrasingSettings, tokenizer: PreTrainedTokenizerBase, chat_template: str | None) -> int:
-    """Return the longest prompt in tokens: the rewriter's reply must hold the question and its rewrite."""
-    return len(instruction_ids(tokenizer, "", chat_template)) + settings.max_response_tokens // 2
+def longest_prompt(settings: RephrasingSettings, model: InferenceModel) -> int:
+    """Return how many tokens the prompt may have: the rewriter's reply must hold the question and its rewrite."""
+    return len(instruction_ids(model, "")) + settings.max_response_tokens // 2
 
 
 def read_reply(reply: Rollout) -> tuple[str, str | None]:
     """Read the rewrite in a reply, and what is wrong with its form; in a time linear in the reply's length."""
     said = reply.text.rpartition("</think>")[2]
     # A model that reasons first may name the markers there, or the label in the question: what counts comes last.
-    blocks = re.split(r"RESULT[_ ]START", said, flags=re.IGNORECASE)[1:]
-    labelled = [re.split(r"(?mi)^[^\w\n]*REWRITE[^\w\n]*?:", block) for block in blocks]
-    rewrites = [parts[-1] for parts in labelled if len(parts) > 1]
-    if not rewrites:
+    *before, block = re.split(r"RESULT[_ ]START", said, flags=re.IGNORECASE)
+    _, *rewrites = re.split(r"(?mi)^[^\w\n]*REWRITE[^\w\n]*?:", block)
+    if not (before and rewrites):
         return "", "no result"
     rewrite, *ending = re.split(r"(?mi)RESULT[_ ]END|^[^\w\n]*ORIGINAL[^\w\n]*?:", rewrites[-1])
     if not ending and not reply.finished:
         return "", "cut off"
-    rewrite = rewrite.rstrip("#*` \t\n") if ending else rewrite.rstrip().removesuffix("```").rstrip()
-    rewrite = re.sub(r"\A(?:\*\*)?\s*(?:```\w*\n)?", "", rewrite)
-    for opening, closing in ('""', "“”", "<>"):
-        quoted = rewrite.startswith(opening) and rewrite.endswith(closing) and not TEMPLATE_ECHO.fullmatch(rewrite)
-        rewrite = rewrite[1:-1].strip() if quoted else rewrite
+    rewrite = re.sub(r"```\w*", "", rewrite).strip("#*` \t\n")
+    if not TEMPLATE_ECHO.fullmatch(rewrite):
+        rewrite = re.sub(r'(?s)\A["“<](.*)["”>]\Z', r"\1", rewrite).strip()
     return (rewrite, None) if rewrite else ("", "no result")
 
 
 def as_row(pair: Pair) -> Record:
     own: Record = {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold}
     own["faults"] = Counter()  # what was turned down, also where no rewrite was good enough
-    return own | {name: value for name, value in pair.meta.items() if name not in own}
+    return own | pair.meta | own
 
 
 def rewrite_batch(
-    settings: RephrasingSettings, pairs: Sequence[Pair], model: InferenceModel, sample: Sample
+    settings: RephrasingSettings, model: InferenceModel, sample: Sample, pairs: Sequence[Pair]
 ) -> list[Record]:
-    """Return a row for each pair, with a rephrasing where there is one by now."""
-    tokenizer = model.tokenizer
-    template = model.template
     rows = {pair.id: as_row(pair) for pair in pairs}
-    longest = longest_prompt(settings, tokenizer, template)
-    prompts = {pair.id: instruction_ids(tokenizer, pair.question, template) for pair in pairs if not pair.rephrased}
+    longest = longest_prompt(settings, model)
+    prompts = {pair.id: instruction_ids(model, pair.question) for pair in pairs if not pair.rephrased}
     for name in [name for name, prompt in prompts.items() if len(prompt) > longest]:
         rows[name]["faults"]["question too long"] = 1
         del prompts[name]
@@ -136,12 +135,12 @@ def rewrite_batch(
         n = 2**attempt
         seeds = [request_seed(settings.seed, "rewrite", name, attempt) for name in missing]
         said = sample(prompts=list(prompts.values()), seeds=seeds, n=n, **how) if missing else []
-        read_answers(said, tokenizer)
+        read_answers(said, model.tokenizer)
         for i, name in enumerate(missing):
             rows[name]["rephrased"] = first_good(rows[name], said[i * n : (i + 1) * n])
             if rows[name]["rephrased"]:
                 del prompts[name]
-    return [row | {"faults": dict(sorted(row["faults"].items()))} for row in rows.values()]
+    return list(rows.values())
 
 
 def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
@@ -156,7 +155,6 @@ def first_good(row: Record, candidates: Sequence[Rollout]) -> str | None:
 
 
 def rephrase(settings: RephrasingSettings) -> None:
-    """Give each question a second wording, by a model, checked."""
     distributed.start()
     settings = replace(settings, model=distributed.run_on_rank0(lambda: newest_policy(settings.model)))
     report = Report()
@@ -166,31 +164,16 @@ def rephrase(settings: RephrasingSettings) -> None:
     folder = Path(f"{settings.out}.work")
     with claim_folder(folder, made_with, settings.out):
         if not distributed.run_on_rank0(settings.out.exists):
-            rows = rewrite_all(settings, pairs, folder / "rows.jsonl")
+            model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
+            tokens = longest_prompt(settings, model) + settings.max_response_tokens
+            size = settings.batch_size * distributed.world_size()
+            with sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
+                rewrite = partial(rewrite_batch, settings, model, distributed.shard_prompts(sample))
+                rows = work_through(folder / "rows.jsonl", pairs, size, rewrite, shown="rephrased")
             distributed.run_on_rank0(lambda: write_atomic(settings.out, to_lines(rows)))
-    print(report, summary(settings.out, read_rows(settings.out)), sep="\n")
-
-
-def rewrite_all(settings: RephrasingSettings, pairs: Sequence[Pair], file: Path) -> list[Record]:
-    """Load the rewriter, and let it rewrite all questions."""
-    model = load_inference_model(settings.model, settings.sampler, settings.chat_template)
-    tokens = longest_prompt(settings, model.tokenizer, model.template) + settings.max_response_tokens
-    with sampling_from(model, Capacity(tokens, settings.batch_size)) as sample:
-
-        def rewrite(batch: Sequence[Pair]) -> list[Record]:
-            return rewrite_batch(settings, batch, model, distributed.shard_prompts(sample))
-
-        return work_through(file, pairs, settings.batch_size * distributed.world_size(), rewrite, shown="rephrased")
-
-
-def summary(out: Path, rows: Sequence[Record]) -> str:
-    """Count the questions with a rephrasing, and the rewrites turned down by reason."""
-    good = sum(bool(row["rephrased"]) for row in rows)
-    faults: Counter[str] = Counter()
-    for row in rows:
-        faults.update(row["faults"])
-    lines = [f"{out}: {good:,} of {len(rows):,} questions have a rephrasing; turned down:"]
-    return "\n".join(lines + [f"{number:>8,}  {reason}" for reason, number in faults.most_common()])
+    written = read_rows(settings.out)
+    good = sum(bool(row["rephrased"]) for row in written)
+    print(report, f"{settings.out}: {good:,} of {len(written):,} questions have a rephrasing", sep="\n")
 
 
 def main() -> None:
