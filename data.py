@@ -14,7 +14,6 @@ import tyro
 from tyro.conf import Positional
 
 from config import exit_on_user_error
-from sources.files import Columns
 from sources.pairs import Pair as Pair
 from sources.pairs import Report
 from sources.pairs import load_pairs as load_pairs
@@ -91,8 +90,9 @@ def show(
     pairs: int = 3,
 ) -> None:
     report = Report()
-    columns = Columns(question_column, rephrased_column, answer_column)
-    loaded = load_pairs(source, **columns._asdict(), report=report)
+    loaded = load_pairs(
+        source, question=question_column, rephrased=rephrased_column, answer=answer_column, report=report
+    )
     print(report)
     for pair in loaded[:pairs]:
         print(f"--- {pair.id}, gold {pair.gold}", pair.question, pair.rephrased or "(no rephrasing)", sep="\n\n")

@@ -85,8 +85,7 @@ def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
         if len(rewrites) > 1:
             raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
         for pattern in (f"{split}_original.parquet", f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
-            files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
-            if files:
+            if files := sorted(file for file in folder.glob(pattern) if file.suffix in READERS):
                 return files, rewrites
     raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 

@@ -176,7 +176,9 @@ def load_benchmark(
     name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
 ) -> Benchmark:
     """Load a benchmark by its name in SOURCES, or any source of data.py with the columns of one's own file."""
-    paths, columns = [name], Columns(question_column, answer=answer_column)
+    check_sources(name)
+    paths = [name]
+    columns = Columns(question_column, answer=answer_column)
     if name in SOURCES:
         paths, columns = find_files(SOURCES[name], Path(data_dir))
     pairs = []

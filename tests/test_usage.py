@@ -474,7 +474,7 @@ def test_the_cures_for_pictures_and_logs_do_not_work(here):
     with pytest.raises(config.UserError, match="repair it, or leave the run out"):
         plot.main([good, bad], here / "two.png")
     plot.main([good], here / "two.png")
-    with pytest.raises(config.UserError, match="has steps 0 to 0, and no 7"):
+    with pytest.raises(config.UserError, match="has no step 7: its last is 0"):
         look.look(good, step=7)
     look.look(good, step=0)
     whole = (bad / "rollouts.jsonl").read_text()

@@ -116,8 +116,8 @@ def read_reply(reply: Rollout) -> tuple[str, str | None]:
 
 def as_row(pair: Pair) -> Record:
     own: Record = {"id": pair.id, "question": pair.question, "rephrased": pair.rephrased, "answer": pair.gold}
-    own["faults"] = Counter()  # what was turned down, also where no rewrite was good enough
-    return own | pair.meta | own
+    # Its faults are what is turned down, also where no rewrite is good enough.
+    return own | pair.meta | own | {"faults": Counter()}
 
 
 def rewrite_batch(
