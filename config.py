@@ -124,7 +124,7 @@ class Data:
     keep_bad_rewrites: bool = False  # keep placeholder and unchanged rephrasings, as the authors did
     questions_per_step: int = 128  # questions (variants I and III: pairs of wordings) of a step
     max_prompt_tokens: int = 512  # a question longer than this in a needed wording is dropped
-    # benchmark to evaluate on: math500, gsm8k, ... (sources/benchmarks.py), or questions with answers as for data
+    # benchmark to evaluate on: math500, gsm8k, ... (sources/pairs.py), or questions with answers as for data
     eval_data: str | None = None
     eval_question_column: str = "question"  # in a file of one's own
     eval_answer_column: str = "answer"  # likewise

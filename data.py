@@ -9,18 +9,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
-from typing import TypeVar
 
 import tyro
 from tyro.conf import Positional
 
 from config import exit_on_user_error
-from sources.files import Columns
 from sources.pairs import Pair as Pair
-from sources.pairs import Report, min_median_max
+from sources.pairs import Report
 from sources.pairs import load_pairs as load_pairs
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -51,10 +47,9 @@ def tokenize_pairs(
         cure = "name the column of answers with --answer-column, or train a variant that needs none"
         pairs = report.usable(labelled, pairs, "no gold", cure)
     prompted = [PromptedPair(pair, {view: encode(str(pair.wording(view))) for view in views}) for pair in pairs]
-    report.tokens = {view: [len(each.prompts[view]) for each in prompted] for view in views}
-    fitting = [each for each in prompted if max(map(len, each.prompts.values())) <= max_prompt_tokens]
-    lengths = "; ".join(f"{view}: {min_median_max(each)}" for view, each in report.tokens.items())
-    cure = f"no prompt fits --max-prompt-tokens {max_prompt_tokens} (tokens of {lengths})"
+    tokens = [max(map(len, each.prompts.values())) for each in prompted]
+    fitting = [each for each, length in zip(prompted, tokens, strict=True) if length <= max_prompt_tokens]
+    cure = f"no prompt fits --max-prompt-tokens {max_prompt_tokens}: the shortest has {min(tokens):,}"
     return report.usable(fitting, prompted, "too long", cure)
 
 
@@ -72,11 +67,10 @@ def epoch_order(questions: int, seed: int, epoch: int) -> tuple[int, ...]:
 
 
 def steps_per_epoch(questions: int, per_step: int) -> int:
-    """Return how many steps ask every question once."""
     return math.ceil(questions / per_step)
 
 
-def questions_of_step(questions: Sequence[T], per_step: int, seed: int, step: int) -> list[T]:
+def questions_of_step(questions: Sequence[PromptedPair], per_step: int, seed: int, step: int) -> list[PromptedPair]:
     """Return the questions of step 0, 1, ...: each once an epoch, in steps that differ in size by at most one."""
     count = len(questions)
     steps = steps_per_epoch(count, per_step)
@@ -93,16 +87,14 @@ def show(
     question_column: str = "question",
     rephrased_column: str = "rephrased",
     answer_column: str = "answer",
-    keep_bad_rewrites: bool = False,
     pairs: int = 3,
 ) -> None:
-    """Print what is in a set: rows and faults, gold answers, a few pairs."""
     report = Report()
-    columns = Columns(question_column, rephrased_column, answer_column)
-    loaded = load_pairs(source, **columns._asdict(), keep_bad_rewrites=keep_bad_rewrites, report=report)
+    loaded = load_pairs(
+        source, question=question_column, rephrased=rephrased_column, answer=answer_column, report=report
+    )
     print(report)
-    print(f"  with a gold answer  {sum(pair.gold is not None for pair in loaded):,}")
-    for pair in [loaded[i] for i in epoch_order(len(loaded), seed=0, epoch=0)[:pairs]]:
+    for pair in loaded[:pairs]:
         print(f"--- {pair.id}, gold {pair.gold}", pair.question, pair.rephrased or "(no rephrasing)", sep="\n\n")
 
 

@@ -8,7 +8,7 @@ r"""Did it work? Accuracy on benchmarks, greedy and sampled, each number with it
 
 Questions are asked as in training: its system message, its chat template, and the answer is what the last \boxed{}
 holds. With the temperature of 0.8 that is the protocol of the paper (arXiv 2508.00410), whose tables show pass@1, and
-for AMC avg@8. Names of benchmarks are those in sources/benchmarks.py.
+for AMC avg@8. Names of benchmarks are those in sources/pairs.py.
 
 Of n = k sampled answers to a question, c of them correct:
 
@@ -28,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 import tyro
 
 from config import EMBEDDED_MODELS, OTHER_RANK, UserError, check_ranges, exit_on_user_error, parse_template_options
-from sources.pairs import Benchmark, Pair, check_benchmark, load_benchmark
+from sources.pairs import Benchmark, Pair, check_sources, load_benchmark
 from store.results import compare, estimate, read_result, seeds, table, versions
 
 
@@ -77,8 +77,7 @@ def check_settings(settings: EvaluationSettings) -> EvaluationSettings:
         raise UserError("--model is missing: a hub name or a local folder")
     check_ranges(vars(settings))
     parse_template_options(settings.template_options)
-    for name in settings.benchmarks:
-        check_benchmark(name)
+    check_sources(*settings.benchmarks)
     return settings
 
 

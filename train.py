@@ -31,7 +31,7 @@ if __name__ == "__main__":
     with exit_on_user_error():  # before the imports that take seconds: --help and mistakes are answered at once
         given = parse()
         choose_variant(given.method)
-        check_sources(given.data)
+        check_sources(given.data.source, given.data.eval_data)
 
 import json
 import os

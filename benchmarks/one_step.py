@@ -15,8 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from overlap import overlaps
 
 from config import UserError
-from sources.benchmarks import body_and_question
-from sources.files import read_rows
+from sources.files import read_rows, svamp_question
 
 IMITATED, TRAINED, ELSEWHERE = ("addsub", "singleeq"), "singleop", ("multiarith", "svamp")
 NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+"
@@ -45,7 +44,7 @@ def read_questions(data_dir: Path, name: str) -> list[Question]:
     """Of one set, each normalised question once, in an order that a hash gives: the first so many are a sample."""
     if name == "svamp":
         cells = read_rows(find_file(data_dir, "SVAMP.json"))
-        pairs = [(body_and_question(row["Question"], row), row["Answer"]) for row in cells]
+        pairs = [(svamp_question(row), row["Answer"]) for row in cells]
     else:
         pairs = [(row["input"], row["target"]) for row in read_rows(find_file(data_dir, f"{name}.jsonl"))]
     unique = {normalised(text): (" ".join(text.split()), Decimal(str(gold))) for text, gold in pairs}

@@ -10,9 +10,7 @@ import hashlib
 import operator
 import random
 from itertools import chain, product, starmap
-from typing import Any, Literal, NamedTuple
-
-Split = Literal["train", "held-out"]
+from typing import Any, NamedTuple
 
 NAMES = ["Ann", "Ben", "Cal", "Dana", "Eve", "Finn", "Gus", "Hana", "Ivan", "Joy"]
 OBJECTS = ["apples", "books", "coins", "cards", "eggs", "pens", "shells", "stamps"]
@@ -65,8 +63,7 @@ class Problem(NamedTuple):
 
     def text(self, wording: int, rng: random.Random) -> str:
         a, b, c = self.operands
-        template = FAMILIES[self.family].wordings[wording]
-        return template.format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
+        return FAMILIES[self.family].wordings[wording].format(n=rng.choice(NAMES), o=rng.choice(OBJECTS), a=a, b=b, c=c)
 
     def work(self, first: str = "", second: str = "", slips: tuple[int, int] = (0, 0)) -> Work:
         """Work out the answer, or another one with other operators or with slips of arithmetic."""
@@ -86,15 +83,14 @@ PROBLEMS = [problem for problem in starmap(Problem, chain.from_iterable(POSSIBLE
 SET_ASIDE = {problem for problem in PROBLEMS if hashlib.sha256(repr(problem).encode()).digest()[0] < 43}
 TRAINING = [problem for problem in PROBLEMS if problem not in SET_ASIDE]
 SUMS = {problem.work().last_line for problem in TRAINING}
-PROBLEMS_OF: dict[Split, list[Problem]] = {
+PROBLEMS_OF = {
     "train": TRAINING,
     "held-out": [problem for problem in PROBLEMS if problem in SET_ASIDE and problem.work().last_line in SUMS],
 }
 
 
-def word_problems(split: Split = "train", seed: int = 0) -> list[dict[str, Any]]:
-    """Return every problem of the split in each of its wordings, each with another wording as its rephrasing."""
-    rng = random.Random(f"word problems {seed}")
+def word_problems(split: str = "train") -> list[dict[str, Any]]:
+    rng = random.Random("word problems 0")
     rows = []
     for problem in PROBLEMS_OF[split]:
         for wording in range(4):

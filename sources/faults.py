@@ -1,4 +1,4 @@
-"""Find what is wrong with a rephrasing: pure functions of two strings that return a reason.
+"""Find what is wrong with a rephrasing: pure functions of two strings that return a reason, or None.
 
 A published set loses only what is certainly useless (`rewrite_fault`). A model that rewrites can be asked again, so
 there a suspicion is enough (`strict_fault`). No gold answer decides here; `gives_away` alone looks at it.
@@ -36,7 +36,6 @@ ASKS = re.compile(
 
 
 def rewrite_fault(question: str, rewrite: str) -> str | None:
-    """Return a short reason why a rephrasing is certainly useless; None if there is none."""
     # In brackets or not: Qwen3-32B returned questions inside those of its template.
     if len({re.sub(r"[\s<>]", "", text).casefold() for text in (question, rewrite)}) == 1:
         return "unchanged"
@@ -51,7 +50,6 @@ def rewrite_fault(question: str, rewrite: str) -> str | None:
 
 
 def strict_fault(question: str, rewrite: str, gold: str | None) -> str | None:
-    """Return a short reason to ask for another rephrasing instead of a fresh one; None if there is none."""
     if fault := rewrite_fault(question, rewrite):
         return fault
     if lacks_figure(question, rewrite):  # the instruction is to copy it
@@ -96,6 +94,5 @@ def lost_numbers(question: str, rewrite: str) -> set[str]:
 
 
 def gives_away(question: str, rewrite: str, gold: str | None) -> bool:
-    """Tell whether the rewrite brings in the gold answer, a number that the question does not hold."""
     number = (gold or "").strip("$ -").removesuffix(".0")
     return number in numbers(rewrite) and number in lost_numbers(rewrite, question)

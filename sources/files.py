@@ -1,7 +1,7 @@
 """Read the questions of a source: find its files, read their rows, and make each cell what it says.
 
 A source is a file of one's own (.jsonl, .json or .parquet), a folder, or a set that the authors of Co-rewarding
-published. Their layouts become ordinary rows here, so that no other file knows them.
+published. Their layouts and SVAMP's become ordinary rows here, so that no other file knows them.
 """
 
 import json
@@ -37,12 +37,10 @@ class Columns(NamedTuple):
 
 @dataclass(frozen=True)
 class Pair:
-    """A question x, its rephrasing x' if there is one, and its gold answer if there is one."""
-
     id: str
-    question: str
-    rephrased: str | None = None
-    gold: str | None = None
+    question: str  # x
+    rephrased: str | None = None  # x'
+    gold: str | None = None  # the true answer
     meta: dict[str, Any] = field(default_factory=dict)  # all other columns of its row
 
     def wording(self, view: str) -> str | None:
@@ -50,15 +48,8 @@ class Pair:
 
 
 def read_source(source: str, columns: Columns) -> list[Pair]:
-    """Read all rows of a source; a question may be empty.
-
-    Raises:
-        UserError: Nothing there, nothing readable, no such column, or one id for two questions.
-    """
     path = locate(source)
-    if not path.is_dir():
-        return read_pairs([path], columns)
-    files, rewrites = files_of(path)
+    files, rewrites = files_of(path) if path.is_dir() else ([path], [])
     pairs = read_pairs(files, columns)
     return joined(pairs, read_pairs(rewrites, columns), path) if rewrites else pairs
 
@@ -67,7 +58,6 @@ def read_source(source: str, columns: Columns) -> list[Pair]:
 
 
 def locate(source: str) -> Path:
-    """Return the file or folder of a source; download a published set that is not here."""
     folder, hub_name = PUBLISHED.get(source, (source, None))
     for path in (Path(source), Path("data", source), Path("data", folder)):
         if os.path.exists(path):  # unlike Path.exists, no error where a name is too long
@@ -81,42 +71,39 @@ def locate(source: str) -> Path:
 
 
 def from_hub(name: str, pattern: str, cure: str) -> Path:
-    """Download the files of a data set on the Hugging Face hub, and return their folder."""
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, repo_type="dataset", allow_patterns=pattern))
     except Exception as problem:  # the hub client's own errors, its HTTP library's, the system's
-        reason = type(problem).__name__
-        raise UserError(f"{name} could not be had from the Hugging Face hub ({reason}): {cure}") from problem
+        raise UserError(f"{name} could not be had from huggingface.co ({type(problem).__name__}): {cure}") from problem
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """Find the files of a folder's training set, or else of its test set, and the file of their rewrites, if any."""
     for split in ("train", "test"):
-        original = f"{split}_original.parquet"
         rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
         if len(rewrites) > 1:
             raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
-        for pattern in (original, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
-            files = [file for file in sorted(folder.glob(pattern)) if file.suffix in READERS]
+        for pattern in (f"{split}_original.parquet", f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
+            files = sorted(file for file in folder.glob(pattern) if file.suffix in READERS)
             if len({file.suffix for file in files}) > 1:
                 raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
             if files:
-                return files, rewrites if pattern == original else []
+                return files, rewrites
     raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
 
 def joined(pairs: list[Pair], rewrites: list[Pair], folder: Path) -> list[Pair]:
     """Give each question its rewrite by id, never by row number: the published files have gaps."""
     rewrite_of = {rewrite.id: rewrite for rewrite in rewrites}
+    whole = []
     for pair in pairs:
-        gold = pair.id in rewrite_of and rewrite_of[pair.id].gold
-        if gold and pair.gold and gold != pair.gold:
-            golds = f"the answer {pair.gold!r} and in its rewrite {gold!r}"
-            raise UserError(f"{folder}: question {pair.id} has {golds}; these files do not belong together")
-    nothing = Pair("", "")
-    return [replace(pair, rephrased=rewrite_of.get(pair.id, nothing).question or None) for pair in pairs]
+        rewrite = rewrite_of.get(pair.id, Pair("", ""))
+        if pair.gold and rewrite.gold and pair.gold != rewrite.gold:
+            raise UserError(f"{folder}: gold of question {pair.id} differs: its two files do not belong together")
+        whole.append(replace(pair, rephrased=rewrite.question or None))
+    return whole
 
 
 # ---------------------------------------------------------------- a file -> its rows
@@ -160,18 +147,18 @@ def read_pairs(files: Sequence[Path], columns: Columns) -> list[Pair]:
 
 
 def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
-    cells_at = {f"{source}, row {number}": row for number, row in enumerate(rows, 1)}
-    for place, row in cells_at.items():
+    cells_at = {}
+    for number, row in enumerate(rows, 1):
+        place = f"{source}, row {number}"
         if not isinstance(row, dict):
             raise UserError(f"{place} is not a row of named columns")
-    cells_at = {place: in_plain_columns(row, columns, place) for place, row in cells_at.items()}
+        cells_at[place] = in_plain_columns(row, columns, place)
     available = sorted(set().union(*cells_at.values()))
     for role, name in columns._asdict().items():
         if name in available:
             continue
         if role == "question" or name != role:
-            cure = f"choose with --{role}-column from {', '.join(available)}"
-            raise UserError(f"{source} has no column {name!r}: {cure}")
+            raise UserError(f"{source} has no column {name!r}: choose with --{role}-column from {', '.join(available)}")
         spelt = {column.lower(): column for column in available}
         for close in get_close_matches(name, spelt, n=1, cutoff=0.85):
             print(f"warning: {source}: column {spelt[close]!r} is ignored; rename it to {name!r} if it is that")
@@ -179,7 +166,7 @@ def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
     if missing := sum(answer != answer for answer in answers):
         print(f"warning: {source}: {missing:,} answers are NaN, and count as none")
     pairs: list[Pair] = []
-    earlier: dict[str, tuple[str, str]] = {}
+    question_of: dict[str, str] = {}
     for place, cells in cells_at.items():
         pair = Pair(
             id=text_of(str(len(pairs) if cells.get("id") is None else cells["id"]), "id", place),
@@ -188,18 +175,19 @@ def to_pairs(rows: Sequence[Any], columns: Columns, source: str) -> list[Pair]:
             gold=gold_of(cells.get(columns.answer), columns.answer, place),
             meta={name: value for name, value in cells.items() if name not in {"id", *columns}},
         )
-        first_place, first_question = earlier.setdefault(pair.id, (place, pair.question))
-        if first_question != pair.question:
-            raise UserError(f"{place} repeats the id {pair.id!r} of {first_place}: make ids unique or leave them out")
+        if question_of.setdefault(pair.id, pair.question) != pair.question:
+            raise UserError(f"{place} repeats the id {pair.id!r} of another: make ids unique or leave them out")
         pairs.append(pair)
     return pairs
 
 
 def in_plain_columns(cells: dict[str, Any], columns: Columns, place: str) -> dict[str, Any]:
-    """Give a row of the authors' two layouts the column names of a plain file; return any other row as it is."""
+    """Give a row of the authors' two layouts, or of SVAMP, the columns of a plain file; return others as they are."""
     if "original_question" in cells and columns.question not in cells:  # train_pairs.parquet of the hub
         name_of = dict(zip(("original_question", "rephrased_question", "solution"), columns, strict=True))
         return {name_of.get(name, name): value for name, value in cells.items()}
+    if columns.question == "Question" and {"Body", "Question"} <= cells.keys():
+        return cells | {"Question": svamp_question(cells)}
     if not ("prompt" in cells and isinstance(cells.get("reward_model"), dict)):
         return cells
     extra = cells.get("extra_info")
@@ -208,8 +196,13 @@ def in_plain_columns(cells: dict[str, Any], columns: Columns, place: str) -> dic
     # Their data_source says MATH in every set.
     layout = {"prompt", "reward_model", "extra_info", "index", "data_source", "ability"}
     rest = {name: value for name, value in (cells | extra).items() if name not in layout}
-    gold = cells["reward_model"].get("ground_truth")
-    return rest | {"id": extra["index"], columns.question: cells["prompt"], columns.answer: gold}
+    own = {"id": extra["index"], columns.question: cells["prompt"]}
+    return rest | own | {columns.answer: cells["reward_model"].get("ground_truth")}
+
+
+def svamp_question(cells: dict[str, Any]) -> str:
+    """Join two columns of SVAMP: the story, often without its full stop, and the question."""
+    return f"{str(cells['Body']).strip().removesuffix('.')}. {str(cells['Question']).strip()}"
 
 
 def text_of(value: Any, column: str, place: str) -> str:

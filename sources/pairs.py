@@ -10,21 +10,16 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
-from statistics import median_low
-from typing import TypeVar
+from typing import Any, NamedTuple
 
-from config import Data, UserError
-from embedded.word_problems import Split, word_problems
-from sources.benchmarks import SOURCES, Files, find_files
+from config import UserError
+from embedded.word_problems import word_problems
 from sources.faults import rewrite_fault
-from sources.files import PUBLISHED, Columns, locate, read_source, to_pairs
+from sources.files import PUBLISHED, Columns, from_hub, read_source, to_pairs
 from sources.files import Pair as Pair
 
-T = TypeVar("T")
-EMBEDDED: dict[str, Split] = {"embedded": "train", "embedded:held-out": "held-out"}
+EMBEDDED = {"embedded": "train", "embedded:held-out": "held-out"}
 
 # Everything that can be wrong with a row, and what becomes of it.
 CONSEQUENCES = {
@@ -46,14 +41,11 @@ CONSEQUENCES = {
 class Report:
     """The fate of a set's rows; filled in while they are read, checked and tokenised."""
 
-    source: str = ""
     rows: int = 0
-    questions: int = 0
     paired: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    tokens: dict[str, list[int]] = field(default_factory=dict)  # view -> lengths, too long prompts included
 
-    def usable(self, kept: list[T], of: Sequence[object], reason: str, cure: str) -> list[T]:
+    def usable(self, kept: list[Any], of: Sequence[Any], reason: str, cure: str) -> list[Any]:
         """Return those that are kept, and count the others; it is an error if none is kept."""
         self.dropped[reason] = len(of) - len(kept)
         if not kept:
@@ -61,17 +53,11 @@ class Report:
         return kept
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows:,} rows read, {self.questions:,} questions, {self.paired:,} pairs"]
+        lines = [f"{self.rows:>8,}  rows read", f"{self.paired:>8,}  questions with a rephrasing"]
         for reason, consequence in CONSEQUENCES.items():
             if self.dropped[reason]:
                 lines.append(f"{self.dropped[reason]:>8,}  {reason:<17} {consequence}")
-        for view, lengths in self.tokens.items():
-            lines.append(f"  prompt tokens of {view:<2}  {min_median_max(lengths)}")
         return "\n".join(lines)
-
-
-def min_median_max(lengths: Sequence[int]) -> str:
-    return f"min {min(lengths):,}, median {median_low(lengths):,}, max {max(lengths):,}"
 
 
 def load_pairs(
@@ -95,13 +81,11 @@ def load_pairs(
         rows = to_pairs(word_problems(EMBEDDED[source]), Columns(), source)
     else:
         rows = read_source(source, Columns(question, rephrased, answer))
-    report.source = source
     report.rows = len(rows)
     asking = [row for row in rows if row.question]
     pairs = report.usable(asking, rows, "empty question", f"fill the column of questions of {source}")
     if not keep_bad_rewrites:
         pairs = without_duplicates([checked(pair, report) for pair in pairs], report)
-    report.questions = len(pairs)
     report.paired = sum(pair.rephrased is not None for pair in pairs)
     return pairs
 
@@ -144,40 +128,72 @@ class Benchmark:
     pairs: list[Pair]  # each with a gold answer
 
 
-def check_sources(data: Data) -> None:
-    """Refuse a file that is not there and a benchmark that nobody knows; nothing is read or downloaded.
+class Source(NamedTuple):
+    """Where a benchmark is, and its columns there (those of the authors' layouts are known by themselves)."""
 
-    Raises:
-        UserError: there is no such thing.
-    """
-    if data.source not in {*EMBEDDED, *PUBLISHED}:
-        locate(data.source)
-    if data.eval_data is not None:
-        check_benchmark(data.eval_data)
+    local: str  # below the folder of data; the first match counts
+    columns: Columns
+    hub: str  # data set on the Hugging Face hub
+    hub_files: str  # all of them count
+    hub_columns: Columns
 
 
-def check_benchmark(name: str) -> None:
-    """Refuse a name that is neither a benchmark nor a source of questions."""
-    if name not in {*SOURCES, *EMBEDDED, *PUBLISHED} and not os.path.exists(name):
-        raise UserError(f"{name} is no file, no folder and no benchmark: choose from {', '.join(SOURCES)}")
+PLAIN = Columns()
+PROBLEM = Columns("problem")
+FINAL = Columns(answer="final_answer")
+SVAMP = Columns("Question", answer="Answer")
+AIME = Columns("problem", answer="expected_answer")
+SOLUTION = Columns("problem", answer="solution")
+# fmt: off
+SOURCES = {
+    "math500": Source("math500.jsonl", PROBLEM, "HuggingFaceH4/MATH-500", "test.jsonl", PROBLEM),
+    "gsm8k": Source("gsm8k_test.jsonl", PLAIN, "openai/gsm8k", "main/test-*.parquet", PLAIN),
+    # 83 questions of the AMC 12 of 2022 and 2023, the authors' AMC-TTT, and 40 of them
+    "amc": Source("AMC-TTT/test.parquet", PLAIN, "AI-MO/aimo-validation-amc", "data/train-*.parquet", PROBLEM),
+    "amc23": Source("amc23.jsonl", PLAIN, "math-ai/amc23", "*test-*.parquet", PLAIN),
+    "aime24": Source("aime24.jsonl", AIME, "HuggingFaceH4/aime_2024", "data/train-*.parquet", PROBLEM),
+    "aime25": Source("aime25.jsonl", AIME, "MathArena/aime_2025", "data/train-*.parquet", PROBLEM),
+    # all 5,000 test questions
+    "math": Source("math/test.parquet", PLAIN, "DigitalLearningGmbH/MATH-lighteval", "data/test-*.parquet", SOLUTION),
+    # mathematics in English, without figures, with an answer
+    "olympiadbench": Source(
+        "olympiadbench_maths_en.jsonl", FINAL, "Hothan/OlympiadBench", "*OE_TO_maths_en_COMP.parquet", FINAL
+    ),
+    "svamp": Source("SVAMP.json", SVAMP, "ChilleD/SVAMP", "data/*.parquet", SVAMP),  # all 1,000
+}
+# fmt: on
+
+
+def check_sources(*names: str | None) -> None:
+    """Refuse what is no file, no folder and no name of questions; nothing is read or downloaded."""
+    known = [*EMBEDDED, *PUBLISHED, *SOURCES]
+    for name in filter(None, names):
+        if name not in known and not (os.path.exists(name) or os.path.exists(Path("data", name))):
+            raise UserError(f"{name} is no file, no folder and none of {', '.join(known)}")
 
 
 def load_benchmark(
     name: str, data_dir: str = "data", question_column: str = "question", answer_column: str = "answer"
 ) -> Benchmark:
     """Load a benchmark by its name in SOURCES, or any source of data.py with the columns of one's own file."""
-    check_benchmark(name)
-    source = SOURCES.get(name)
-    if source:
-        paths, files = find_files(source, Path(data_dir))
-    else:
-        paths = [name]
-        files = Files(name, Columns(question_column, answer=answer_column))
-    load = partial(load_pairs, **files.columns._asdict(), keep_bad_rewrites=True)
-    pairs = list(chain.from_iterable(map(load, paths)))
+    check_sources(name)
+    paths = [name]
+    columns = Columns(question_column, answer=answer_column)
+    if name in SOURCES:
+        paths, columns = find_files(SOURCES[name], Path(data_dir))
+    pairs = []
+    for path in paths:
+        pairs += load_pairs(path, **columns._asdict(), keep_bad_rewrites=True)
     if missing := sum(pair.gold is None for pair in pairs):
         cure = "take them out, or name the column of answers (--answer-column, in training --eval-answer-column)"
         raise UserError(f"{name}: {missing:,} of {len(pairs):,} questions have no gold answer: {cure}")
-    if not source:
-        return Benchmark(Path(name).stem.replace(":", "-"), pairs)
-    return Benchmark(name, [replace(pair, question=source.ask(pair.question, pair.meta)) for pair in pairs])
+    return Benchmark(Path(name).stem.replace(":", "-"), pairs)
+
+
+def find_files(source: Source, data_dir: Path) -> tuple[list[str], Columns]:
+    if found := sorted(map(str, data_dir.rglob(source.local))):
+        return found[:1], source.columns
+    cure = f"put {source.local} below {data_dir}"
+    if found := sorted(map(str, from_hub(source.hub, source.hub_files, cure).rglob(source.hub_files))):
+        return found, source.hub_columns
+    raise UserError(f"{source.hub} on the Hugging Face hub holds no {source.hub_files}: {cure}")

@@ -15,7 +15,6 @@ from store.curves import draw
 
 
 def main(runs: Positional[list[Path]], out: Path = Path("curves.png"), title: str = "") -> None:
-    """Draw what README tells people to watch, of runs or of anything in their folders, against training steps."""
     print(f"written: {draw(runs, out, title)}")
 
 
