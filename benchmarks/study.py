@@ -409,6 +409,25 @@ def draw_methods(results: dict[str, dict[str, list[History]]], file: Path) -> No
     figure.savefig(file, dpi=160)
 
 
+def draw_mask(histories: dict[str, list[History]], file: Path) -> None:
+    """Draw where each method ends with and without --mask-answer, one dot per seed, from each initial model."""
+    figure, axes = plt.subplots(1, len(STARTS), figsize=(10, 3.4), layout="constrained", sharey=True)
+    for axis, start in zip(axes, STARTS, strict=True):
+        before = first(SAMPLED, histories[f"majority, {start}, 1e-3"][0])
+        axis.axvline(before, color="grey", linestyle=":", label="before")
+        for suffix, label, shift, fill in (("", "all tokens", -0.12, "full"), (", masked", "masked", 0.12, "none")):
+            for y, name in enumerate(MASKED):
+                ends = [last(SAMPLED, run) for run in histories[f"{name}, {start}, 1e-3{suffix}"]]
+                heights = [y + shift] * len(ends)
+                axis.plot(ends, heights, "o", fillstyle=fill, color=curves.COLOURS[y], label=label if y == 0 else None)
+        axis.set(title=start, xlim=(-0.02, 1.02), xlabel="held-out accuracy, sampled")
+        axis.grid(alpha=0.25)
+    axes[0].set_yticks(range(len(MASKED)), MASKED)
+    axes[0].invert_yaxis()
+    axes[0].legend(loc="lower left", fontsize=8)
+    figure.savefig(file, dpi=160)
+
+
 # ---------------------------------------------------------------- documents
 
 # A cell of several numbers, and what its columns are called in a CSV file.
@@ -490,6 +509,8 @@ def main(
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
         draw_overview(results["usual"], document.with_name("figure.png"))
+    if "mask" in results:
+        draw_mask(results["mask"], document.with_name("mask.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading", "spellings"} <= set(results):
