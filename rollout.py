@@ -15,7 +15,8 @@ from transformers import PreTrainedTokenizerBase
 from config import Config
 from data import PromptedPair
 from lm import distributed
-from lm.decoding import Sampler, request_seed
+from lm.decoding import request_seed
+from lm.engine import Sampler
 from lm.memory import Plan
 from lm.scoring import PackedLM
 from rewards import Group, Variant, View, Voter, read_answers, vote_of

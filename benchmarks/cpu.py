@@ -25,7 +25,8 @@ from sampling import load, seconds
 from step_vs_trl import markdown
 
 from lm import vllm_engine
-from lm.decoding import Capacity, Sampler, TransformersSampler
+from lm.decoding import Capacity, TransformersSampler
+from lm.engine import Sampler
 from lm.packing import MicroBatch, pack
 from lm.record import Rollout
 from lm.scoring import PackedLM

@@ -4,11 +4,11 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from hashlib import blake2b
 from inspect import signature
 from itertools import product
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -31,21 +31,6 @@ class Capacity(NamedTuple):
     sequence_tokens: int  # of the longest prompt and response together
     sequences: int
     engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
-
-
-class Sampler(Protocol):
-    """What the loop asks of an engine that samples."""
-
-    sync_seconds: float | None  # that the last load of weights took; None where sampling needs none
-    sleeping_bytes: int  # that PyTorch counts as used while the engine sleeps, and that are free
-
-    def loaded(self, lm: PreTrainedModel) -> AbstractContextManager[Sample]:
-        """Load the model's present weights, yield the function that samples from them, free the engine's memory."""
-        ...
-
-    def close(self) -> None:
-        """End what the sampler runs, if anything; after the last communication between ranks."""
-        ...
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -120,13 +105,13 @@ class Decoding:
 
 
 class TransformersSampler:
-    """A sampler that is the trainer's own model, or a copy where that is sharded.
+    """Sample from the trainer's own model, or a copy where that is sharded.
 
     A prompt is read once for all its rollouts, and a finished rollout leaves the batch. (`generate` of transformers
     does neither, and draws all rows from one stream of random numbers: a rollout would depend on its neighbours.)
     """
 
-    sync_seconds: float | None = None
+    sync_seconds: float | None = None  # that loading takes: none
     sleeping_bytes = 0
 
     def __init__(self, eos_ids: Sequence[int], compute_dtype: torch.dtype = torch.float32) -> None:
@@ -134,7 +119,7 @@ class TransformersSampler:
         self.compute_dtype = compute_dtype
 
     def close(self) -> None:
-        """Do nothing: there is no engine to end."""
+        pass
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
@@ -163,7 +148,6 @@ class TransformersSampler:
         max_tokens: int,
         top_p: float = 1.0,
     ) -> None:
-        """Fill in the responses, each drawn from the stream of its own seed."""
         device = decoding.logits.device
         uniforms = uniform_numbers(seeds, max_tokens, device)  # [T, N]
         active = torch.arange(len(rollouts), device=device)  # rows that still go on

@@ -17,12 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from config import UserError
 from lm import distributed
-from lm.decoding import Capacity, Sample, Sampler, TransformersSampler
+from lm.decoding import Capacity, Sample, TransformersSampler
 from lm.model import check_length, compute_dtype, limit_threads, load_pretrained, stop_token_ids
 from lm.prompts import prompt_ids, read_chat_template
 from lm.vllm_engine import VLLMSampler
 
 Engine = Literal["vllm", "hf"]
+Sampler = TransformersSampler | VLLMSampler
 
 
 def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
@@ -49,7 +50,6 @@ def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
 def open_sampler(
     engine: Engine, lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype, capacity: Capacity
 ) -> Sampler:
-    """Open a sampler for models of the shape of `lm`, which computes in `dtype`."""
     check_length(lm, capacity.sequence_tokens)
     stop_ids = distributed.run_on_rank0(partial(stop_token_ids, lm, tokenizer))
     if engine == "hf":
@@ -82,7 +82,6 @@ def load_inference_model(
 
 @contextmanager
 def sampling_from(model: InferenceModel, capacity: Capacity) -> Iterator[Sample]:
-    """Open a sampler for the model, load its weights, and yield the function that samples."""
     sampler = open_sampler(model.engine, model.lm, model.tokenizer, model.lm.dtype, capacity)
     with closing(sampler), sampler.loaded(model.lm) as sample:
         yield sample

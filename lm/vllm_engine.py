@@ -1,4 +1,4 @@
-"""Sample with vLLM inside the trainer's process, behind the interface of `lm/decoding.py: Sampler`.
+"""Sample with vLLM inside the trainer's process, behind the interface of `lm/decoding.py: TransformersSampler`.
 
     sampler = VLLMSampler(lm, ...)
     with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
@@ -56,7 +56,7 @@ class VLLMSampler:
         self.dtype = compute_dtype
         self.capacity = capacity
         self.on_gpu = torch.cuda.is_available()  # not where the weights are: they may be off-loaded
-        self.sync_seconds: float | None = None
+        self.sync_seconds: float | None = None  # that the last load of weights took
         self._held = False
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())

@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 
 from config import Config
 from data import Pair, PromptedPair
-from lm.decoding import Sample, Sampler, TransformersSampler
+from lm.decoding import Sample, TransformersSampler
+from lm.engine import Sampler
 from lm.memory import Plan
 from lm.model import frozen_copy, load_pretrained
 from lm.record import Rollout
