@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from data import Pair, PromptedPair
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
-from lm.memory import head_dim, parameters_of
+from lm.memory import attention_widths, parameters_of
 from lm.model import decoder_layers
 from lm.record import Rollout
 from rewards import Group, Variant, matches, rollouts_of
@@ -64,7 +64,7 @@ def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     model = lm.config.get_text_config()
     body = sum(map(parameters_of, decoder_layers(lm)))
     head = lm.get_output_embeddings().weight.numel()
-    attention = model.num_attention_heads * head_dim(lm) * model.num_hidden_layers
+    attention = attention_widths(lm)[0] * model.num_hidden_layers
     return float(6 * sum(body * len(r) + head * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts))
 
 
