@@ -180,7 +180,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         stop.unsaved = f"step {step}"
         evaluated = metrics.evaluate_policy(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         measured, records = train_step(run, step)
-        measured["peak_memory_gb"] = distributed.all_reduce_max(metrics.peak_memory_gb(run.sampler.sleeping_bytes))
+        measured["peak_memory_gb"] = max(distributed.all_gather([metrics.peak_memory_gb(run.sampler.sleeping_bytes)]))
         lost = distributed.run_on_rank0(partial(write_step, log, bar, {"step": step} | evaluated | measured, records))
         skipped = skipped + 1 if measured["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > MAX_SKIPPED_STEPS:
@@ -188,7 +188,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         done = step + 1
         if log and step == first_step:
             bar.write(metrics.pace(measured, run.total_steps - done), file=sys.stderr)
-        signal_number = int(distributed.all_reduce_max(stop.number))
+        signal_number = max(distributed.all_gather([stop.number]))
         if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or lost:
             saved = checkpoint.save(
                 run.folder / "checkpoints", done, train_state(run), config.run.keep, config.run.keep_every

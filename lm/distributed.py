@@ -55,11 +55,6 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
-def in_group() -> bool:
-    """Tell whether processes work together, be it a group of one: then models are sharded."""
-    return dist.is_initialized()
-
-
 def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
@@ -103,7 +98,6 @@ class StopRequest:
     unsaved: str = ""  # the work that would be lost; empty: nothing
 
     def handle(self, number: int, _: object) -> None:
-        """Remember the signal, or end the run at once."""
         asked_before = bool(self.number)
         self.number = number
         if not self.unsaved or (asked_before and SECOND_STOPS):
@@ -135,7 +129,6 @@ def progress_bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:
 
 
 def all_gather(mine: list[T]) -> list[T]:
-    """Join the lists of all ranks, in their order."""
     if world_size() == 1:
         return mine
     lists: list[list[T]] = [[] for _ in range(world_size())]
@@ -154,11 +147,6 @@ def all_reduce_mean(mine: Tensor) -> float:
     """Average the values of all ranks, however many each has."""
     sum_and_count = torch.stack([mine.sum(dtype=torch.float64), mine.new_tensor(mine.numel(), dtype=torch.float64)])
     return float(torch.div(*all_reduce_sum(sum_and_count)))
-
-
-def all_reduce_max(mine: float) -> float:
-    """Return the largest of all ranks' numbers."""
-    return max(all_gather([mine]))
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
@@ -189,23 +177,22 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_from_rank0(read: Callable[[str], Tensor] | None, tensors: Mapping[str, Tensor]) -> None:
+def fill_from_rank0(read: Callable[[str], Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, sharded or not, with what `read` returns for their names on rank 0, where alone it is called.
 
     One tensor at a time: no rank needs memory for another unsharded model.
     """
     for name, mine in tensors.items():
-        source = read(name) if read and is_rank0() else None
         if isinstance(mine, DTensor):
-            device = torch.device(mine.device_mesh.device_type)
-            empty = torch.empty(mine.shape, dtype=mine.dtype, device=device)
-            unsharded = empty if source is None else source.to(empty)
-            local_shard(mine).copy_(local_shard(distribute_tensor(unsharded, mine.device_mesh, mine.placements)))
-        else:
-            if source is not None:
-                mine.copy_(source)
-            if world_size() > 1:
-                dist.broadcast(mine, src=0)
+            whole = torch.empty(mine.shape, dtype=mine.dtype, device=mine.device_mesh.device_type)
+            if is_rank0():
+                whole.copy_(read(name))
+            local_shard(mine).copy_(local_shard(distribute_tensor(whole, mine.device_mesh, mine.placements)))
+            continue
+        if is_rank0():
+            mine.copy_(read(name))
+        if world_size() > 1:
+            dist.broadcast(mine, src=0)
 
 
 def shard_prompts(sample: Callable[..., list[T]]) -> Callable[..., list[T]]:
