@@ -20,7 +20,7 @@ from data import Pair, PromptedPair, questions_of_step
 from evaluate import Asked, EvaluationSettings, ask_questions, by_group, result_of
 from lm import distributed
 from lm.engine import Sampler
-from lm.memory import head_dim
+from lm.memory import attention_widths
 from lm.record import Rollout
 from rewards import Group, Variant, View, matches, rollouts_of
 from rollout import Run, generate_rollouts
@@ -67,7 +67,7 @@ def operations(lm: PreTrainedModel, rollouts: Sequence[Rollout]) -> float:
     head = lm.get_output_embeddings().weight
     embedding = lm.get_input_embeddings().weight
     body = lm.num_parameters() - sum(weight.numel() for weight in {head, embedding})
-    attention = model.num_attention_heads * head_dim(lm) * model.num_hidden_layers
+    attention = attention_widths(lm)[0] * model.num_hidden_layers
     counts = [body * len(r) + head.numel() * len(r.response_ids) + attention * len(r) ** 2 for r in rollouts]
     return float(6 * sum(counts))
 

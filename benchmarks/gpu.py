@@ -266,7 +266,7 @@ def policy_of(name: str, plan: str) -> tuple[PackedLM, PackedLM]:
     """Make a policy and its frozen reference as `prepare` does: sharded over a group of one on a GPU."""
     device = distributed.start()
     policy = PackedLM(random_model(name), DTYPE)
-    if distributed.in_group():
+    if torch.distributed.is_initialized():
         shard(policy, init_device_mesh(device.type, (distributed.world_size(),)))
     reference = frozen_copy(policy)
     compiled, recompute = PLANS[plan]

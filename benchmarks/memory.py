@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from baselines import choose_variant
 from config import Config, UserError, exit_on_user_error, parse
-from lm.memory import Demand, Hardware, Plan, bytes_needed, fit, fullest
+from lm.memory import Demand, Hardware, Plan, bytes_needed, fit
 from lm.model import load_pretrained, meta_model
 
 # Bytes that cards report (nvidia-smi's MiB): RTX 4090, L40S, H100, H200.
@@ -81,7 +81,7 @@ def cells(variants: tuple[str, ...] = ("I", "II", "III")) -> list[dict[str, str]
         try:
             plan = fit(lm, config, demand_of(config), hardware)
             row |= {field: str(value) for field, value in plan._asdict().items()}
-            row["fullest_gib"] = f"{fullest(bytes_needed(lm, config, plan, demand_of(config), hardware)) / 2**30:.1f}"
+            row["fullest_gib"] = f"{bytes_needed(lm, config, plan, demand_of(config), hardware)['at most'] / 2**30:.1f}"
         except UserError:
             row |= dict.fromkeys((*Plan._fields, "fullest_gib"), "-")
         rows.append(row)

@@ -38,8 +38,8 @@ MOST_OF_A_GPU = 0.85  # share of it that the engine gets at most
 # What each choice adds to the seconds of a step, as a share (docs/PERFORMANCE.md): of the plans that fit, the cheapest.
 RECOMPUTE = {"off": 0.0, "light": 0.01, "on": 0.12}  # light: of compiled layers only
 MICRO_BATCH = {16384: 0.0, 8192: 0.02, 4096: 0.06}
-OFFLOAD_TEACHER = {False: 0.0, True: 0.05}
-OFFLOAD_OPTIMIZER = {False: 0.0, True: 0.8}
+OFFLOAD_TEACHER = 0.05
+OFFLOAD_OPTIMIZER = 0.8
 GATHER_EACH_TIME = 0.03  # instead of once a step, which one GPU can
 SHORT_CACHE = 0.25  # where the engine's cache has room for none of the sequences that are wanted at once
 
@@ -50,8 +50,6 @@ class Hardware(NamedTuple):
     host_bytes: float  # of the machine
 
     def __str__(self) -> str:
-        if not self.gpus:
-            return f"a machine of {self.host_bytes / 2**30:.0f} GiB"
         return f"{self.gpus} GPU{'s' * (self.gpus > 1)} of {self.gpu_bytes / 2**30:.0f} GiB"
 
 
@@ -63,8 +61,6 @@ class Demand(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """The settings of memory that a run has: those given by hand, and those chosen."""
-
     activation_checkpointing: str
     tokens_per_micro_batch: int
     offload_teacher: bool
@@ -73,19 +69,13 @@ class Plan(NamedTuple):
     compiled: bool = False
     gather_once: bool = False  # the policy's weights stay unsharded over a step
 
-    def __str__(self) -> str:
-        kept = {"on": "recomputed", "light": "products kept", "off": "activations kept"}[self.activation_checkpointing]
-        away = "".join(f", {name} off-loaded" for name in ("teacher", "optimizer") if getattr(self, f"offload_{name}"))
-        return f"engine {self.engine_memory:.2f}, {kept}, {self.tokens_per_micro_batch:,} tokens{away}"
-
 
 def this_hardware() -> Hardware:
-    """Ask PyTorch for the smallest GPU of the ranks, and the system for the machine's memory."""
     host = float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
     if not torch.cuda.is_available():
         return Hardware(0, 0.0, host)
-    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
-    return Hardware(distributed.world_size(), -distributed.all_reduce_max(-float(total)), host)
+    smallest = min(distributed.all_gather([torch.cuda.get_device_properties().total_memory]))
+    return Hardware(distributed.world_size(), float(smallest), host)
 
 
 def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2, compiled: bool = False, light: bool = False) -> int:
@@ -97,8 +87,7 @@ def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2, compiled: bool = Fal
     """
     model = lm.config.get_text_config()
     hidden = model.hidden_size
-    query = model.num_attention_heads * head_dim(lm)
-    key = kv_heads(lm) * head_dim(lm)
+    query, key = attention_widths(lm)
     width = getattr(model, "intermediate_size", None) or 4 * hidden  # GPT-2 does not name it
     if compiled:
         products = hidden + 2 * query + 2 * key + 2 * width
@@ -108,18 +97,17 @@ def kept_of_a_token(lm: PreTrainedModel, itemsize: int = 2, compiled: bool = Fal
     return int(kept + norms_heads * (4 + itemsize) * (query + key))
 
 
-def head_dim(lm: PreTrainedModel) -> int:
+def attention_widths(lm: PreTrainedModel) -> tuple[int, int]:
+    """Count the numbers that a layer makes of a token as its queries, and as its keys or its values."""
     model = lm.config.get_text_config()
-    return int(getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads)
-
-
-def kv_heads(lm: PreTrainedModel) -> int:
-    model = lm.config.get_text_config()
-    return int(getattr(model, "num_key_value_heads", None) or model.num_attention_heads)
+    heads = model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // heads
+    return heads * size, (getattr(model, "num_key_value_heads", None) or heads) * size
 
 
 def token_bytes(lm: PreTrainedModel, itemsize: int = 2) -> int:
-    return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * kv_heads(lm) * head_dim(lm)
+    """Count the bytes of a token's keys and values in the engine's cache."""
+    return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * attention_widths(lm)[1]
 
 
 def parameters_of(module: nn.Module) -> int:
@@ -129,7 +117,10 @@ def parameters_of(module: nn.Module) -> int:
 def bytes_needed(
     lm: PreTrainedModel, config: Config, plan: Plan, demand: Demand, hardware: Hardware
 ) -> dict[str, float]:
-    """Count the bytes on each GPU by kind, and at most in each phase; what is off-loaded to the CPU counts 0."""
+    """Count the bytes on each GPU by kind, at most in each phase and at all, and all that is off-loaded to the CPU.
+
+    Off-loading takes 16 bytes a parameter for the optimizer, and 4 for each copy.
+    """
     model = lm.config.get_text_config()
     layers = decoder_layers(lm)
     on_gpu = hardware.gpus > 0
@@ -163,36 +154,32 @@ def bytes_needed(
     }
     kept = need["master weights"] + need["teacher, reference"] + need["CUDA graphs"]
     training = ("AdamW", "gradients", "unsharded weights", "activations", "head or layer at work")
-    return need | {
+    phases = {
         "at the first check": kept + need["engine"] + 2 * parameters * on_gpu,
         "while sampling": kept + need["engine"] + need["AdamW"],
         "while training": kept + sum(need[kind] for kind in training),
     }
-
-
-def fullest(need: dict[str, float]) -> float:
-    return max(need["at the first check"], need["while sampling"], need["while training"])
-
-
-def is_compiled(config: Config, hardware: Hardware) -> bool:
-    return (config.memory.compile or ("on" if hardware.gpus else "off")) == "on"
+    copies = 4 * demand.copies * plan.offload_teacher
+    off_loaded = parameters * (16.0 * plan.offload_optimizer + copies)
+    return need | phases | {"at most": max(phases.values()), "off-loaded, of all GPUs": off_loaded}
 
 
 def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float]]:
     """Yield every combination of choices with its cost; what is given by hand stays as it is."""
     given = config.memory
-    compiled = is_compiled(config, hardware)
-    recompute = {how: cost for how, cost in RECOMPUTE.items() if compiled or how != "light"}
+    compiled = (given.compile or ("on" if hardware.gpus else "off")) == "on"
+    recompute = [how for how in RECOMPUTE if compiled or how != "light"]
     if given.activation_checkpointing:
-        recompute = {str(given.activation_checkpointing): 0.0}
-    tokens = {given.tokens_per_micro_batch: 0.0} if given.tokens_per_micro_batch else MICRO_BATCH
-    teacher = {True: 0.0} if given.offload_teacher else OFFLOAD_TEACHER
-    optimizer = {True: 0.0} if given.offload_optimizer else OFFLOAD_OPTIMIZER
-    once = {True: 0.0, False: GATHER_EACH_TIME} if hardware.gpus == 1 else {False: 0.0}
-    for choice in product(recompute, tokens, teacher, optimizer, once):
-        how, size, teacher_away, optimizer_away, gather = choice
-        cost = recompute[how] + tokens[size] + teacher[teacher_away] + optimizer[optimizer_away] + once[gather]
-        yield Plan(how, size, teacher_away, optimizer_away, 0.0, compiled, gather), cost
+        recompute = [given.activation_checkpointing]
+    sizes = [given.tokens_per_micro_batch] if given.tokens_per_micro_batch else list(MICRO_BATCH)
+    teacher = [True] if given.offload_teacher else [False, True]
+    optimizer = [True] if given.offload_optimizer else [False, True]
+    once = [True, False] if hardware.gpus == 1 else [False]
+    for how, tokens, teacher_away, optimizer_away, gather in product(recompute, sizes, teacher, optimizer, once):
+        cost = RECOMPUTE[how] + MICRO_BATCH.get(tokens, 0.0)
+        cost += OFFLOAD_TEACHER * teacher_away + OFFLOAD_OPTIMIZER * optimizer_away
+        cost += GATHER_EACH_TIME * (once[0] and not gather)
+        yield Plan(how, tokens, teacher_away, optimizer_away, 0.0, compiled, gather), cost
 
 
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:
@@ -212,17 +199,11 @@ def plans_that_fit(
         without = bytes_needed(lm, config, candidate, demand, hardware)
         left = usable - max(without["at the first check"], without["while sampling"])
         share = config.memory.engine_memory or int(100 * min(left / hardware.gpu_bytes, MOST_OF_A_GPU)) / 100
-        plan = candidate._replace(engine_memory=share)
         engine = share * hardware.gpu_bytes
         fits = least <= engine <= left and without["while training"] <= usable
-        if fits and host_bytes(lm, plan, demand) <= USABLE * hardware.host_bytes:
+        if fits and without["off-loaded, of all GPUs"] <= USABLE * hardware.host_bytes:
             cache = engine - 2 * parameters_of(lm) - ENGINE_BESIDES
-            yield cost + SHORT_CACHE * max(0.0, 1 - cache / wanted), plan
-
-
-def host_bytes(lm: PreTrainedModel, plan: Plan, demand: Demand) -> float:
-    """Count the bytes that off-loading takes of the machine: 16 a parameter for the optimizer, 4 for each copy."""
-    return parameters_of(lm) * float(16 * plan.offload_optimizer + 4 * demand.copies * plan.offload_teacher)
+            yield cost + SHORT_CACHE * max(0.0, 1 - cache / wanted), candidate._replace(engine_memory=share)
 
 
 def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware) -> Plan:
@@ -232,28 +213,23 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
         UserError: nothing fits.
     """
     given = config.memory
-    compiled = is_compiled(config, hardware)
-    if given.activation_checkpointing == "light" and not compiled:
+    first, _ = next(candidates(config, hardware))
+    if given.activation_checkpointing == "light" and not first.compiled:
         raise UserError("--activation-checkpointing light is of compiled layers: add --compile on, or take on or off")
     if given.fit == "auto" and hardware.gpus:
         plans = list(plans_that_fit(lm, config, demand, hardware))
         if not plans:
             raise UserError(f"--model {config.model.name} {shortage(lm, config, demand, hardware)}")
         _, plan = min(plans, key=lambda costed: costed[0])
-        full = fullest(bytes_needed(lm, config, plan, demand, hardware))
+        full = bytes_needed(lm, config, plan, demand, hardware)["at most"]
         print(f"fits {hardware}: {plan}; at most {full / 2**30:.1f} GiB of each")
         return plan
-    plan = Plan(
-        given.activation_checkpointing or "on",
-        given.tokens_per_micro_batch or max(MICRO_BATCH),
-        given.offload_teacher,
-        given.offload_optimizer,
-        given.engine_memory or 0.5,
-        compiled,
+    plan = first._replace(
+        activation_checkpointing=given.activation_checkpointing or "on", engine_memory=given.engine_memory or 0.5
     )
-    full = fullest(bytes_needed(lm, config, plan, demand, hardware))
+    full = bytes_needed(lm, config, plan, demand, hardware)["at most"]
     if given.fit == "auto" and full > USABLE * hardware.host_bytes:
-        short = f"needs {full / 2**30:.0f} GiB, and this is {hardware}"
+        short = f"needs {full / 2**30:.0f} GiB, and this is a machine of {hardware.host_bytes / 2**30:.0f} GiB"
         raise UserError(f"--model {config.model.name} {short}: take a smaller model, or shorter responses")
     return plan
 
@@ -262,8 +238,9 @@ def shortage(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hard
     """Say what is short, and what would do: more GPUs, or a smaller model."""
     least = least_engine(lm, config, demand, hardware.gpus) / hardware.gpu_bytes
     leanest = [plan._replace(engine_memory=least) for plan, _ in candidates(config, hardware)]
-    possible = [plan for plan in leanest if host_bytes(lm, plan, demand) <= USABLE * hardware.host_bytes] or leanest
-    full = min(fullest(bytes_needed(lm, config, plan, demand, hardware)) for plan in possible)
+    needs = [bytes_needed(lm, config, plan, demand, hardware) for plan in leanest]
+    possible = [need for need in needs if need["off-loaded, of all GPUs"] <= USABLE * hardware.host_bytes] or needs
+    full = min(need["at most"] for need in possible)
     billions = parameters_of(lm) / 1e9 * USABLE * hardware.gpu_bytes / full
     larger = (hardware._replace(gpus=n) for n in (2, 4, 8, 16, 32, 64) if n > hardware.gpus)
     enough = next((more for more in larger if any(plans_that_fit(lm, config, demand, more))), None)

@@ -17,7 +17,7 @@ import torch._functorch.config
 import transformers
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
 from transformers import (
     AutoConfig,
@@ -99,8 +99,7 @@ def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None 
         path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
     )
     if missing := sorted(loaded[1]["missing_keys"]):
-        others = f" and {len(missing) - 3} others" if len(missing) > 3 else ""
-        raise ValueError(f"its files lack the weights {', '.join(missing[:3])}{others}: give a whole copy of it")
+        raise ValueError(f"its files lack the weights {', '.join(missing[:3])} ({len(missing)} in all): give another copy")
     lm: PreTrainedModel = loaded[0]
     return lm
 
@@ -238,9 +237,8 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
 
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every id that ends a response; chat models name some in their generation config alone."""
-    named = [tokenizer.eos_token_id, lm.config.eos_token_id]
-    if lm.generation_config is not None:
-        named.append(lm.generation_config.eos_token_id)
+    holders = (tokenizer, lm.config, lm.generation_config)
+    named = [getattr(holder, "eos_token_id", None) for holder in holders]
     lists = [entry if isinstance(entry, list) else [entry] for entry in named]
     ids = {entry for entry in chain.from_iterable(lists) if isinstance(entry, int)}
     if not ids:
@@ -260,12 +258,13 @@ def shard(model: PackedLM, mesh: DeviceMesh, offload: bool = False, gather_once:
     precision = MixedPrecisionPolicy(model.compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     place = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if offload else OffloadPolicy()
     for module in [*decoder_layers(model.lm), model]:
-        fully_shard(module, mesh=mesh, reshard_after_forward=not gather_once, mp_policy=precision, offload_policy=place)
-        assert isinstance(module, FSDPModule)
-        module.set_reshard_after_backward(not gather_once, recurse=False)
+        sharded = fully_shard(
+            module, mesh=mesh, reshard_after_forward=not gather_once, mp_policy=precision, offload_policy=place
+        )
+        sharded.set_reshard_after_backward(not gather_once, recurse=False)
         if mesh.size() > 1:  # alone there is nothing to divide by, and FSDP would copy every gradient once more
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
+            sharded.set_gradient_divide_factor(1.0)
+            sharded.set_force_sum_reduction_for_comms(True)  # gloo cannot scale while it adds
 
 
 def decoder_layers(lm: PreTrainedModel) -> list[nn.Module]:

@@ -77,12 +77,15 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
         distributed.run_on_rank0(partial(begin, aside))
         for name, model in training.models().items():
             weights = gathered(model.lm.state_dict(keep_vars=True))
-            distributed.run_on_rank0(partial(write_model, model, training.tokenizer, weights, aside / name))
+            distributed.run_on_rank0(partial(model.lm.save_pretrained, aside / name, state_dict=weights))
+            distributed.run_on_rank0(partial(training.tokenizer.save_pretrained, aside / name))
+        adam = training.optimizer.state  # of the weights that have had a gradient
+        states = {name: adam[weight] for name, weight in training.policy.lm.named_parameters() if weight in adam}
         for moment in MOMENTS:
-            values = gathered(moments_of(training, moment))
-            distributed.run_on_rank0(partial(write_tensors, values, aside / "optimizer" / f"{moment}.safetensors"))
+            moments = gathered({name: state[moment] for name, state in states.items()})
+            distributed.run_on_rank0(partial(save_file, moments, aside / "optimizer" / f"{moment}.safetensors"))
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}
-        trainer["optimizer_steps"] = optimizer_steps(training.optimizer)
+        trainer["optimizer_steps"] = max((float(state["step"]) for state in states.values()), default=0.0)
         distributed.run_on_rank0(partial(finish, aside, final, trainer))
         distributed.run_on_rank0(partial(prune, final, keep, keep_every))
     except (OSError, SafetensorError) as error:
@@ -109,27 +112,8 @@ def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for tensor in tensors.values():
         if id(tensor) not in whole:
             full = distributed.full_tensor(tensor.detach())
-            whole[id(tensor)] = full.cpu() if distributed.is_rank0() else full.new_empty(0)
+            whole[id(tensor)] = full.cpu().contiguous() if distributed.is_rank0() else full.new_empty(0)
     return {name: whole[id(tensor)] for name, tensor in tensors.items()}
-
-
-def moments_of(training: Training, moment: str) -> dict[str, Tensor]:
-    states = training.optimizer.state
-    named = training.policy.lm.named_parameters()
-    return {name: states[parameter][moment] for name, parameter in named if parameter in states}
-
-
-def optimizer_steps(optimizer: torch.optim.Optimizer) -> float:
-    return max((float(state["step"]) for state in optimizer.state.values()), default=0.0)
-
-
-def write_model(model: PackedLM, tokenizer: PreTrainedTokenizerBase, weights: dict[str, Tensor], folder: Path) -> None:
-    model.lm.save_pretrained(folder, state_dict=weights)
-    tokenizer.save_pretrained(folder)
-
-
-def write_tensors(tensors: dict[str, Tensor], file: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
 
 
 def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
@@ -194,26 +178,25 @@ def find_checkpoint(resume: str, out: str | None) -> Path | None:
 
     `auto` means the run in --out, and None if that has no checkpoint yet: one command starts a run and continues it.
     """
-    named = resume != "auto"
-    if named and any((Path(resume) / inside).exists() for inside in ("checkpoints", "config.json")):
-        resume, out = "auto", resume
-    if resume != "auto":
+    is_run = any((Path(resume) / inside).exists() for inside in ("checkpoints", "config.json"))
+    if resume != "auto" and not is_run:
         if fault := verify(Path(resume)):
             raise UserError(f"--resume {resume}: {fault}")
         return Path(resume).resolve()
-    if out is None:
+    run = out if resume == "auto" else resume
+    if run is None:
         raise UserError("--resume auto: say of which run, with --out runs/NAME")
-    candidates = newest_first(Path(out) / "checkpoints")
+    candidates = newest_first(Path(run) / "checkpoints")
     for path in candidates:
         if not (fault := verify(path)):
             return path.resolve()
         print(f"warning: {path} is passed over: {fault}", file=sys.stderr)
     if candidates:
-        raise UserError(f"--resume auto: none of {len(candidates)} checkpoints in {out} is intact")
-    if named:
+        raise UserError(f"--resume auto: none of {len(candidates)} checkpoints in {run} is intact")
+    if resume != "auto":
         raise UserError(
-            f"--resume {out}: this run has no checkpoint yet; begin it again with "
-            f"--config {out}/config.json --out {out} --resume auto"
+            f"--resume {run}: this run has no checkpoint yet; begin it again with "
+            f"--config {run}/config.json --out {run} --resume auto"
         )
     return None
 
@@ -308,14 +291,14 @@ def fill_checked(what: str, read: Callable[[str], Tensor], tensors: dict[str, Te
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
     """Make AdamW's state, which does not exist before its first step, and fill it with what was saved."""
     named = dict(training.policy.lm.named_parameters())
-    state = training.optimizer.state
-    state.clear()
+    states = training.optimizer.state
+    states.clear()
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
             fill_checked(moment, file.get_tensor, values)
         for name, value in values.items():
-            state[named[name]] |= {"step": torch.tensor(steps, device=value.device), moment: value}
+            states[named[name]] |= {moment: value, "step": torch.tensor(steps, device=value.device)}
     for name, weight in named.items():
-        if len(state.get(weight, {})) == 2:  # steps and a moment
+        if len(states.get(weight, ())) == len(MOMENTS):
             raise ValueError(f"{name} has one moment of two")

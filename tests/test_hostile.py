@@ -18,6 +18,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 from runs import PROGRAM, ROOT, SMALL, cut_in_half, metrics_of, small, tiny_training
+from safetensors.torch import save_file
 from tiny import CPU, byte_tokenizer, tiny_lm
 
 import train
@@ -436,7 +437,7 @@ def other_weights(saved: Path) -> None:
 
 
 def other_moments(saved: Path) -> None:
-    checkpoint.write_tensors({"no.such.weight": torch.zeros(2)}, saved / "optimizer" / "exp_avg.safetensors")
+    save_file({"no.such.weight": torch.zeros(2)}, saved / "optimizer" / "exp_avg.safetensors")
 
 
 def half_of_the_weights(saved: Path) -> None:

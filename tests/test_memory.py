@@ -191,7 +191,7 @@ def test_every_cheaper_plan_is_over_the_limit_and_the_chosen_one_under_it(name: 
         except UserError:
             chosen = None
         if chosen:
-            assert memory.fullest(memory.bytes_needed(lm, config, chosen, demand, hardware)) <= usable
+            assert memory.bytes_needed(lm, config, chosen, demand, hardware)["at most"] <= usable
         costs = {plan: cost for cost, plan in memory.plans_that_fit(lm, config, demand, hardware)}
         assert (chosen is None) == (not costs)
         least = memory.least_engine(lm, config, demand, n)
@@ -201,7 +201,7 @@ def test_every_cheaper_plan_is_over_the_limit_and_the_chosen_one_under_it(name: 
                 assert cost <= costs[fitting[0]] and costs[fitting[0]] >= costs[chosen]
             else:  # even with the smallest engine it is over the limit
                 smallest = candidate._replace(engine_memory=least / hardware.gpu_bytes + 0.01)
-                assert memory.fullest(memory.bytes_needed(lm, config, smallest, demand, hardware)) > usable
+                assert memory.bytes_needed(lm, config, smallest, demand, hardware)["at most"] > usable
 
 
 def test_a_flag_given_by_hand_is_changed(paper_model: PreTrainedModel) -> None:
@@ -225,7 +225,8 @@ def test_what_fits_nowhere_says_what_is_short_and_what_would_do(paper_model: Pre
 def test_off_loading_to_a_host_that_is_too_small_is_chosen(paper_model: PreTrainedModel) -> None:
     one = Hardware(1, script.CARDS["80"], HOST)
     plan = memory.fit(paper_model, Config(), II, one)
-    assert plan.offload_optimizer and memory.host_bytes(paper_model, plan, II) == 20 * 8_190_735_360
+    need = memory.bytes_needed(paper_model, Config(), plan, II, one)
+    assert plan.offload_optimizer and need["off-loaded, of all GPUs"] == 20 * 8_190_735_360
     with pytest.raises(UserError, match="take 2 GPUs"):
         memory.fit(paper_model, Config(), II, one._replace(host_bytes=100e9))
 
