@@ -254,6 +254,7 @@ def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folde
 def main(settings: EvaluationSettings | None = None) -> None:
     with exit_on_user_error(STOPPED):
         evaluate_model(settings or parse_settings())
+    distributed.stop()
 
 
 if __name__ == "__main__":

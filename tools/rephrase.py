@@ -191,6 +191,7 @@ def main() -> None:
     settings = tyro.cli(RephrasingSettings, description=__doc__, prog="python -m tools.rephrase")
     with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.work"):
         rephrase(settings)
+    distributed.stop()
 
 
 if __name__ == "__main__":
