@@ -81,8 +81,7 @@ def run_on_rank0(task: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    result: T = outcome[0]
-    return result
+    return outcome[0]
 
 
 # Ctrl-C; kill and torchrun; a closed terminal; the warnings that Slurm sends before it kills.
@@ -111,10 +110,8 @@ class StopRequest:
 def catch_stop_signals() -> Iterator[StopRequest]:
     """Turn signals into a request to stop, and put the former handlers back; in a thread, signals are left alone."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    former = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
+    can_catch = threading.current_thread() is threading.main_thread()
+    former = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS if can_catch}
     try:
         yield request
     finally:
@@ -123,9 +120,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def progress_bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:
-    """Show a progress bar on rank 0, once the work has taken 5 seconds."""
-    shown: Iterable[T] = tqdm(work, what, unit=unit, leave=False, delay=5, disable=not is_rank0())
-    return shown
+    return tqdm(work, what, unit=unit, leave=False, delay=5, disable=not is_rank0())
 
 
 def all_gather(mine: list[T]) -> list[T]:
@@ -150,7 +145,6 @@ def all_reduce_mean(mine: Tensor) -> float:
 
 
 def mesh_of(model: nn.Module) -> DeviceMesh | None:
-    """Return the processes over which a model is sharded; None if it is not."""
     return next((tensor.device_mesh for tensor in model.parameters() if isinstance(tensor, DTensor)), None)
 
 
@@ -161,8 +155,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    on_device = tensor.to(tensor.device_mesh.device_type)
-    assert isinstance(on_device, DTensor)
+    on_device: Any = tensor.to(tensor.device_mesh.device_type)
     return on_device.full_tensor()
 
 
@@ -188,11 +181,11 @@ def fill_from_rank0(read: Callable[[str], Tensor], tensors: Mapping[str, Tensor]
             if is_rank0():
                 whole.copy_(read(name))
             local_shard(mine).copy_(local_shard(distribute_tensor(whole, mine.device_mesh, mine.placements)))
-            continue
-        if is_rank0():
-            mine.copy_(read(name))
-        if world_size() > 1:
-            dist.broadcast(mine, src=0)
+        else:
+            if is_rank0():
+                mine.copy_(read(name))
+            if world_size() > 1:
+                dist.broadcast(mine, src=0)
 
 
 def shard_prompts(sample: Callable[..., list[T]]) -> Callable[..., list[T]]:

@@ -39,12 +39,12 @@ def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
             "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
             "or take --sampler hf"
         )
-    chosen: Engine = "vllm" if name == "vllm" or (name == "auto" and installed and has_gpu) else "hf"
     reason = f"--sampler {name}"
     if name == "auto":
+        name = "vllm" if installed and has_gpu else "hf"
         reason = f"vLLM {'' if installed else 'not '}installed, {'a' if has_gpu else 'no'} GPU"
-    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
-    return chosen
+    print(f"sampler: {'vLLM' if name == 'vllm' else 'transformers'} ({reason})")
+    return name
 
 
 def open_sampler(
@@ -69,7 +69,6 @@ class InferenceModel(NamedTuple):
 def load_inference_model(
     model: str, engine: Literal["auto", "vllm", "hf"], chat_template: str | None
 ) -> InferenceModel:
-    """Load what --model, --sampler and --chat-template name; say in one line which engine it is."""
     chosen = choose_engine(engine)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lm, tokenizer = load_pretrained(model, compute_dtype("auto", device))

@@ -52,8 +52,6 @@ class Hardware(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What a variant asks of the machine."""
-
     copies: int  # of the policy: teacher, frozen reference
     sequences: int  # that are sampled at once, on all GPUs
 
@@ -102,8 +100,7 @@ def attention_widths(lm: PreTrainedModel) -> tuple[int, int]:
     return heads * size, (getattr(model, "num_key_value_heads", None) or heads) * size
 
 
-def token_bytes(lm: PreTrainedModel, itemsize: int = 2) -> int:
-    """Count the bytes of a token's keys and values in the engine's cache."""
+def cached_bytes_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
     return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * attention_widths(lm)[1]
 
 
@@ -137,7 +134,7 @@ def bytes_needed(
     head_at_work = of_a_logit * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
     layer_at_work = (10 * layer + 2 * head) * on_gpu + tokens * kept_of_layer * recomputed
     rows = min(demand.sequences, ROWS_PER_CALL)
-    cpu_cache = rows * config.max_sequence_tokens / 2 * token_bytes(lm, itemsize)
+    cpu_cache = rows * config.max_sequence_tokens / 2 * cached_bytes_of_a_token(lm, itemsize)
     need = {
         "master weights": 4 * own,
         "AdamW": 8 * own,
@@ -180,7 +177,7 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:
     """Count the bytes that the engine cannot do without: its weights, and a cache for a few sequences."""
     sequences = min(LEAST_SEQUENCES, demand.sequences / gpus)
-    return 2 * parameters_of(lm) + ENGINE_BESIDES + sequences * config.max_sequence_tokens * token_bytes(lm)
+    return 2 * parameters_of(lm) + ENGINE_BESIDES + sequences * config.max_sequence_tokens * cached_bytes_of_a_token(lm)
 
 
 def plans_that_fit(
@@ -189,7 +186,7 @@ def plans_that_fit(
     """Yield each plan that fits with its cost; the engine gets what the trainer leaves, if it is not given by hand."""
     usable = USABLE * hardware.gpu_bytes
     least = least_engine(lm, config, demand, hardware.gpus)
-    wanted = demand.sequences / hardware.gpus * config.max_sequence_tokens / 2 * token_bytes(lm)
+    wanted = demand.sequences / hardware.gpus * config.max_sequence_tokens / 2 * cached_bytes_of_a_token(lm)
     for candidate, cost in candidates(config, hardware):
         without = bytes_needed(lm, config, candidate, demand, hardware)
         left = usable - max(without["at the first check"], without["while sampling"])
@@ -230,7 +227,6 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
 
 
 def shortage(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware) -> str:
-    """Say what is short, and what would do: more GPUs, or a smaller model."""
     least = least_engine(lm, config, demand, hardware.gpus) / hardware.gpu_bytes
     leanest = [plan._replace(engine_memory=least) for plan, _ in candidates(config, hardware)]
     needs = [bytes_needed(lm, config, plan, demand, hardware) for plan in leanest]

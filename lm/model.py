@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import EMBEDDED_MODELS, UserError
 from lm import distributed
@@ -79,10 +72,8 @@ def load_pretrained(
     path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if weights:
-            lm = read_weights(path, dtype)
-        else:
-            lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        lm = read_weights(path, dtype) if weights else meta_model(config, dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
@@ -100,9 +91,9 @@ def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None 
         path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
     )
     if missing := sorted(loaded[1]["missing_keys"]):
-        raise ValueError(f"its files lack the weights {', '.join(missing[:3])} ({len(missing)} in all): give another copy")
-    lm: PreTrainedModel = loaded[0]
-    return lm
+        named = ", ".join(missing[:3])
+        raise ValueError(f"its files lack the weights {named} ({len(missing)} in all): give a whole copy of it")
+    return loaded[0]
 
 
 def load_policy(
@@ -132,9 +123,9 @@ def limit_threads(lm: PreTrainedModel) -> None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, auto if name == "auto" else name)
-    return dtype
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 def empty_like(lm: PreTrainedModel, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -182,8 +173,7 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attentio
     with plain_attention(lm, attention), autocast(lm.device, dtype):
         logits = lm(tokens, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
     response = tokens[0, len(rollout.prompt_ids) :, None]
-    logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
-    return logp
+    return logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
 
 
 @contextmanager
@@ -199,11 +189,10 @@ def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
         lm.train(training).set_attn_implementation(attention)
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Build a model on the meta device, where tensors have names and shapes and take no memory."""
     with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    return lm
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 @torch.no_grad()

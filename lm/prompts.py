@@ -18,7 +18,6 @@ PLACEHOLDER = "<The question stands here: 6f1d0a52.>"  # in no chat template
 
 
 def read_chat_template(path: str | None) -> str | None:
-    """Read a template that replaces the tokenizer's, if one is named."""
     try:
         return Path(path).read_text(encoding="utf-8") if path else None
     except (OSError, ValueError) as problem:

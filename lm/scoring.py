@@ -130,7 +130,6 @@ class ChunkedHead(torch.autograd.Function):
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Return the autocast context for training and sampling."""
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 

@@ -1,10 +1,5 @@
 """Sample with vLLM inside the trainer's process, behind the interface of `lm/decoding.py: TransformersSampler`.
 
-    sampler = VLLMSampler(lm, ...)
-    with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
-        rollouts = sample(prompts, seeds, n=8, ...)
-                                                              # asleep again: training has the GPU's memory
-
 An engine starts without weights and is only ever sampled inside `loaded`, after a complete load, so its weights can be
 neither stale nor half-loaded. The first load is checked against the model's own log-probs. Under torchrun every process
 has an engine of its own. The calls below are the same in vLLM 0.24 to 0.33.
@@ -32,7 +27,7 @@ from transformers import PreTrainedModel
 from config import UserError
 from lm import distributed
 from lm.decoding import Capacity, Sample
-from lm.memory import token_bytes
+from lm.memory import cached_bytes_of_a_token
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
 
@@ -60,13 +55,14 @@ class VLLMSampler:
         self._held = False
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
-        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
-        # by itself vLLM keeps graphs and room for 1,024 at once
-        settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
-        if not self.on_gpu:
-            settings = cpu_limits(lm, compute_dtype, capacity)
-        settings["dtype"] = str(compute_dtype).removeprefix("torch.")
+        settings: dict[str, Any] = {"dtype": str(compute_dtype).removeprefix("torch.")}
         settings["max_model_len"] = capacity.sequence_tokens
+        if self.on_gpu:
+            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+            # by itself vLLM keeps graphs and room for 1,024 at once
+            settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
+        else:
+            settings |= cpu_limits(lm, compute_dtype, capacity)
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
         with preserve_host_state(self.on_gpu):
             self.llm = start_engine(lm, settings)
@@ -76,8 +72,6 @@ class VLLMSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        if self._held:
-            raise UserError("the sampler is in use: leave its `with` block first")
         begin = time.perf_counter()
         with preserve_host_state(self.on_gpu):
             self._wake("weights")
@@ -126,8 +120,6 @@ class VLLMSampler:
         """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
-        checked = self._checked
-        self._checked = False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -143,7 +135,6 @@ class VLLMSampler:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
             raise UserError(f"vLLM stopped loading before the weight {left[0]}")
-        self._checked = checked
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:
@@ -173,7 +164,6 @@ class VLLMSampler:
         return rollouts
 
     def _check(self, lm: PreTrainedModel) -> None:
-        """Compare the engine's log-probs of a few sampled tokens with the model's own."""
         generator = torch.Generator().manual_seed(0)
         length = max(1, min(CHECKED_PROMPT, self.capacity.sequence_tokens - CHECKED_RESPONSE))
         prompt = torch.randint(lm.config.vocab_size, (length,), generator=generator).tolist()
@@ -223,7 +213,7 @@ def cpu_limits(lm: PreTrainedModel, dtype: torch.dtype, capacity: Capacity) -> d
     sequences = min(capacity.sequences, CPU_SEQUENCES)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     blocks = sequences * math.ceil(capacity.sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
-    needed = blocks * CPU_BLOCK * token_bytes(lm, dtype.itemsize)
+    needed = blocks * CPU_BLOCK * cached_bytes_of_a_token(lm, dtype.itemsize)
     return {
         "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": min(needed, int(capacity.engine_memory * memory)),
