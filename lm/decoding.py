@@ -78,8 +78,7 @@ class Decoding:
         pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
         tokens = [torch.tensor(prompt) for prompt in prompts]
         self.mask = pad([torch.ones_like(each) for each in tokens]).to(lm.device)  # [Q, P]
-        positions = (self.mask.cumsum(1) - 1).clamp(min=0)
-        logits = self._next_logits(pad(tokens).to(lm.device), positions)
+        logits = self._next_logits(pad(tokens).to(lm.device), (self.mask.cumsum(1) - 1).clamp(min=0))
         self.cache.batch_repeat_interleave(n)
         self.mask = self.mask.repeat_interleave(n, dim=0)
         self.logits = logits.repeat_interleave(n, dim=0)

@@ -133,14 +133,15 @@ def bytes_needed(
     of_a_logit = 2 * itemsize if plan.compiled else 8 + 2 * on_gpu
     head_at_work = of_a_logit * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
     layer_at_work = (10 * layer + 2 * head) * on_gpu + tokens * kept_of_layer * recomputed
-    rows = min(demand.sequences, ROWS_PER_CALL)
-    cpu_cache = rows * config.max_sequence_tokens / 2 * cached_bytes_of_a_token(lm, itemsize)
+    tokens_held = min(demand.sequences, ROWS_PER_CALL) * config.max_sequence_tokens / 2  # by a CPU's cache
     need = {
         "master weights": 4 * own,
         "AdamW": 8 * own,
         "teacher, reference": 0.0 if plan.offload_teacher else 4 * demand.copies * shard,
         "CUDA graphs": CUDA_GRAPHS * on_gpu,
-        "engine": plan.engine_memory * hardware.gpu_bytes if on_gpu else cpu_cache,
+        "engine": plan.engine_memory * hardware.gpu_bytes
+        if on_gpu
+        else tokens_held * cached_bytes_of_a_token(lm, itemsize),
         "gradients": 4 * own,
         "weights outside of layers": 2 * (parameters - layer * len(layers)) * on_gpu,
         "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
@@ -153,8 +154,7 @@ def bytes_needed(
         "while sampling": kept + need["engine"] + need["AdamW"],
         "while training": kept + sum(need[kind] for kind in training),
     }
-    copies = 4 * demand.copies * plan.offload_teacher
-    off_loaded = parameters * (16.0 * plan.offload_optimizer + copies)
+    off_loaded = parameters * (16.0 * plan.offload_optimizer + 4 * demand.copies * plan.offload_teacher)
     return need | phases | {"at most": max(phases.values()), "off-loaded, of all GPUs": off_loaded}
 
 
@@ -169,9 +169,9 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float
     teacher = [True] if given.offload_teacher else [False, True]
     optimizer = [True] if given.offload_optimizer else [False, True]
     for how, tokens, teacher_away, optimizer_away in product(recompute, sizes, teacher, optimizer):
-        cost = RECOMPUTE[how] + MICRO_BATCH.get(tokens, 0.0)
-        cost += OFFLOAD_TEACHER * teacher_away + OFFLOAD_OPTIMIZER * optimizer_away
-        yield Plan(how, tokens, teacher_away, optimizer_away, engine_memory=0.0, compiled=compiled), cost
+        off_loading = OFFLOAD_TEACHER * teacher_away + OFFLOAD_OPTIMIZER * optimizer_away
+        plan = Plan(how, tokens, teacher_away, optimizer_away, engine_memory=0.0, compiled=compiled)
+        yield plan, RECOMPUTE[how] + MICRO_BATCH.get(tokens, 0.0) + off_loading
 
 
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:

@@ -27,7 +27,6 @@ from lm.packing import pack
 from lm.record import Rollout
 from lm.scoring import PASSES, PackedLM, autocast
 
-KEPT_WHEN_LIGHT = 0.6  # share of activations: those of matrix products and attention alone, in all of Qwen3's shapes
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 SMALL = 20e6  # parameters, below which one thread is enough
 
@@ -190,7 +189,6 @@ def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
 
 
 def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a model on the meta device, where tensors have names and shapes and take no memory."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
@@ -227,8 +225,7 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
 
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every id that ends a response; chat models name some in their generation config alone."""
-    holders = (tokenizer, lm.config, lm.generation_config)
-    named = [getattr(holder, "eos_token_id", None) for holder in holders]
+    named = [tokenizer.eos_token_id, lm.config.eos_token_id, getattr(lm.generation_config, "eos_token_id", None)]
     lists = [entry if isinstance(entry, list) else [entry] for entry in named]
     ids = {entry for entry in chain.from_iterable(lists) if isinstance(entry, int)}
     if not ids:
@@ -266,7 +263,8 @@ def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
     One graph with a gradient and one without serve all layers and lengths; of 140 element-wise kernels 20 remain.
     """
     print("compiling the model's layers during the first step, about a minute (--compile off leaves it out)")
-    torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if light else 1.0
+    # 0.6 of the activations are those of matrix products and attention alone, in all of Qwen3's shapes.
+    torch._functorch.config.activation_memory_budget = 0.6 if light else 1.0
     for model in models:
         model.passes = tuple(torch.compile(function, dynamic=True) for function in PASSES)
         for layer in decoder_layers(model.lm):

@@ -110,7 +110,6 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
 
 
 def runs_flash(query: Tensor) -> bool:
-    """Tell whether flash attention of variable length applies; on a GPU warn once if it does not."""
     fits = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and not fits:
         warnings.warn(f"attention in {query.dtype} runs padded and slowly on a GPU; compute in bfloat16", stacklevel=2)

@@ -34,7 +34,6 @@ from lm.record import Rollout
 # Tokens of a block of vLLM's KV cache on a CPU. Rollouts of a question share its prompt's full blocks, which are read
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
 CPU_BLOCK = 32
-CPU_SEQUENCES = 256  # sampled at once on a CPU
 CHECKED_PROMPT = 160  # tokens of the check after the first load
 CHECKED_RESPONSE = 32
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
@@ -155,13 +154,11 @@ class VLLMSampler:
         ]
         with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
-        rollouts = []
-        for request, output in zip(asked, outputs, strict=True):
-            (response,) = output.outputs
-            logp = list(response.logprobs.logprobs)
-            finished = response.finish_reason == "stop"
-            rollouts.append(Rollout(request["prompt_token_ids"], list(response.token_ids), logp, finished))
-        return rollouts
+        responses = [output.outputs[0] for output in outputs]
+        return [
+            Rollout(prompt["prompt_token_ids"], list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")
+            for prompt, r in zip(asked, responses, strict=True)
+        ]
 
     def _check(self, lm: PreTrainedModel) -> None:
         generator = torch.Generator().manual_seed(0)
@@ -187,8 +184,7 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
     under_torchrun = torch.distributed.is_initialized() and "RANK" in os.environ
     # vLLM finds what it has compiled by the model's path, so that the same config must have the same.
     text = config.to_json_string()
-    key = sha256(text.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir(), f"co-rewarding-{os.getuid()}-{key}")
+    folder = Path(tempfile.gettempdir(), f"co-rewarding-{os.getuid()}-{sha256(text.encode()).hexdigest()[:16]}")
     folder.mkdir(mode=0o700, exist_ok=True)
     aside = folder / f"{os.getpid()}.json"
     aside.write_text(text)
@@ -210,7 +206,7 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
 
 def cpu_limits(lm: PreTrainedModel, dtype: torch.dtype, capacity: Capacity) -> dict[str, Any]:
     """Size the key-value cache for a CPU, where no engine sleeps: as large as the sequences need, at most its share."""
-    sequences = min(capacity.sequences, CPU_SEQUENCES)
+    sequences = min(capacity.sequences, 256)  # sampled at once
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     blocks = sequences * math.ceil(capacity.sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
     needed = blocks * CPU_BLOCK * cached_bytes_of_a_token(lm, dtype.itemsize)

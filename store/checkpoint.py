@@ -275,7 +275,6 @@ def restore_model(folder: Path, model: PackedLM) -> None:
 
 
 def read_checked(what: str, read: Callable[[str], Tensor], wanted: dict[str, Tensor], name: str) -> Tensor:
-    """Read a tensor of a checkpoint that has the shape and dtype wanted, and is finite."""
     tensor = read(name)
     if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
         raise ValueError(f"{name} of {what} is {tensor.dtype} {list(tensor.shape)}")
