@@ -5,6 +5,7 @@ Shapes: Q prompts, G rollouts a prompt, N = Q x G rows, P prompt tokens, T respo
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from hashlib import blake2b
 from inspect import signature
 from itertools import product
@@ -57,8 +58,7 @@ def request_seed(*key: str | int) -> int:
 
     Rollout g of the group adds g. It is a hash: no two requests of a run share a stream, whatever the ids look like.
     """
-    digest = blake2b(repr(key).encode(), digest_size=8).digest()
-    return int.from_bytes(digest) >> 2
+    return int.from_bytes(blake2b(repr(key).encode(), digest_size=8).digest()) >> 2
 
 
 def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
@@ -74,12 +74,10 @@ class Decoding:
         self.cache = DynamicCache(config=lm.config)
         self.cache_name = "cache" if "cache" in signature(lm.forward).parameters else "past_key_values"  # from 5.20 on
         # Padding on the left, so that all rows grow at the same end.
-        padded = [torch.tensor(prompt) for prompt in prompts]
-        input_ids = nn.utils.rnn.pad_sequence(padded, batch_first=True, padding_side="left").to(lm.device)
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=lm.device)
-        columns = torch.arange(input_ids.shape[1], device=lm.device)
-        self.mask = (columns >= len(columns) - lengths[:, None]).long()  # [Q, P]
-        logits = self._next_logits(input_ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+        pad = partial(nn.utils.rnn.pad_sequence, batch_first=True, padding_side="left")
+        tokens = [torch.tensor(prompt) for prompt in prompts]
+        self.mask = pad([torch.ones_like(each) for each in tokens]).to(lm.device)  # [Q, P]
+        logits = self._next_logits(pad(tokens).to(lm.device), (self.mask.cumsum(1) - 1).clamp(min=0))
         self.cache.batch_repeat_interleave(n)
         self.mask = self.mask.repeat_interleave(n, dim=0)
         self.logits = logits.repeat_interleave(n, dim=0)
@@ -92,15 +90,14 @@ class Decoding:
         self.logits = self._next_logits(token[kept, None], self.mask.sum(dim=1, keepdim=True) - 1)
 
     def _next_logits(self, input_ids: Tensor, position_ids: Tensor) -> Tensor:
-        logits: Tensor = self.lm(
+        return self.lm(
             input_ids,
             attention_mask=self.mask,
             position_ids=position_ids,
             use_cache=True,
             logits_to_keep=1,
             **{self.cache_name: self.cache},
-        ).logits
-        return logits[:, -1]
+        ).logits[:, -1]
 
 
 class TransformersSampler:

@@ -27,7 +27,6 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 T = TypeVar("T")
-
 TIMEOUT = timedelta(minutes=30)  # how far one rank may fall behind the others, in sampling say, before the job ends
 
 
@@ -45,6 +44,7 @@ def start() -> torch.device:
     if (has_gpu or launched) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "world_size": 1, "rank": 0}  # type: ignore[attr-defined]
+        # The timeout is how far one rank may fall behind the others, in sampling say, before the job ends.
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     if not is_rank0() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
@@ -87,8 +87,7 @@ def run_on_rank0(task: Callable[[], T]) -> T:
     dist.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
-    result: T = outcome[0]
-    return result
+    return outcome[0]
 
 
 # Ctrl-C; kill and torchrun; a closed terminal; the warnings that Slurm sends before it kills.
@@ -118,10 +117,8 @@ class StopRequest:
 def catch_stop_signals() -> Iterator[StopRequest]:
     """Turn signals into a request to stop, and put the former handlers back; in a thread, signals are left alone."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request
-        return
-    former = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS}
+    can_catch = threading.current_thread() is threading.main_thread()
+    former = {number: signal.signal(number, request.handle) for number in STOP_SIGNALS if can_catch}
     try:
         yield request
     finally:
@@ -130,9 +127,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def progress_bar(work: Iterable[T], what: str, unit: str) -> Iterable[T]:
-    """Show a progress bar on rank 0, once the work has taken 5 seconds."""
-    shown: Iterable[T] = tqdm(work, what, unit=unit, leave=False, delay=5, disable=not is_rank0())
-    return shown
+    return tqdm(work, what, unit=unit, leave=False, delay=5, disable=not is_rank0())
 
 
 def all_gather(mine: list[T]) -> list[T]:
@@ -144,7 +139,6 @@ def all_gather(mine: list[T]) -> list[T]:
 
 
 def all_reduce_sum(mine: Tensor) -> Tensor:
-    """Add up a tensor over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(mine)
     return mine
@@ -171,8 +165,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
     """
     if not isinstance(tensor, DTensor):
         return tensor
-    on_device = tensor.to(tensor.device_mesh.device_type)
-    assert isinstance(on_device, DTensor)
+    on_device: Any = tensor.to(tensor.device_mesh.device_type)
     return on_device.full_tensor()
 
 
@@ -194,21 +187,20 @@ def named_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def fill_from_rank0(read: Callable[[str], Tensor] | None, tensors: Mapping[str, Tensor]) -> None:
+def fill_from_rank0(read: Callable[[str], Tensor], tensors: Mapping[str, Tensor]) -> None:
     """Fill tensors, sharded or not, with what `read` returns for their names on rank 0, where alone it is called.
 
     One tensor at a time: no rank needs memory for another unsharded model.
     """
     for name, mine in tensors.items():
-        source = read(name) if read and is_rank0() else None
         if isinstance(mine, DTensor):
-            device = torch.device(mine.device_mesh.device_type)
-            empty = torch.empty(mine.shape, dtype=mine.dtype, device=device)
-            unsharded = empty if source is None else source.to(empty)
-            local_shard(mine).copy_(local_shard(distribute_tensor(unsharded, mine.device_mesh, mine.placements)))
+            whole = torch.empty(mine.shape, dtype=mine.dtype, device=mine.device_mesh.device_type)
+            if is_rank0():
+                whole.copy_(read(name))
+            local_shard(mine).copy_(local_shard(distribute_tensor(whole, mine.device_mesh, mine.placements)))
         else:
-            if source is not None:
-                mine.copy_(source)
+            if is_rank0():
+                mine.copy_(read(name))
             if world_size() > 1:
                 dist.broadcast(mine, src=0)
 

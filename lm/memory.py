@@ -54,8 +54,6 @@ class Hardware(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What a variant asks of the machine."""
-
     copies: int  # of the policy: teacher, frozen reference
     sequences: int  # that are sampled at once, on all GPUs
 
@@ -68,6 +66,11 @@ class Plan(NamedTuple):
     engine_memory: float = 0.5
     compiled: bool = False
     gather_once: bool = False  # the policy's weights stay unsharded over a step
+
+    def __str__(self) -> str:
+        kept = {"on": "recomputed", "light": "products kept", "off": "activations kept"}[self.activation_checkpointing]
+        away = "".join(f", {name} off-loaded" for name in ("teacher", "optimizer") if getattr(self, f"offload_{name}"))
+        return f"engine {self.engine_memory:.2f}, {kept}, {self.tokens_per_micro_batch:,} tokens{away}"
 
 
 def this_hardware() -> Hardware:
@@ -105,8 +108,7 @@ def attention_widths(lm: PreTrainedModel) -> tuple[int, int]:
     return heads * size, (getattr(model, "num_key_value_heads", None) or heads) * size
 
 
-def token_bytes(lm: PreTrainedModel, itemsize: int = 2) -> int:
-    """Count the bytes of a token's keys and values in the engine's cache."""
+def cached_bytes_of_a_token(lm: PreTrainedModel, itemsize: int = 2) -> int:
     return 2 * itemsize * int(lm.config.get_text_config().num_hidden_layers) * attention_widths(lm)[1]
 
 
@@ -139,14 +141,15 @@ def bytes_needed(
     of_a_logit = 2 * itemsize if plan.compiled else 8 + 2 * on_gpu
     head_at_work = of_a_logit * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
     layer_at_work = (10 * layer + 2 * head) * on_gpu + tokens * kept_of_layer * recomputed
-    rows = min(demand.sequences, ROWS_PER_CALL)
-    cpu_cache = rows * config.max_sequence_tokens / 2 * token_bytes(lm, itemsize)
+    tokens_held = min(demand.sequences, ROWS_PER_CALL) * config.max_sequence_tokens / 2  # by a CPU's cache
     need = {
         "master weights": 4 * own,
         "AdamW": 8 * own,
         "teacher, reference": 0.0 if plan.offload_teacher else 4 * demand.copies * shard,
         "CUDA graphs": CUDA_GRAPHS * on_gpu,
-        "engine": plan.engine_memory * hardware.gpu_bytes if on_gpu else cpu_cache,
+        "engine": plan.engine_memory * hardware.gpu_bytes
+        if on_gpu
+        else tokens_held * cached_bytes_of_a_token(lm, itemsize),
         "gradients": 4 * own,
         "unsharded weights": 2 * (parameters - layer * len(layers) * (not plan.gather_once)) * on_gpu,
         "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
@@ -159,8 +162,7 @@ def bytes_needed(
         "while sampling": kept + need["engine"] + need["AdamW"],
         "while training": kept + sum(need[kind] for kind in training),
     }
-    copies = 4 * demand.copies * plan.offload_teacher
-    off_loaded = parameters * (16.0 * plan.offload_optimizer + copies)
+    off_loaded = parameters * (16.0 * plan.offload_optimizer + 4 * demand.copies * plan.offload_teacher)
     return need | phases | {"at most": max(phases.values()), "off-loaded, of all GPUs": off_loaded}
 
 
@@ -185,7 +187,7 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float
 def least_engine(lm: PreTrainedModel, config: Config, demand: Demand, gpus: int) -> float:
     """Count the bytes that the engine cannot do without: its weights, and a cache for a few sequences."""
     sequences = min(LEAST_SEQUENCES, demand.sequences / gpus)
-    return 2 * parameters_of(lm) + ENGINE_BESIDES + sequences * config.max_sequence_tokens * token_bytes(lm)
+    return 2 * parameters_of(lm) + ENGINE_BESIDES + sequences * config.max_sequence_tokens * cached_bytes_of_a_token(lm)
 
 
 def plans_that_fit(
@@ -194,7 +196,7 @@ def plans_that_fit(
     """Yield each plan that fits with its cost; the engine gets what the trainer leaves, if it is not given by hand."""
     usable = USABLE * hardware.gpu_bytes
     least = least_engine(lm, config, demand, hardware.gpus)
-    wanted = demand.sequences / hardware.gpus * config.max_sequence_tokens / 2 * token_bytes(lm)
+    wanted = demand.sequences / hardware.gpus * config.max_sequence_tokens / 2 * cached_bytes_of_a_token(lm)
     for candidate, cost in candidates(config, hardware):
         without = bytes_needed(lm, config, candidate, demand, hardware)
         left = usable - max(without["at the first check"], without["while sampling"])
@@ -235,7 +237,6 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
 
 
 def shortage(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware) -> str:
-    """Say what is short, and what would do: more GPUs, or a smaller model."""
     least = least_engine(lm, config, demand, hardware.gpus) / hardware.gpu_bytes
     leanest = [plan._replace(engine_memory=least) for plan, _ in candidates(config, hardware)]
     needs = [bytes_needed(lm, config, plan, demand, hardware) for plan in leanest]

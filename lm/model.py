@@ -19,14 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from config import EMBEDDED_MODELS, UserError
 from lm import distributed
@@ -34,7 +27,6 @@ from lm.packing import pack
 from lm.record import Rollout
 from lm.scoring import PASSES, PackedLM, autocast
 
-KEPT_WHEN_LIGHT = 0.6  # share of activations: those of matrix products and attention alone, in all of Qwen3's shapes
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
 SMALL = 20e6  # parameters, below which one thread is enough
 
@@ -79,10 +71,8 @@ def load_pretrained(
     path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        if weights:
-            lm = read_weights(path, dtype)
-        else:
-            lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        lm = read_weights(path, dtype) if weights else meta_model(config, dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
@@ -99,9 +89,9 @@ def read_weights(path: str | Path, dtype: torch.dtype, safetensors: bool | None 
         path, dtype=dtype, use_safetensors=safetensors, trust_remote_code=False, output_loading_info=True
     )
     if missing := sorted(loaded[1]["missing_keys"]):
-        raise ValueError(f"its files lack the weights {', '.join(missing[:3])} ({len(missing)} in all): give another copy")
-    lm: PreTrainedModel = loaded[0]
-    return lm
+        named = ", ".join(missing[:3])
+        raise ValueError(f"its files lack the weights {named} ({len(missing)} in all): give a whole copy of it")
+    return loaded[0]
 
 
 def load_policy(
@@ -131,9 +121,9 @@ def limit_threads(lm: PreTrainedModel) -> None:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    dtype: torch.dtype = getattr(torch, auto if name == "auto" else name)
-    return dtype
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
 
 
 def empty_like(lm: PreTrainedModel, dtype: torch.dtype = torch.float32, device: str = "cpu") -> PreTrainedModel:
@@ -181,8 +171,7 @@ def own_logp(lm: PreTrainedModel, rollout: Rollout, dtype: torch.dtype, attentio
     with plain_attention(lm, attention), autocast(lm.device, dtype):
         logits = lm(tokens, use_cache=False).logits[0, len(rollout.prompt_ids) - 1 : -1].float()
     response = tokens[0, len(rollout.prompt_ids) :, None]
-    logp: Tensor = logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
-    return logp
+    return logits.log_softmax(-1).gather(-1, response).squeeze(-1).cpu()
 
 
 @contextmanager
@@ -198,11 +187,9 @@ def plain_attention(lm: PreTrainedModel, kind: str = "sdpa") -> Iterator[None]:
         lm.train(training).set_attn_implementation(attention)
 
 
-def meta_model(config: PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Build a model on the meta device, where tensors have names and shapes and take no memory."""
+def meta_model(config: transformers.PretrainedConfig, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     with torch.device("meta"):
-        lm: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
-    return lm
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype)
 
 
 @torch.no_grad()
@@ -237,8 +224,7 @@ def check_length(lm: PreTrainedModel, tokens: int) -> None:
 
 def stop_token_ids(lm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Return every id that ends a response; chat models name some in their generation config alone."""
-    holders = (tokenizer, lm.config, lm.generation_config)
-    named = [getattr(holder, "eos_token_id", None) for holder in holders]
+    named = [tokenizer.eos_token_id, lm.config.eos_token_id, getattr(lm.generation_config, "eos_token_id", None)]
     lists = [entry if isinstance(entry, list) else [entry] for entry in named]
     ids = {entry for entry in chain.from_iterable(lists) if isinstance(entry, int)}
     if not ids:
@@ -279,7 +265,8 @@ def compile_models(models: Iterable[PackedLM], light: bool = False) -> None:
     One graph with a gradient and one without serve all layers and lengths; of 140 element-wise kernels 20 remain.
     """
     print("compiling the model's layers during the first step, about a minute (--compile off leaves it out)")
-    torch._functorch.config.activation_memory_budget = KEPT_WHEN_LIGHT if light else 1.0
+    # 0.6 of the activations are those of matrix products and attention alone, in all of Qwen3's shapes.
+    torch._functorch.config.activation_memory_budget = 0.6 if light else 1.0
     for model in models:
         model.passes = tuple(torch.compile(function, dynamic=True) for function in PASSES)
         for layer in decoder_layers(model.lm):

@@ -28,8 +28,6 @@ SHARED_KEYS: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in signature(
 
 @dataclass
 class MicroBatch:
-    """The sequences of one forward pass, and all that their loss needs."""
-
     rows: Tensor  # [B] places of the sequences among the rollouts that were packed
     input_ids: Tensor  # [1, S]
     position_ids: Tensor  # [1, S]
@@ -48,7 +46,6 @@ class MicroBatch:
 
 
 def pack(rollouts: Sequence[Rollout], rows: Sequence[int], device: torch.device) -> MicroBatch:
-    """Lay the rollouts at `rows` end to end."""
     chosen = [rollouts[row] for row in rows]
     lengths = torch.tensor([len(rollout) for rollout in chosen])
     responses = torch.tensor([len(rollout.response_ids) for rollout in chosen])
@@ -115,7 +112,6 @@ def micro_batches(rollouts: Sequence[Rollout], tokens: int, device: torch.device
 
 
 def runs_flash(query: Tensor) -> bool:
-    """Tell whether flash attention of variable length applies; on a GPU warn once if it does not."""
     fits = query.dtype in (torch.bfloat16, torch.float16)
     if query.is_cuda and not fits:
         warnings.warn(f"attention in {query.dtype} runs padded and slowly on a GPU; compute in bfloat16", stacklevel=2)

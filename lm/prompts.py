@@ -27,7 +27,6 @@ def read_chat_template(path: str | None) -> str | None:
 def prompt_text(
     tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
 ) -> str:
-    """Write what the model reads: the instruction, the question, and the beginning of its own turn."""
     name = tokenizer.name_or_path
     cure = "give one with --chat-template FILE.jinja"
     if not (chat_template or tokenizer.chat_template):
@@ -71,7 +70,6 @@ def prompt_encoder(
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, question: str, chat_template: str | None = None, **options: Any
 ) -> list[int]:
-    """Return the tokens of a prompt; options, such as enable_thinking, go to the chat template."""
     return chat_ids(tokenizer, question, partial(prompt_text, tokenizer, chat_template=chat_template, **options))
 
 

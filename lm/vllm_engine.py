@@ -1,10 +1,5 @@
 """Sample with vLLM inside the trainer's process, with the members of `lm/decoding.py: TransformersSampler`.
 
-    sampler = VLLMSampler(lm, ...)
-    with sampler.loaded(lm) as sample:                       # wake, load every weight of lm, forget cached prefixes
-        rollouts = sample(prompts, seeds, n=8, ...)
-                                                              # asleep again: training has the GPU's memory
-
 An engine starts without weights and is only ever sampled inside `loaded`, after a complete load, so its weights can be
 neither stale nor half-loaded. The first load is checked against the model's own log-probs. Under torchrun every process
 has an engine of its own. The calls below are the same in vLLM 0.24 to 0.33.
@@ -32,14 +27,13 @@ from transformers import PreTrainedModel
 from config import UserError
 from lm import distributed
 from lm.decoding import Capacity, Sample
-from lm.memory import token_bytes
+from lm.memory import cached_bytes_of_a_token
 from lm.model import meta_model, own_logp
 from lm.record import Rollout
 
 # Tokens of a block of vLLM's KV cache on a CPU. Rollouts of a question share its prompt's full blocks, which are read
 # once; these are the smallest ones, of vLLM's own 128 a short prompt fills none.
 CPU_BLOCK = 32
-CPU_SEQUENCES = 256  # sampled at once on a CPU
 CHECKED_PROMPT = 160  # tokens of the check after the first load
 CHECKED_RESPONSE = 32
 # Mean difference in nats that fails it. In bfloat16 rounding alone makes 0.01 to 0.14; a weight left out makes nats.
@@ -60,13 +54,14 @@ class VLLMSampler:
         self._held = False
         self._checked = False
         self._needed = set(meta_model(lm.config).state_dict())
-        settings: dict[str, Any] = {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
-        # by itself vLLM keeps graphs and room for 1,024 at once
-        settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
-        if not self.on_gpu:
-            settings = cpu_limits(lm, compute_dtype, capacity)
-        settings["dtype"] = str(compute_dtype).removeprefix("torch.")
+        settings: dict[str, Any] = {"dtype": str(compute_dtype).removeprefix("torch.")}
         settings["max_model_len"] = capacity.sequence_tokens
+        if self.on_gpu:
+            settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+            # by itself vLLM keeps graphs and room for 1,024 at once
+            settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
+        else:
+            settings |= cpu_limits(lm, compute_dtype, capacity)
         before = torch.cuda.memory_allocated() if self.on_gpu else 0
         with preserve_host_state(self.on_gpu):
             self.llm = start_engine(lm, settings)
@@ -76,8 +71,6 @@ class VLLMSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
-        if self._held:
-            raise UserError("the sampler is in use: leave its `with` block first")
         begin = time.perf_counter()
         with preserve_host_state(self.on_gpu):
             self._wake("weights")
@@ -126,8 +119,6 @@ class VLLMSampler:
         """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
-        checked = self._checked
-        self._checked = False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -143,7 +134,6 @@ class VLLMSampler:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
             raise UserError(f"vLLM stopped loading before the weight {left[0]}")
-        self._checked = checked
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:
@@ -164,16 +154,13 @@ class VLLMSampler:
         ]
         with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
-        rollouts = []
-        for request, output in zip(asked, outputs, strict=True):
-            (response,) = output.outputs
-            logp = list(response.logprobs.logprobs)
-            finished = response.finish_reason == "stop"
-            rollouts.append(Rollout(request["prompt_token_ids"], list(response.token_ids), logp, finished))
-        return rollouts
+        responses = [output.outputs[0] for output in outputs]
+        return [
+            Rollout(prompt["prompt_token_ids"], list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")
+            for prompt, r in zip(asked, responses, strict=True)
+        ]
 
     def _check(self, lm: PreTrainedModel) -> None:
-        """Compare the engine's log-probs of a few sampled tokens with the model's own."""
         generator = torch.Generator().manual_seed(0)
         length = max(1, min(CHECKED_PROMPT, self.capacity.sequence_tokens - CHECKED_RESPONSE))
         prompt = torch.randint(lm.config.vocab_size, (length,), generator=generator).tolist()
@@ -197,8 +184,7 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
     under_torchrun = torch.distributed.is_initialized() and "RANK" in os.environ
     # vLLM finds what it has compiled by the model's path, so that the same config must have the same.
     text = config.to_json_string()
-    key = sha256(text.encode()).hexdigest()[:16]
-    folder = Path(tempfile.gettempdir(), f"co-rewarding-{os.getuid()}-{key}")
+    folder = Path(tempfile.gettempdir(), f"co-rewarding-{os.getuid()}-{sha256(text.encode()).hexdigest()[:16]}")
     folder.mkdir(mode=0o700, exist_ok=True)
     aside = folder / f"{os.getpid()}.json"
     aside.write_text(text)
@@ -220,10 +206,10 @@ def start_engine(lm: PreTrainedModel, settings: dict[str, Any]) -> Any:
 
 def cpu_limits(lm: PreTrainedModel, dtype: torch.dtype, capacity: Capacity) -> dict[str, Any]:
     """Size the key-value cache for a CPU, where no engine sleeps: as large as the sequences need, at most its share."""
-    sequences = min(capacity.sequences, CPU_SEQUENCES)
+    sequences = min(capacity.sequences, 256)  # sampled at once
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     blocks = sequences * math.ceil(capacity.sequence_tokens / CPU_BLOCK) + 1  # vLLM keeps one for itself
-    needed = blocks * CPU_BLOCK * token_bytes(lm, dtype.itemsize)
+    needed = blocks * CPU_BLOCK * cached_bytes_of_a_token(lm, dtype.itemsize)
     return {
         "block_size": CPU_BLOCK,
         "kv_cache_memory_bytes": min(needed, int(capacity.engine_memory * memory)),

@@ -139,10 +139,8 @@ def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
 def sync(path: Path) -> None:
     """Bring a file from the page cache to the disk: a machine that loses its power loses no checkpoint."""
     descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)
 
 
 def manifest_of(folder: Path) -> dict[str, list[Any]]:
@@ -169,7 +167,7 @@ def step_of(path: Path) -> int:
 
 
 def newest_first(folder: Path) -> list[Path]:
-    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    found = (path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal())
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -241,12 +239,11 @@ def restore(path: Path, training: Training) -> int:
         saved = json.loads((path / "trainer.json").read_text())
         step = int(saved["step"])
         optimizer_steps = float(saved["optimizer_steps"])
-        questions = saved["questions"]
         if not (step >= 0 and 0 <= optimizer_steps < math.inf):
             raise ValueError("a step before the first")
     except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise UserError(f"--resume {path}: trainer.json is not one of this version's ({error!r})") from error
-    if questions != training.questions:
+    if saved.get("questions") != training.questions:
         raise UserError(
             f"--resume {path}: the questions of {training.settings['data']['source']}, or the tokens of their prompts, "
             "have changed since; restore the file, or start a new run from the checkpoint's policy/ with --model"
@@ -262,7 +259,6 @@ def restore(path: Path, training: Training) -> int:
 
 
 def restore_model(folder: Path, model: PackedLM) -> None:
-    """Read a model on rank 0, which gives the others their shards."""
     saved: dict[str, Tensor] = {}
     if distributed.is_rank0():
         for file in folder.glob("*.safetensors"):
@@ -271,21 +267,17 @@ def restore_model(folder: Path, model: PackedLM) -> None:
             if kinds != {"F32"}:
                 raise ValueError(f"{folder.name} holds {' and '.join(sorted(kinds))}, not float32")
         saved = distributed.named_tensors(read_weights(folder, torch.float32, safetensors=True))
-    fill_checked(folder.name, saved.__getitem__, distributed.named_tensors(model.lm))
+    mine = distributed.named_tensors(model.lm)
+    distributed.fill_from_rank0(partial(read_checked, folder.name, saved.__getitem__, mine), mine)
 
 
-def fill_checked(what: str, read: Callable[[str], Tensor], tensors: dict[str, Tensor]) -> None:
-    """Fill tensors with what `read` returns on rank 0, if it has the shape and dtype wanted and is finite."""
-
-    def read_checked(name: str) -> Tensor:
-        tensor = read(name)
-        if (tensor.shape, tensor.dtype) != (tensors[name].shape, tensors[name].dtype):
-            raise ValueError(f"{name} of {what} is {tensor.dtype} {list(tensor.shape)}")
-        if not tensor.isfinite().all():
-            raise ValueError(f"{name} of {what} is not finite")
-        return tensor
-
-    distributed.fill_from_rank0(read_checked, tensors)
+def read_checked(what: str, read: Callable[[str], Tensor], wanted: dict[str, Tensor], name: str) -> Tensor:
+    tensor = read(name)
+    if (tensor.shape, tensor.dtype) != (wanted[name].shape, wanted[name].dtype):
+        raise ValueError(f"{name} of {what} is {tensor.dtype} {list(tensor.shape)}")
+    if not tensor.isfinite().all():
+        raise ValueError(f"{name} of {what} is not finite")
+    return tensor
 
 
 def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
@@ -296,7 +288,7 @@ def restore_optimizer(folder: Path, training: Training, steps: float) -> None:
     for moment in MOMENTS:
         with safe_open(folder / f"{moment}.safetensors", "pt") as file:
             values = {name: torch.zeros_like(named[name]) for name in file.keys()}  # noqa: SIM118, it is no mapping
-            fill_checked(moment, file.get_tensor, values)
+            distributed.fill_from_rank0(partial(read_checked, moment, file.get_tensor, values), values)
         for name, value in values.items():
             states[named[name]] |= {moment: value, "step": torch.tensor(steps, device=value.device)}
     for name, weight in named.items():
