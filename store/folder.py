@@ -48,7 +48,8 @@ def lock_run_dir(config: Config) -> Iterator[tuple[Path, Path | None]]:
 
 def folder_of(config: Config) -> tuple[Path, Path | None]:
     """Decide where this run writes: in a new folder, or in its own with the checkpoint that it goes on from."""
-    resume, out = config.run.resume, config.run.out
+    resume = config.run.resume
+    out = config.run.out
     resumed = checkpoint.find_checkpoint(resume, out) if resume else None
     if resumed is None:
         return new_folder(config), None
