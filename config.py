@@ -67,9 +67,6 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
     sys.stderr = LastingStream(sys.stderr)
     try:
         yield
-    except SystemExit:
-        wait_for_rank0()  # which alone answers --help and wrong flags
-        raise
     except KeyboardInterrupt as stop:
         leave(str(stop) or when_stopped, 130)
     except UserError as error:
@@ -82,6 +79,15 @@ def exit_on_user_error(when_stopped: str = "stopped") -> Iterator[None]:
 def wait_for_rank0() -> None:
     if OTHER_RANK:
         time.sleep(5)  # torchrun ends all ranks when rank 0 has ended
+
+
+def parse_flags(kind: Any, **how: Any) -> Any:
+    """Read the settings of a command with tyro; rank 0 alone answers --help and wrong flags, which all ranks see."""
+    try:
+        return tyro.cli(kind, console_outputs=not OTHER_RANK, **how)
+    except SystemExit:
+        wait_for_rank0()
+        raise
 
 
 def leave(sentence: str, code: int) -> NoReturn:
@@ -285,9 +291,7 @@ def parse(arguments: list[str] | None = None) -> Config:
         "with --model NAME those of real models, with --config FILE those of another run's config.json."
     )
     flags = (tyro.conf.FlagCreatePairsOff,)
-    config = tyro.cli(
-        Config, args=others, default=default, description=about, config=flags, console_outputs=not OTHER_RANK
-    )
+    config = parse_flags(Config, args=others, default=default, description=about, config=flags)
     return validate(config, default)
 
 

@@ -25,9 +25,7 @@ killed evaluation goes on behind them, and ends with the same BENCHMARK.jsonl an
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, NamedTuple
 
-import tyro
-
-from config import EMBEDDED_MODELS, OTHER_RANK, UserError, check_ranges, exit_on_user_error, parse_template_options
+from config import EMBEDDED_MODELS, UserError, check_ranges, exit_on_user_error, parse_flags, parse_template_options
 from sources.pairs import Benchmark, Pair, check_sources, load_benchmark
 from store.results import compare, estimate, read_result, seeds, table, versions
 
@@ -56,7 +54,7 @@ class EvaluationSettings:
 
 def parse_settings() -> EvaluationSettings:
     """Read the settings from the command line and check them; exit where --compare or --seeds has been answered."""
-    settings = tyro.cli(EvaluationSettings, description=__doc__, console_outputs=not OTHER_RANK)
+    settings: EvaluationSettings = parse_flags(EvaluationSettings, description=__doc__)
     if settings.compare or settings.seeds:
         print(compare(*settings.compare) if settings.compare else seeds(settings.seeds))
         raise SystemExit

@@ -226,7 +226,7 @@ def optimizer_step(
     tokens = {name: torch.cat([each[name] for each in per_batch]) for name in per_batch[0]}
     metrics = {name: distributed.all_reduce_mean(values) for name, values in tokens.items()}
     mismatch = tokens["mismatch_mean"]
-    metrics["mismatch_max"] = max(distributed.all_gather([mismatch.max().item() if len(mismatch) else 0.0]))
+    metrics["mismatch_max"] = distributed.all_reduce_max(mismatch.max().item() if len(mismatch) else 0.0)
     return metrics | {"grad_norm": grad_norm, "lr": rate, "skipped_steps": float(not is_finite)}
 
 

@@ -263,24 +263,27 @@ def evaluate_policy(run: Run) -> dict[str, float]:
 
 
 def preflight(run: Run) -> str:
-    """Say by one step's rollouts of the policy whether votes can teach it, and why not."""
+    """Say by one step's rollouts of the policy whether votes can teach it, and why not; rank 0 compares for all."""
     questions = questions_of_step(run.questions, run.config.data.questions_per_step, run.config.run.seed, 0)
-    groups = generate_rollouts(run, run.policy, "policy", ("x",), questions, 0)
+    groups = generate_rollouts(run, run.policy, "policy", run.variant.policy_views[:1], questions, 0)
+    gold_answers = [question.pair.gold for question in questions]
+    return distributed.run_on_rank0(lambda: describe_preflight(groups, gold_answers))
+
+
+def describe_preflight(groups: Sequence[Group], gold_answers: Sequence[str | None]) -> str:
+    for group in groups:
+        group.label = group.vote.label
+    right = compare_with_gold(groups, gold_answers)
     seen = {name: statistic(groups) for name, statistic in STATISTICS.items()}
-    known = [group for group in groups if questions[group.place].pair.gold is not None]
-    golds = [str(questions[group.place].pair.gold) for group in known]
-    of_answers = [
-        matches([gold] * len(group.answers), group.answers, "math") for group, gold in zip(known, golds, strict=True)
-    ]
-    if known:
-        seen["pass@1"] = fmean(map(fmean, of_answers))
-        seen[f"pass@{len(known[0].answers)}"] = fmean(map(any, of_answers))
-        seen["label_accuracy"] = fmean(matches(golds, [group.vote.label for group in known], "math"))
+    if right:
+        seen["pass@1"] = fmean(fmean(of_group[1:]) for of_group in right.values())
+        seen[f"pass@{len(groups[0].rollouts)}"] = fmean(any(of_group[1:]) for of_group in right.values())
+        seen["label_accuracy"] = fmean(of_group[0] for of_group in right.values())
     reasons = {
         "most answers have no box: show the form with --chat-template docs/two-examples.jinja": seen["answered"] < 0.5,
         "most responses are cut: raise --max-response-tokens": seen["truncated"] > 0.5,
         "votes agree already, there is little to learn from": seen["vote_share"] > 0.95,
-        "votes are no better than single answers": bool(known) and seen["pass@1"] >= max(seen["label_accuracy"], 0.01),
+        "votes are no better than single answers": bool(right) and seen["pass@1"] >= max(seen["label_accuracy"], 0.01),
     }
     found = [reason for reason, is_so in reasons.items() if is_so]
     lines = [f"  {name:<17} {value:.2f}" for name, value in seen.items()]

@@ -114,7 +114,7 @@ def check_sense(config: Config) -> None:
     if method.ema_schedule == "cosine" and method.ema_start > method.ema_end:
         print(f"warning: the teacher follows ever faster: --ema-start {method.ema_start} is over --ema-end")
     for name in ("offload_optimizer", "offload_teacher"):
-        if getattr(config.memory, name) and not torch.distributed.is_initialized() and not config.run.resume:
+        if getattr(config.memory, name) and not distributed.in_group() and not config.run.resume:
             raise UserError(f"{flag_name(name)} has no effect on a CPU: leave it out")
 
 

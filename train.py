@@ -185,7 +185,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         evaluated = metrics.evaluate_policy(run) if step == 0 or is_due(step, config.data.eval_every) else {}
         measured, records = train_step(run, step)
         row = {"step": step} | evaluated | measured
-        ended = distributed.run_on_rank0(partial(write_step, log, bar, row, records))
+        ended = distributed.run_on_rank0(partial(write_step, log, bar, row, records, config))
         skipped = skipped + 1 if measured["skipped_steps"] == 1 else 0  # with mini-batches it is a share of them
         if skipped > MAX_SKIPPED_STEPS:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
@@ -212,7 +212,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
 
 
 def write_step(
-    log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records
+    log: RunLog | None, bar: "tqdm[int]", measured: dict[str, float], records: Records, config: Config
 ) -> OSError | UserError | None:
     """Log a step, and warn of what it shows; return what ends the run, so that the policy is saved first."""
     assert log, "rank 0 has one"
@@ -223,7 +223,7 @@ def write_step(
             bar.write(f"step {measured['step']}: {warning}", file=sys.stderr)
     except OSError as error:
         return error
-    if log.stops_on_collapse and (seen := metrics.detect_collapse(log.history)):
+    if config.run.stop_on_collapse == "on" and (seen := metrics.detect_collapse(log.history)):
         return UserError(f"collapse: {', '.join(seen)}; --stop-on-collapse off goes on all the same")
     return None
 

@@ -135,8 +135,10 @@ def compare_fast(first: str, second: str) -> bool | None:
 def compare(gold: str | None, answer: str | None) -> bool | Future[bytes]:
     first = (gold or "").strip()
     second = (answer or "").strip()
+    if not first or not second:
+        return False
     if first == second or max(len(first), len(second)) > MAX_CHARACTERS:
-        return first == second != ""
+        return first == second
     first, second = sorted((normalise(first), normalise(second)))
     known = compare_fast(first, second)
     return submit(first, second) if known is None else known

@@ -62,6 +62,7 @@ def request_seed(*key: str | int) -> int:
 
 
 def uniform_numbers(seeds: Sequence[int], count: int, device: torch.device) -> Tensor:
+    """Draw `count` numbers [count, N] for each row from its own stream, whatever else is in the batch."""
     streams = [torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     return torch.stack(streams, dim=1).to(device)
 

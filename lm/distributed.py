@@ -44,7 +44,6 @@ def start() -> torch.device:
     if (has_gpu or launched) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if has_gpu else "gloo"
         alone: dict[str, Any] = {} if launched else {"store": dist.HashStore(), "world_size": 1, "rank": 0}  # type: ignore[attr-defined]
-        # The timeout is how far one rank may fall behind the others, in sampling say, before the job ends.
         dist.init_process_group(backend, timeout=TIMEOUT, **alone)
     if not is_rank0() and sys.stdout.name != os.devnull:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it lasts as long as the process
@@ -139,6 +138,7 @@ def all_gather(mine: list[T]) -> list[T]:
 
 
 def all_reduce_sum(mine: Tensor) -> Tensor:
+    """Add up a tensor over the ranks, in place."""
     if world_size() > 1:
         dist.all_reduce(mine)
     return mine

@@ -141,15 +141,14 @@ def bytes_needed(
     of_a_logit = 2 * itemsize if plan.compiled else 8 + 2 * on_gpu
     head_at_work = of_a_logit * min(ON_GPU if on_gpu else ON_CPU, tokens * model.vocab_size) + 6 * head
     layer_at_work = (10 * layer + 2 * head) * on_gpu + tokens * kept_of_layer * recomputed
-    tokens_held = min(demand.sequences, ROWS_PER_CALL) * config.max_sequence_tokens / 2  # by a CPU's cache
+    tokens_held = min(demand.sequences, ROWS_PER_CALL) * config.max_sequence_tokens / 2
+    cpu_cache = tokens_held * cached_bytes_of_a_token(lm, itemsize)
     need = {
         "master weights": 4 * own,
         "AdamW": 8 * own,
         "teacher, reference": 0.0 if plan.offload_teacher else 4 * demand.copies * shard,
         "CUDA graphs": CUDA_GRAPHS * on_gpu,
-        "engine": plan.engine_memory * hardware.gpu_bytes
-        if on_gpu
-        else tokens_held * cached_bytes_of_a_token(lm, itemsize),
+        "engine": plan.engine_memory * hardware.gpu_bytes if on_gpu else cpu_cache,
         "gradients": 4 * own,
         "unsharded weights": 2 * (parameters - layer * len(layers) * (not plan.gather_once)) * on_gpu,
         "activations": tokens * len(layers) * (itemsize * model.hidden_size if recomputed else kept_of_layer),
@@ -180,7 +179,7 @@ def candidates(config: Config, hardware: Hardware) -> Iterator[tuple[Plan, float
     for how, tokens, teacher_away, optimizer_away, gather in product(recompute, sizes, teacher, optimizer, once):
         cost = RECOMPUTE[how] + MICRO_BATCH.get(tokens, 0.0)
         cost += OFFLOAD_TEACHER * teacher_away + OFFLOAD_OPTIMIZER * optimizer_away
-        cost += GATHER_EACH_TIME * (once[0] and not gather)
+        cost += GATHER_EACH_TIME * (not gather)
         yield Plan(how, tokens, teacher_away, optimizer_away, 0.0, compiled, gather), cost
 
 
@@ -227,7 +226,9 @@ def fit(lm: PreTrainedModel, config: Config, demand: Demand, hardware: Hardware)
         print(f"fits {hardware}: {plan}; at most {full / 2**30:.1f} GiB of each")
         return plan
     plan = first._replace(
-        activation_checkpointing=given.activation_checkpointing or "on", engine_memory=given.engine_memory or 0.5
+        activation_checkpointing=given.activation_checkpointing or "on",
+        engine_memory=given.engine_memory or 0.5,
+        gather_once=False,  # it takes memory that nothing was planned for
     )
     full = bytes_needed(lm, config, plan, demand, hardware)["at most"]
     if given.fit == "auto" and full > USABLE * hardware.host_bytes:

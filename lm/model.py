@@ -71,8 +71,10 @@ def load_pretrained(
     path = resolve(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        lm = read_weights(path, dtype) if weights else meta_model(config, dtype)
+        if weights:
+            lm = read_weights(path, dtype)
+        else:
+            lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error

@@ -71,6 +71,8 @@ class VLLMSampler:
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:
+        if self._held:
+            raise UserError("the sampler is in use: leave its `with` block first")
         begin = time.perf_counter()
         with preserve_host_state(self.on_gpu):
             self._wake("weights")
@@ -119,6 +121,8 @@ class VLLMSampler:
         """
         if missing := sorted(self._needed - lm.state_dict().keys()):
             raise UserError(f"weight {missing[0]}: the model's is missing")
+        checked = self._checked
+        self._checked = False  # what follows a failed load is checked again
         name = ""
 
         def stream() -> Iterator[tuple[str, Tensor]]:
@@ -134,6 +138,7 @@ class VLLMSampler:
             raise UserError(f"vLLM did not take the weight {name}: {error}") from error
         if left := next(tensors, None):
             raise UserError(f"vLLM stopped loading before the weight {left[0]}")
+        self._checked = checked
 
     def _sample(self, prompts: Sequence[list[int]], seeds: Sequence[int], n: int, **how: Any) -> list[Rollout]:
         if not self._held:
@@ -154,11 +159,13 @@ class VLLMSampler:
         ]
         with preserve_host_state(self.on_gpu):
             outputs = self.llm.generate(asked, parameters, use_tqdm=partial(tqdm, leave=False, delay=5))
-        responses = [output.outputs[0] for output in outputs]
-        return [
-            Rollout(prompt["prompt_token_ids"], list(r.token_ids), list(r.logprobs.logprobs), r.finish_reason == "stop")
-            for prompt, r in zip(asked, responses, strict=True)
-        ]
+        rollouts = []
+        for request, output in zip(asked, outputs, strict=True):
+            (response,) = output.outputs
+            logp = list(response.logprobs.logprobs)
+            finished = response.finish_reason == "stop"
+            rollouts.append(Rollout(request["prompt_token_ids"], list(response.token_ids), logp, finished))
+        return rollouts
 
     def _check(self, lm: PreTrainedModel) -> None:
         generator = torch.Generator().manual_seed(0)

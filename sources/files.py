@@ -82,15 +82,16 @@ def from_hub(name: str, pattern: str, cure: str) -> Path:
 def files_of(folder: Path) -> tuple[list[Path], list[Path]]:
     """Find the files of a folder's training set, or else of its test set, and the file of their rewrites, if any."""
     for split in ("train", "test"):
+        original = f"{split}_original.parquet"
         rewrites = sorted(folder.glob(f"{split}_rewrite_*.parquet"))
         if len(rewrites) > 1:
             raise UserError(f"{folder} holds {len(rewrites)} {split}_rewrite_*.parquet: leave one in it")
-        for pattern in (f"{split}_original.parquet", f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
+        for pattern in (original, f"{split}_pairs.parquet", f"{split}.*", f"data/{split}-*.parquet"):
             files = sorted(file for file in folder.glob(pattern) if file.suffix in READERS)
             if len({file.suffix for file in files}) > 1:
                 raise UserError(f"{folder} holds {' and '.join(file.name for file in files)}: name the one to read")
             if files:
-                return files, rewrites
+                return files, rewrites if pattern == original else []
     raise UserError(f"{folder} holds no train_original.parquet, train.* or test.*: name the file itself")
 
 

@@ -139,8 +139,10 @@ def finish(aside: Path, final: Path, trainer: dict[str, Any]) -> None:
 def sync(path: Path) -> None:
     """Bring a file from the page cache to the disk: a machine that loses its power loses no checkpoint."""
     descriptor = os.open(path, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def manifest_of(folder: Path) -> dict[str, list[Any]]:

@@ -38,7 +38,6 @@ class RunLog:
         self.history = metrics
         self.label_of = {(row["id"], row["view"]): row.get("label") for row in labels}
         self.alarms: set[str] = set()
-        self.stops_on_collapse = config["run"]["stop_on_collapse"] == "on"
         self.board: Any = None
         self.wandb: Any = None
         if config["run"]["tensorboard"]:

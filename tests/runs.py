@@ -81,9 +81,11 @@ def assert_same_run(folder: Path, alone: Path) -> None:
         assert max((ours[name] - theirs[name]).abs().max().item() for name in ours) < bound
 
 
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+
+
 def torchrun(processes: int, out: Path, *flags: str, script: str = "train.py") -> list[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    return [*command, script, *SMALL, *FLAGS, "--out", str(out), *flags]
+    return [*TORCHRUN, str(processes), script, *SMALL, *FLAGS, "--out", str(out), *flags]
 
 
 def run_with(processes: int, out: Path, *flags: str) -> Path:

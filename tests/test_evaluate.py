@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from runs import TORCHRUN
 from tiny import untrained
 
 import evaluate
@@ -283,16 +284,7 @@ def test_torchrun_makes_one_engine_of_its_processes(tmp_path: Path, babbling: st
     settings = settings_of(tmp_path, model=babbling, max_response_tokens=6, k=2)
     evaluate_model(settings)
     flags = ["--model", babbling, "--benchmarks", *settings.benchmarks, "--k", "2", "--questions-per-batch", "2"]
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        evaluate.__file__,
-        *flags,
-    ]
+    command = [*TORCHRUN, "2", evaluate.__file__, *flags]
     command += ["--max-response-tokens", "6", "--out", str(tmp_path / "shared")]
     subprocess.run(command, check=True, capture_output=True, timeout=240, cwd=tmp_path)
     for name in ("own.jsonl", "settings.json"):

@@ -210,6 +210,8 @@ def test_a_flag_given_by_hand_is_changed(paper_model: PreTrainedModel) -> None:
     assert (plan.engine_memory, plan.tokens_per_micro_batch, plan.activation_checkpointing) == (0.4, 5000, "on")
     off = memory.fit(paper_model, changed(Config(), {"fit": "off"}), II, FOUR)
     assert off == COMPILED, "the flags are left alone"
+    alone = memory.fit(paper_model, changed(Config(), {"fit": "off"}), II, FOUR._replace(gpus=1))
+    assert not alone.gather_once, "which takes memory that nothing was planned for"
     assert memory.fit(paper_model, changed(Config(), {"offload_teacher": True}), II, FOUR).offload_teacher
 
 

@@ -127,9 +127,7 @@ def test_rewards_are_measured_by_gold_where_it_is_known_and_only_if_they_are_0_o
 
 def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_path: Path):
     def open_log(first_step: int) -> log.RunLog:
-        return log.RunLog(
-            tmp_path, {"run": {"tensorboard": False, "wandb": False, "stop_on_collapse": "off"}}, first_step
-        )
+        return log.RunLog(tmp_path, {"run": {"tensorboard": False, "wandb": False}}, first_step)
 
     def labels(step: int, **of_question: str) -> dict:
         return {"labels": [{"step": step, "id": id, "view": "x", "label": label} for id, label in of_question.items()]}
@@ -176,7 +174,7 @@ def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
 
 
 def test_a_step_whose_gradient_is_not_finite_leaves_a_log_that_is_json(tmp_path: Path):
-    config = {"run": {"tensorboard": False, "wandb": False, "stop_on_collapse": "off"}}
+    config = {"run": {"tensorboard": False, "wandb": False}}
     run = log.RunLog(tmp_path, config, first_step=0)
     run.write({"step": 0, "skipped_steps": 1.0, "grad_norm": float("nan"), "kl": float("inf")}, {})
 
@@ -194,7 +192,7 @@ def test_tensorboard_and_wandb_get_every_step_and_are_closed(tmp_path: Path, mon
     )
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **_: wandb))
     events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = log.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True, "stop_on_collapse": "off"}}, first_step=3)
+    run = log.RunLog(tmp_path, {"run": {"tensorboard": True, "wandb": True}}, first_step=3)
     run.write({"step": 3, "reward": 0.5, "kl": float("nan")}, {})
     run.close()
     assert seen == [(3, {"reward": 0.5}), "closed"]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import TORCHRUN
 from tiny import untrained
 
 from config import UserError
@@ -364,7 +365,7 @@ def test_a_killed_run_continues_without_losing_or_repeating_a_question(tmp_path)
 
 def test_two_processes_write_what_one_writes(tmp_path):
     finish(start(tmp_path, "one.jsonl"))
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    torchrun = [*TORCHRUN[1:], "2"]
     summary = finish(start(tmp_path, "two.jsonl", launcher=torchrun))
     asked = Counter((tmp_path / "asked.txt").read_text().splitlines())
     assert set(asked.values()) == {2}  # by the one process, and by one of the two

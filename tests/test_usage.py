@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from runs import ROOT
+from runs import ROOT, TORCHRUN
 from transformers import AutoTokenizer, BloomConfig, BloomForCausalLM
 
 import config
@@ -156,15 +156,7 @@ def test_a_mistake_waits_for_pytorch(command):
 @pytest.mark.slow
 @pytest.mark.parametrize("flags", ["--variant ii", "--learning-rate 1", "--model nowhere --data questions.jsonl"])
 def test_an_error_under_torchrun_is_printed_by_every_rank(flags, here):
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(ROOT / "train.py"),
-    ]
+    command = [*TORCHRUN, "2", str(ROOT / "train.py")]
     done = subprocess.run([*command, *flags.split()], cwd=here, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode != 0 and "Traceback" in done.stderr  # torchrun's own
     ours = done.stderr.partition("Traceback")[0]

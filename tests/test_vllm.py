@@ -259,6 +259,8 @@ def test_a_prompt_is_read_again_for_every_rollout_of_its_group(pair: Pair, monke
 @tied_model
 def test_sampling_from_an_engine_that_holds_nothing(pair: Pair) -> None:
     with pair.sampler.loaded(pair.lm) as sample:
+        with pytest.raises(UserError, match="sampler is in use"), pair.sampler.loaded(pair.lm):
+            pass
         assert sample([[5]], [0], n=1, temperature=1.0, max_tokens=1)
     with pytest.raises(UserError, match="outside"):
         sample([[5]], [0], n=1, temperature=1.0, max_tokens=1)

@@ -18,9 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import tyro
-
-from config import exit_on_user_error
+from config import exit_on_user_error, parse_flags
 from lm import distributed, engine
 from lm.decoding import Capacity, Sample, request_seed
 from lm.model import newest_policy
@@ -188,7 +186,7 @@ def summary(out: Path) -> str:
 
 
 def main() -> None:
-    settings = tyro.cli(RephrasingSettings, description=__doc__, prog="python -m tools.rephrase")
+    settings = parse_flags(RephrasingSettings, description=__doc__, prog="python -m tools.rephrase")
     with exit_on_user_error(f"stopped; the same command goes on from {settings.out}.work"):
         rephrase(settings)
     distributed.stop()
