@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch._functorch.config
 import transformers
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
@@ -28,6 +29,7 @@ from lm.record import Rollout
 from lm.scoring import PASSES, PackedLM, autocast
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
+DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")  # the files of a hub's model that are no weights
 SMALL = 20e6  # parameters, below which one thread is enough
 
 
@@ -70,14 +72,17 @@ def load_pretrained(
     transformers.utils.logging.disable_progress_bar()
     path = resolve(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        # Where the hub cannot be reached, transformers asks it for a minute, and this not at all.
+        described = path if Path(path).is_dir() else snapshot_download(path, allow_patterns=DESCRIPTION)
+        tokenizer = AutoTokenizer.from_pretrained(described, trust_remote_code=False)
         if weights:
             lm = read_weights(path, dtype)
         else:
-            lm = meta_model(AutoConfig.from_pretrained(path, trust_remote_code=False), dtype)
+            lm = meta_model(AutoConfig.from_pretrained(described, trust_remote_code=False), dtype)
     except Exception as error:  # a file of any kind may be damaged in any way
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"--model {name}: transformers cannot load {path} ({reason})") from error
+        complaint = f"--model {name}: transformers cannot load {path} ({reason})"
+        raise UserError(f"{complaint}; give the path of a whole copy") from error
     rows = lm.config.get_text_config().vocab_size
     spoken = f"{tokenizer.chat_template} {tokenizer.eos_token}"
     for token, i in tokenizer.get_vocab().items():  # an added one that nobody says may lie beyond: Gemma 3 has one

@@ -432,6 +432,16 @@ def test_the_cures_for_what_cannot_be_downloaded_do_not_work(monkeypatch, capsys
     trained("--eval-data math500")
 
 
+def test_a_hub_that_cannot_be_reached_is_asked_for_a_minute(here):
+    unreachable = os.environ | {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(here / "hub")}
+    command = [sys.executable, str(ROOT / "train.py"), "--model", "Qwen3-8B-Base", "--data", "embedded"]
+    done = subprocess.run(command, cwd=here, env=unreachable, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "Retrying" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: --model Qwen3-8B-Base: transformers cannot load Qwen/Qwen3-8B-Base")
+    assert last.endswith("give the path of a whole copy")
+
+
 def test_the_cures_for_results_do_not_work(monkeypatch, capsys, with_everything):
     def evaluate_to(out: str, flags: str = "") -> str:
         return f"--model model --k 0 --max-response-tokens 8 --benchmarks questions.jsonl --out {out} {flags}"
