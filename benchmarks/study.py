@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from start_models import MISREAD_WORDING
 
 import train
-from baselines import BASELINES
+from baselines import BASELINES, choose_variant
 from config import parse
 from embedded.word_problems import word_problems
 from metrics import detect_collapse
@@ -263,14 +263,19 @@ SHORT = {name: COLUMNS[name] for name in ("sampled", "greedy", "label accuracy",
 
 
 def section_table(name: str, histories: dict[str, list[History]]) -> Table:
+    """How many seeds survive, when others collapse, where they stand at equal numbers of answers; where they end."""
     columns = COLUMNS if name == "usual" else COLUMNS_OF.get(name, SHORT)
-    rows = [
-        [row, str(len(group)), *(spread([last(key, history) for history in group]) for key in columns.values())]
-        for row, group in histories.items()
-    ]
+    rows = []
+    for row, group in histories.items():
+        steps = [step for history in group if (step := collapse_step(history)) is not None]
+        when = ", ".join(map(str, sorted(steps))) or f"not within {STEPS}"
+        equal = spread([at_equal_answers(SECTIONS[name][row], history) for history in group])
+        ends = [spread([last(key, history) for history in group]) for key in columns.values()]
+        rows.append([row, str(len(group)), str(sum(map(survives, group))), when, equal, *ends])
     start = next(iter(histories.values()))
     before = [spread([first(key, history) for history in start]) for key in columns.values()]
-    return [["", "seeds", *columns], ["before, or first step", "", *before], *rows]
+    header = ["", "seeds", "survive", "collapse at step", "sampled, at equal answers", *columns]
+    return [header, ["before, or first step", *[""] * 4, *before], *rows]
 
 
 def collapse_step(history: History) -> int | None:
@@ -280,27 +285,16 @@ def collapse_step(history: History) -> int | None:
     return next((step for step, _ in measured if step > low[-1]), None)
 
 
-def at_equal_tokens(flags: str, history: History) -> float | None:
-    """Sampled accuracy when the run has asked for as many answers as majority voting has at its end.
+def at_equal_answers(flags: str, history: History) -> float | None:
+    """Sampled accuracy when the run has asked for as many answers as plain majority voting has at its end.
 
     A step of majority asks each question in one wording, I in two; II also asks the teacher, and III both in two.
     """
-    variant = (VARIANTS | BASELINES)[flags.split()[1]]
-    step = STEPS // (len(variant.policy_views) + len(variant.teacher_views))
+    config = parse(flags.format(runs=".").split())
+    variant = choose_variant(config.method)
+    askings = len(variant.policy_views) + len(variant.teacher_views)
+    step = STEPS * parse([]).votes / (askings * config.votes)
     return next((record[SAMPLED] for record in history if SAMPLED in record and record["step"] == step), None)
-
-
-def mask_table(name: str, histories: dict[str, list[History]]) -> Table:
-    """How many seeds survive, when others collapse, where runs end: at equal steps, at equal numbers of answers."""
-    header = ["", "seeds", "survive", "collapse at step", "sampled", "at equal answers", "greedy", "label accuracy"]
-    rows = []
-    for row, group in histories.items():
-        steps = [step for history in group if (step := collapse_step(history)) is not None]
-        when = ", ".join(map(str, sorted(steps))) or f"not within {STEPS}"
-        equal = spread([at_equal_tokens(SECTIONS[name][row], history) for history in group])
-        ends = [spread([last(key, history) for history in group]) for key in (SAMPLED, GREEDY, "label_accuracy")]
-        rows.append([row, str(len(group)), f"{sum(map(survives, group))}", when, ends[0], equal, *ends[1:]])
-    return [header, *rows]
 
 
 def summary_table(results: dict[str, dict[str, list[History]]]) -> Table:
@@ -503,8 +497,7 @@ def main(
         for name, rows in sections.items()
     }
     for name, histories in results.items():
-        table = mask_table if name.startswith("mask") else section_table
-        publish(document, table_name(name), table(name, histories))
+        publish(document, table_name(name), section_table(name, histories))
     if "usual" in results:
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))

@@ -216,3 +216,10 @@ def test_a_section_of_the_study_names_flags_that_do_not_exist_or_has_no_table():
         assert (ROOT / "docs" / table).is_file() and f"]({table})" in text
         for flags in rows.values():
             parse(f"{flags} {study.ALWAYS}".split())
+
+
+def test_a_method_that_asks_more_often_is_compared_at_the_same_step():
+    history = [{"step": step, study.SAMPLED: step / 100} for step in (0, 10, 20, 30, 40)]
+    flags = {"majority": 0.4, "II": 0.2, "III": 0.1, "majority --views both": 0.2, "scrl --votes 32": 0.1}
+    for variant, accuracy in (flags | {"II --rollouts 4": 0.4, "majority --rollouts 4": None}).items():
+        assert study.at_equal_answers(f"--variant {variant}", history) == accuracy, variant
