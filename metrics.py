@@ -5,11 +5,13 @@ model agrees with itself on one wrong answer. Every number here is a mean over t
 any, are only ever used for measuring.
 """
 
+import json
 import resource
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
+from pathlib import Path
 from statistics import fmean
 
 import torch
@@ -24,7 +26,7 @@ from lm.memory import attention_widths
 from lm.record import Rollout
 from rewards import Group, Variant, View, matches, rollouts_of
 from rollout import Run, generate_rollouts
-from store.jsonl import Record
+from store.jsonl import Record, write_atomic
 from store.log import Records
 
 # ---------------------------------------------------------------- time and memory
@@ -253,6 +255,8 @@ def evaluate_policy(run: Run) -> dict[str, float]:
         answered = ask_questions(shared, run.tokenizer, asked, settings)
     values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
     measured = {"eval_truncated": fmean(values["truncated"])}
+    greedy = {row["question"]: row["answer"] for row in answered if row["greedy"]}
+    measured["eval_changed"] = distributed.run_on_rank0(lambda: changed_answers(run.folder, greedy))
     for name, key in {"eval_accuracy": f"avg@{settings.k}", "eval_accuracy/greedy": "greedy"}.items():
         measured[name] = fmean(values[key])
         measured[f"{name}/lenient"] = fmean(values[f"{key}, lenient"])
@@ -260,6 +264,21 @@ def evaluate_policy(run: Run) -> dict[str, float]:
             measured[f"{name}/{group}"] = fmean(part)
     clock.lap("evaluation")
     return measured | clock.seconds
+
+
+def changed_answers(folder: Path, greedy: dict[str, str | None]) -> float:
+    """Compute the share of questions whose greedy answer is no longer that of the run's first evaluation.
+
+    It needs no gold, and shows decay that rewards, votes and lengths hide. The first answers are kept in the folder.
+    """
+    file = folder / "first-answers.json"
+    if not file.exists():
+        write_atomic(file, json.dumps(greedy, ensure_ascii=False) + "\n")
+    first: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8"))
+    known = [question for question in greedy if question in first]  # a resumed run may evaluate on others
+    same = matches([first[question] for question in known], [greedy[question] for question in known], "math")
+    unchanged = [kept or first[question] == greedy[question] for question, kept in zip(known, same, strict=True)]
+    return 1 - fmean(unchanged) if known else 0.0
 
 
 def preflight(run: Run) -> str:
@@ -300,6 +319,7 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "responses run into the limit": ("truncated", lambda first, now: now > first + 0.2),
     "responses shrink": ("response_tokens", lambda first, now: now < 0.4 * first),
     "entropy explodes": ("entropy", lambda first, now: now > 3 * first + 0.1),
+    "the policy forgets what it answered": ("eval_changed", lambda first, now: now > 0.4),
 }
 
 
@@ -313,8 +333,10 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
         return {}
     seen = {}
     for sign, (key, is_alarming) in SIGNS.items():
-        first = fmean(step.get(key, 0.0) for step in history[:WINDOW])
-        now = fmean(step.get(key, 0.0) for step in history[-WINDOW:])
+        window = 1 if key.startswith("eval") else WINDOW  # an evaluation is a mean over many questions
+        values = [step[key] for step in history if key in step]
+        first = fmean(values[:window] or [0.0])
+        now = fmean(values[-window:] or [0.0])
         if is_alarming(first, now):
             seen[sign] = f"{key} {first:.2f} -> {now:.2f}"
     return seen
@@ -337,6 +359,6 @@ def step_warnings(history: Sequence[dict[str, float]]) -> dict[str, str]:
         seen["no gold"] = "no gold answers: whether labels are right is not known"
     if len(history) >= WINDOW and all(step.get("zero_std_groups") == 1 for step in history[-WINDOW:]):
         seen["no difference"] = f"in {WINDOW} steps all rewards were equal in every group: nothing is learnt from them"
-    if latest["skipped_steps"]:
+    if latest.get("skipped_steps"):
         seen["skipped"] = "its gradient is not finite, the weights stay as they were; lower --lr if it comes again"
     return seen | {sign: f"collapse? {sign} ({what})" for sign, what in detect_collapse(history).items()}

@@ -190,7 +190,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
         if skipped > MAX_SKIPPED_STEPS:
             raise UserError(f"{skipped} steps in a row had no finite gradient and were skipped: lower --lr")
         done = step + 1
-        if log and step == first_step:
+        if log and step == first_step and done < run.total_steps:
             bar.write(metrics.pace(measured, run.total_steps - done), file=sys.stderr)
         signal_number = int(distributed.all_reduce_max(stop.number))
         if done == run.total_steps or is_due(done, config.run.save_every) or signal_number or ended:
@@ -208,6 +208,7 @@ def loop(run: Run, first_step: int, stop: distributed.StopRequest) -> None:
     if log:
         if evaluated:
             log.write({"step": run.total_steps} | evaluated, {})
+            warn(log)
         log.close()
 
 
@@ -219,13 +220,17 @@ def write_step(
     try:
         log.write(measured, records)
         bar.set_postfix(log.headline())
-        for warning in log.warnings(metrics.step_warnings(log.history)):
-            bar.write(f"step {measured['step']}: {warning}", file=sys.stderr)
+        warn(log)
     except OSError as error:
         return error
     if config.run.stop_on_collapse == "on" and (seen := metrics.detect_collapse(log.history)):
         return UserError(f"collapse: {', '.join(seen)}; --stop-on-collapse off goes on all the same")
     return None
+
+
+def warn(log: RunLog) -> None:
+    for warning in log.warnings(metrics.step_warnings(log.history)):
+        tqdm.write(f"step {log.history[-1]['step']}: {warning}", file=sys.stderr)
 
 
 def is_due(step: int, every: int) -> bool:

@@ -29,7 +29,7 @@ from lm.record import Rollout
 from lm.scoring import PASSES, PackedLM, autocast
 
 HUB_OWNERS = {"Qwen": "Qwen", "Llama": "meta-llama", "SmolLM": "HuggingFaceTB"}  # by how a bare model name begins
-DESCRIPTION = ("*.json", "*.jinja", "*.model", "*.txt")  # the files of a hub's model that are no weights
+DESCRIPTION = ["*.json", "*.jinja", "*.model", "*.txt"]  # the files of a hub's model that are no weights
 SMALL = 20e6  # parameters, below which one thread is enough
 
 

@@ -155,6 +155,8 @@ HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "respons
         ({"truncated": 0.6}, "responses run into the limit"),
         ({"response_tokens": 4.0}, "responses shrink"),
         ({"entropy": 2.0}, "entropy explodes"),
+        ({"eval_changed": 0.3}, None),  # a wording was learnt
+        ({"eval_changed": 0.6}, "the policy forgets what it answered"),
     ],
 )
 def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
@@ -164,6 +166,23 @@ def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
 
 def test_the_alarm_waits_for_a_baseline():
     assert detect_collapse([HEALTHY] * 3 + [HEALTHY | {"answered": 0.0}] * 3) == {}
+
+
+def test_silent_decay_is_seen_at_the_last_evaluation_alone_or_only_steps_later():
+    trained = [HEALTHY | {"eval_changed": 0.0}] + [HEALTHY] * 19
+    assert detect_collapse([*trained, {"step": 20, "eval_changed": 0.5}]) == {
+        "the policy forgets what it answered": "eval_changed 0.00 -> 0.50"
+    }
+
+
+def test_a_resumed_run_takes_its_later_answers_for_its_first(tmp_path):
+    first = {"1+1?": "2", "2+2?": "4", "3+3?": None, "4+4?": "8"}
+    assert metrics.changed_answers(tmp_path, first) == 0
+    later = {"1+1?": "2.0", "2+2?": "5", "3+3?": None, "4+4?": None}
+    assert metrics.changed_answers(tmp_path, later) == 0.5  # 2.0 is 2, and nothing was answered twice
+    assert metrics.changed_answers(tmp_path, first) == 0
+    assert metrics.changed_answers(tmp_path, {"2+2?": "5", "5+5?": "10"}) == 1.0  # of the question that both know
+    assert metrics.changed_answers(tmp_path, {"5+5?": "10"}) == 0
 
 
 def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
