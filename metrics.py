@@ -255,8 +255,7 @@ def evaluate_policy(run: Run) -> dict[str, float]:
         answered = ask_questions(shared, run.tokenizer, asked, settings)
     values: dict[str, list[float]] = result_of(run.benchmark, answered)["values"]
     measured = {"eval_truncated": fmean(values["truncated"])}
-    greedy = {row["question"]: row["answer"] for row in answered if row["greedy"]}
-    measured["eval_changed"] = distributed.run_on_rank0(lambda: changed_answers(run.folder, greedy))
+    measured["eval_agreement"] = distributed.run_on_rank0(lambda: first_agreement(run.folder, answered))
     for name, key in {"eval_accuracy": f"avg@{settings.k}", "eval_accuracy/greedy": "greedy"}.items():
         measured[name] = fmean(values[key])
         measured[f"{name}/lenient"] = fmean(values[f"{key}, lenient"])
@@ -266,19 +265,20 @@ def evaluate_policy(run: Run) -> dict[str, float]:
     return measured | clock.seconds
 
 
-def changed_answers(folder: Path, greedy: dict[str, str | None]) -> float:
-    """Compute the share of questions whose greedy answer is no longer that of the run's first evaluation.
+def first_agreement(folder: Path, answered: Sequence[Record]) -> float:
+    """Compute the share of sampled answers that equal the greedy one of the run's first evaluation.
 
-    It needs no gold, and shows decay that rewards, votes and lengths hide. The first answers are kept in the folder.
+    It needs no gold. Sharpening raises it, and decay lowers it, even where rewards, votes and lengths hide that. The
+    first answers are kept in the folder.
     """
     file = folder / "first-answers.json"
-    if not file.exists():
-        write_atomic(file, json.dumps(greedy, ensure_ascii=False) + "\n")
-    first: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8"))
-    known = [question for question in greedy if question in first]  # a resumed run may evaluate on others
-    same = matches([first[question] for question in known], [greedy[question] for question in known], "math")
-    unchanged = [kept or first[question] == greedy[question] for question, kept in zip(known, same, strict=True)]
-    return 1 - fmean(unchanged) if known else 0.0
+    greedy = {row["question"]: row["answer"] for row in answered if row["greedy"]}
+    first: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    if first.keys() != greedy.keys():  # the first evaluation, or the first on another benchmark
+        first = greedy
+        write_atomic(file, json.dumps(first, ensure_ascii=False) + "\n")
+    sampled = [row for row in answered if not row["greedy"]]
+    return fmean(matches([first[row["question"]] for row in sampled], [row["answer"] for row in sampled], "math"))
 
 
 def preflight(run: Run) -> str:
@@ -312,6 +312,7 @@ def describe_preflight(groups: Sequence[Group], gold_answers: Sequence[str | Non
 # ---------------------------------------------------------------- the alarm
 
 WINDOW = 5  # steps that an alarm averages over
+LOST_AGREEMENT = 0.15  # that alarms, of what the evaluations have shown at best
 # Signs of collapse: a metric, and when its means over the first and the last steps are alarming.
 SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "one answer to many questions": ("commonest_answer", lambda first, now: now > max(0.4, 1.5 * first)),
@@ -319,7 +320,6 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
     "responses run into the limit": ("truncated", lambda first, now: now > first + 0.2),
     "responses shrink": ("response_tokens", lambda first, now: now < 0.4 * first),
     "entropy explodes": ("entropy", lambda first, now: now > 3 * first + 0.1),
-    "the policy forgets what it answered": ("eval_changed", lambda first, now: now > 0.4),
 }
 
 
@@ -333,12 +333,14 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
         return {}
     seen = {}
     for sign, (key, is_alarming) in SIGNS.items():
-        window = 1 if key.startswith("eval") else WINDOW  # an evaluation is a mean over many questions
-        values = [step[key] for step in history if key in step]
-        first = fmean(values[:window] or [0.0])
-        now = fmean(values[-window:] or [0.0])
+        values = [step[key] for step in history if key in step] or [0.0]
+        first = fmean(values[:WINDOW])
+        now = fmean(values[-WINDOW:])
         if is_alarming(first, now):
             seen[sign] = f"{key} {first:.2f} -> {now:.2f}"
+    agreement = [step["eval_agreement"] for step in history if "eval_agreement" in step] or [0.0]
+    if agreement[-1] < max(agreement) - LOST_AGREEMENT:
+        seen["the policy leaves its first answers"] = f"eval_agreement {max(agreement):.2f} -> {agreement[-1]:.2f}"
     return seen
 
 

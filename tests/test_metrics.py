@@ -143,6 +143,7 @@ def test_labels_that_flip_between_visits_are_counted_also_after_a_resume(tmp_pat
 
 
 HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "response_tokens": 16.0, "entropy": 0.3}
+HEALTHY |= {"eval_agreement": 0.7}
 
 
 @pytest.mark.parametrize(
@@ -155,8 +156,8 @@ HEALTHY = {"commonest_answer": 0.2, "answered": 0.95, "truncated": 0.0, "respons
         ({"truncated": 0.6}, "responses run into the limit"),
         ({"response_tokens": 4.0}, "responses shrink"),
         ({"entropy": 2.0}, "entropy explodes"),
-        ({"eval_changed": 0.3}, None),  # a wording was learnt
-        ({"eval_changed": 0.6}, "the policy forgets what it answered"),
+        ({"eval_agreement": 0.6}, None),  # a wording was learnt
+        ({"eval_agreement": 0.5}, "the policy leaves its first answers"),
     ],
 )
 def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
@@ -168,21 +169,26 @@ def test_the_alarm_waits_for_a_baseline():
     assert detect_collapse([HEALTHY] * 3 + [HEALTHY | {"answered": 0.0}] * 3) == {}
 
 
-def test_silent_decay_is_seen_at_the_last_evaluation_alone_or_only_steps_later():
-    trained = [HEALTHY | {"eval_changed": 0.0}] + [HEALTHY] * 19
-    assert detect_collapse([*trained, {"step": 20, "eval_changed": 0.5}]) == {
-        "the policy forgets what it answered": "eval_changed 0.00 -> 0.50"
-    }
+def test_silent_decay_is_not_seen_by_the_last_evaluation_of_a_run():
+    rest = {key: value for key, value in HEALTHY.items() if key != "eval_agreement"}
+    trained = [{"eval_agreement": 0.5} | rest, *[rest] * 9, {"eval_agreement": 0.7} | rest, *[rest] * 9]
+    assert detect_collapse(trained) == {}
+    sign = {"the policy leaves its first answers": "eval_agreement 0.70 -> 0.50"}
+    assert detect_collapse([*trained, {"step": 20, "eval_agreement": 0.5}]) == sign
 
 
 def test_a_resumed_run_takes_its_later_answers_for_its_first(tmp_path):
+    def evaluated(greedy, *sampled):
+        rows = [(question, answer, True) for question, answer in greedy.items()]
+        rows += [(question, answer, False) for each in sampled for question, answer in each.items()]
+        return [{"question": question, "answer": answer, "greedy": is_greedy} for question, answer, is_greedy in rows]
+
     first = {"1+1?": "2", "2+2?": "4", "3+3?": None, "4+4?": "8"}
-    assert metrics.changed_answers(tmp_path, first) == 0
-    later = {"1+1?": "2.0", "2+2?": "5", "3+3?": None, "4+4?": None}
-    assert metrics.changed_answers(tmp_path, later) == 0.5  # 2.0 is 2, and nothing was answered twice
-    assert metrics.changed_answers(tmp_path, first) == 0
-    assert metrics.changed_answers(tmp_path, {"2+2?": "5", "5+5?": "10"}) == 1.0  # of the question that both know
-    assert metrics.changed_answers(tmp_path, {"5+5?": "10"}) == 0
+    assert metrics.first_agreement(tmp_path, evaluated(first, first, first | {"2+2?": "5"})) == 5 / 8
+    later = {"1+1?": "3", "2+2?": "5", "3+3?": "6", "4+4?": "9"}
+    assert metrics.first_agreement(tmp_path, evaluated(later, later)) == 0
+    assert metrics.first_agreement(tmp_path, evaluated(later, {"1+1?": "2.0", "4+4?": "8"})) == 1  # 2.0 is 2
+    assert metrics.first_agreement(tmp_path, evaluated({"5+5?": "10"}, {"5+5?": "10"})) == 1  # another benchmark
 
 
 def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
