@@ -26,6 +26,7 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import tyro
+from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -133,6 +134,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         for match, flag in {"exact": "", "math": " --answer-match math"}.items()
     },
     "mask": with_and_without_mask("1e-3"),
+    "mask, usual rate": with_and_without_mask("5e-4"),
     "noise": {
         f"{name}, {share:.0%} of the pairs": f"--variant {name}"
         + (f" --model embedded --data {{runs}}/noise-{share}.jsonl --keep-bad-rewrites" if share else "")
@@ -298,14 +300,17 @@ def at_equal_answers(flags: str, history: History) -> float | None:
 
 
 def summary_table(results: dict[str, dict[str, list[History]]]) -> Table:
-    """Where each method ends: the usual task at two learning rates, and the wording that is misread at first."""
+    """Where each method ends, and when it collapses: the usual task at two rates, the wording misread at first."""
     rows = []
     for name in METHODS:
         usual, faster, misread = (results[section][f"{name}, {rate}"] for section, rate, _ in ENDS)
+        steps = [step for run in faster if (step := collapse_step(run)) is not None]
+        when = f"{len(steps)}, from {min(steps)}" if steps else "0"
         cells = [(usual, SAMPLED), (faster, SAMPLED), (misread, ON_MISREAD), (misread, ON_OTHERS)]
-        rows.append([name, *(spread([last(key, run) for run in runs]) for runs, key in cells)])
-    header = ["", "usual task", "twice the learning rate", "misread wording, greedy", "other wordings, greedy"]
-    return [header, *rows]
+        once, twice, *greedy = (spread([last(key, run) for run in runs]) for runs, key in cells)
+        rows.append([name, once, twice, when, *greedy])
+    header = ["", "usual task", "twice the learning rate", "seeds that collapse there, from step"]
+    return [[*header, "misread wording, greedy", "other wordings, greedy"], *rows]
 
 
 def survival_table(results: dict[str, dict[str, list[History]]]) -> Table:
@@ -403,22 +408,29 @@ def draw_methods(results: dict[str, dict[str, list[History]]], file: Path) -> No
     figure.savefig(file, dpi=160)
 
 
-def draw_mask(histories: dict[str, list[History]], file: Path) -> None:
-    """Draw where each method ends with and without --mask-answer, one dot per seed, from each initial model."""
-    figure, axes = plt.subplots(1, len(STARTS), figsize=(10, 3.4), layout="constrained", sharey=True)
-    for axis, start in zip(axes, STARTS, strict=True):
-        before = first(SAMPLED, histories[f"majority, {start}, 1e-3"][0])
-        axis.axvline(before, color="grey", linestyle=":", label="before")
-        for suffix, label, shift, fill in (("", "all tokens", -0.12, "full"), (", masked", "masked", 0.12, "none")):
-            for y, name in enumerate(MASKED):
-                ends = [last(SAMPLED, run) for run in histories[f"{name}, {start}, 1e-3{suffix}"]]
-                heights = [y + shift] * len(ends)
-                axis.plot(ends, heights, "o", fillstyle=fill, color=curves.COLOURS[y], label=label if y == 0 else None)
-        axis.set(title=start, xlim=(-0.02, 1.02), xlabel="held-out accuracy, sampled")
-        axis.grid(alpha=0.25)
-    axes[0].set_yticks(range(len(MASKED)), MASKED)
-    axes[0].invert_yaxis()
-    axes[0].legend(loc="lower left", fontsize=8)
+def draw_masked(axis: Axes, histories: dict[str, list[History]], start: str, rate: str) -> None:
+    before = first(SAMPLED, histories[f"majority, {start}, {rate}"][0])
+    axis.axvline(before, color="grey", linestyle=":", label="before")
+    for suffix, label, shift, fill in (("", "all tokens", -0.12, "full"), (", masked", "masked", 0.12, "none")):
+        for y, name in enumerate(MASKED):
+            ends = [last(SAMPLED, run) for run in histories[f"{name}, {start}, {rate}{suffix}"]]
+            style = {"fillstyle": fill, "color": curves.COLOURS[y], "label": label if y == 0 else None}
+            axis.plot(ends, [y + shift] * len(ends), "o", **style)
+    axis.grid(alpha=0.25)
+
+
+def draw_mask(results: dict[str, dict[str, list[History]]], file: Path) -> None:
+    """Draw where each method ends with and without --mask-answer, one dot per seed: a row a rate, a column a start."""
+    rates = {"mask, usual rate": "5e-4", "mask": "1e-3"}
+    figure, axes = plt.subplots(2, len(STARTS), figsize=(10, 6), layout="constrained", sharex=True, sharey=True)
+    for (section, rate), row in zip(rates.items(), axes, strict=True):
+        for start, axis in zip(STARTS, row, strict=True):
+            draw_masked(axis, results[section], start, rate)
+            axis.set(title=f"{start}, {rate}", xlim=(-0.02, 1.02))
+    axes[0, 0].set_yticks(range(len(MASKED)), MASKED)
+    axes[0, 0].invert_yaxis()
+    axes[0, 0].legend(loc="lower left", fontsize=8)
+    figure.supxlabel("held-out accuracy, sampled", fontsize=10)
     figure.savefig(file, dpi=160)
 
 
@@ -502,8 +514,8 @@ def main(
         named = [folder_of(runs, SECTIONS["usual"][f"{name}, 5e-4"], seed) for name in VARIANTS for seed in seeds]
         curves.draw([folder for folder in named if is_finished(folder)], document.with_name("study.png"))
         draw_overview(results["usual"], document.with_name("figure.png"))
-    if "mask" in results:
-        draw_mask(results["mask"], document.with_name("mask.png"))
+    if {"mask", "mask, usual rate"} <= set(results):
+        draw_mask(results, document.with_name("mask.png"))
     if "misreading" in results:
         draw_misreading(results["misreading"], document.with_name("misreading.png"))
     if {"usual", "misreading", "spellings"} <= set(results):
