@@ -10,6 +10,9 @@ p_i is the share of rollout i's answer among all rollouts of a vote, those witho
     soft-I          p_i in the vote on the other wording                      Co-rewarding-I, with soft labels
     soft-II         p_i in the teacher's vote                                 Co-rewarding-II, with soft labels
     self-harmony    agreement with `harmonic_winner`                          Self-Harmony, arXiv 2511.01191
+    harmonic-II     the same, of the policy's vote and the teacher's          ours, after DCRL, arXiv 2603.16223
+    cuma            agreement with an absolute majority; without one, 0       CuMa, arXiv 2511.04902
+    two-rewards     agreement and self-certainty, normalised apart            Two is better than one, arXiv 2605.22620
     semi            gold where it is known, elsewhere the own majority        semi-supervised, arXiv 2512.13106
     ttrl, intuitor, rent     other names of majority, self-certainty and entropy
 
@@ -22,10 +25,10 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
-from statistics import fmean
+from statistics import fmean, stdev
 
 from config import Method, UserError
-from rewards import BOTH, VARIANTS, Group, Match, Variant, View, Vote, Voter, X, matches
+from rewards import BOTH, VARIANTS, Group, Match, Variant, View, Vote, Voter, X, agreement, matches, self_certainty
 
 
 def match_to_vote(vote: Vote, answers: Sequence[str | None], match: Match) -> list[str | None]:
@@ -132,6 +135,25 @@ def harmonic_winner(group: Group) -> str | None:
     return max(scores, key=scores.__getitem__, default=None)
 
 
+def absolute_majority(group: Group) -> str | None:
+    """Return the vote's winner if more than half of all rollouts gave it; without a label a group teaches nothing."""
+    winner = group.vote.label
+    return winner if winner is not None and group.vote.counts[winner] > group.vote.rollouts / 2 else None
+
+
+def standardised(values: Sequence[float]) -> list[float]:
+    """Move values to mean 0 and deviation 1; equal ones to 0."""
+    deviation = stdev(values) or 1.0
+    return [(value - fmean(values)) / deviation for value in values]
+
+
+def vote_and_certainty(group: Group) -> list[float]:
+    """Pay agreement plus self-certainty, each standardised in the group: else the one of larger scale would win."""
+    agreed = standardised(agreement(group))
+    certain = standardised(self_certainty(group))
+    return [one + other for one, other in zip(agreed, certain, strict=True)]
+
+
 CROSSED = VARIANTS["I"].label_of
 VIEWS: dict[str, tuple[View, ...]] = {"original": X, "rephrased": ("x'",), "both": BOTH}
 
@@ -146,6 +168,10 @@ BASELINES: dict[str, Variant] = {
     "soft-I":        Variant(BOTH, (), CROSSED,                 "init", 0.005, soft_label),
     "soft-II":       Variant(X,    X,  {"x": ("teacher", "x")}, "ema",  0.001, soft_label),
     "self-harmony":  Variant(BOTH, (), CROSSED,                 "init", 0.005, select_label=harmonic_winner),
+    "harmonic-II":   Variant(X,    X,  {"x": ("teacher", "x")}, "ema",  0.001, select_label=harmonic_winner),
+    "cuma":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, select_label=absolute_majority),
+    "two-rewards":   Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, vote_and_certainty,
+                             needs_token_stats=True),
     "semi":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, semi_supervised=True),
     "ttrl":          VARIANTS["majority"],
     "intuitor":      VARIANTS["self-certainty"],

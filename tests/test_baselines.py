@@ -145,6 +145,37 @@ def test_self_harmony_prefers_agreement_of_wordings_to_either_majority():
     assert harmonic_winner(labelled_by(["1", "1", "2"], ["3"])) == "1"  # nothing in common: the most frequent
 
 
+def test_the_harmonic_vote_of_policy_and_teacher_is_another_formula_or_of_other_voters():
+    row = BASELINES["harmonic-II"]
+    own, teachers = group_of(["1"] * 5 + ["2"] * 3), group_of(["3"] * 5 + ["2"] * 3)
+    label_groups(row, [own], [teachers], [None])
+    assert own.label == "2" and row.reward(own) == [0.0] * 5 + [1.0] * 3
+
+
+@given(ANSWERS)
+def test_a_group_without_an_absolute_majority_is_trained_on(answers):
+    group = group_of(answers)
+    label_groups(BASELINES["cuma"], [group], [], [None])
+    winners = [a for a in {*answers} - {None} if 2 * answers.count(a) > len(answers)]
+    assert group.label == (winners[0] if winners else None)
+    assert BASELINES["cuma"].reward(group) == [float(a in winners) for a in answers]
+
+
+@given(ANSWERS, st.randoms(use_true_random=False))
+def test_the_reward_of_larger_scale_outweighs_the_other(answers, rng):
+    certain = [100 * rng.random() for _ in answers]
+    label = majority_vote(answers).label
+    agreed = [float(a is not None and a == label) for a in answers]
+
+    def apart(values: list[float]) -> torch.Tensor:
+        deviation = torch.tensor(values, dtype=torch.float64).std()
+        return (torch.tensor(values, dtype=torch.float64) - sum(values) / len(values)) / (deviation or 1.0)
+
+    group = with_stats(replace(group_of(answers), label=label), self_certainty=certain)
+    expected = (apart(agreed) + apart(certain)).tolist()
+    assert BASELINES["two-rewards"].reward(group) == pytest.approx(expected, abs=1e-9)
+
+
 def test_the_coin_is_fair_the_same_on_every_rank_and_not_always_the_same_for_a_text():
     groups = [group_of([str(i), "1", "1", "1"]) for i in range(2000)]
     thrown = [random_reward(group) for group in groups]
