@@ -168,8 +168,8 @@ def test_the_reward_of_larger_scale_outweighs_the_other(answers, rng):
     agreed = [float(a is not None and a == label) for a in answers]
 
     def apart(values: list[float]) -> torch.Tensor:
-        deviation = torch.tensor(values, dtype=torch.float64).std()
-        return (torch.tensor(values, dtype=torch.float64) - sum(values) / len(values)) / (deviation or 1.0)
+        exact = torch.tensor(values, dtype=torch.float64)
+        return torch.zeros(len(values)) if len(set(values)) == 1 else (exact - exact.mean()) / exact.std()
 
     group = with_stats(replace(group_of(answers), label=label), self_certainty=certain)
     expected = (apart(agreed) + apart(certain)).tolist()
