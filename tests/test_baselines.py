@@ -163,7 +163,7 @@ def test_a_group_without_an_absolute_majority_is_trained_on(answers):
 
 @given(ANSWERS, st.randoms(use_true_random=False))
 def test_the_reward_of_larger_scale_outweighs_the_other(answers, rng):
-    certain = [100 * rng.random() for _ in answers]
+    certain = [rng.randrange(1000) / 10 for _ in answers]
     label = majority_vote(answers).label
     agreed = [float(a is not None and a == label) for a in answers]
 
