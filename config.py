@@ -179,6 +179,8 @@ class Memory:
     fit: Literal["auto", "off"] = "auto"
     # share of a GPU's memory for vLLM while it samples (training has it in between); of a CPU's, at most (None: 0.5)
     engine_memory: float | None = None
+    # fixed size of vLLM's key-value cache, where several runs share a GPU (None: vLLM measures what is free)
+    engine_cache_gb: float | None = None
     # tokens of one forward and backward pass: costs memory, changes no result (None: 16,384)
     tokens_per_micro_batch: int | None = None
     # what the backward pass computes again instead of keeping it. on: all of a layer, a third more arithmetic; light:
@@ -260,6 +262,7 @@ RANGES: dict[str, tuple[float, float, str]] = {
     "beta2": (0, 1 - 1e-9, ""),
     "max_grad_norm": (1e-9, math.inf, ""),
     "engine_memory": (0.01, 0.99, "it is a share of the memory"),
+    "engine_cache_gb": (0.1, 10**4, ""),
 }
 
 

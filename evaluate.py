@@ -40,6 +40,7 @@ class EvaluationSettings:
     seed: int = 0  # of the sampled answers
     # hf: transformers; auto: vllm if it is installed and there is a GPU, else hf
     sampler: Literal["auto", "vllm", "hf"] = "auto"
+    engine_cache_gb: float | None = None  # fixed size of vLLM's key-value cache, where several share a GPU
     chat_template: str | None = None  # Jinja file, for a tokenizer without a chat template
     template_options: str = "{}"  # JSON that the chat template gets, as in training
     questions_per_batch: int = 64  # answered together, and lost together if the evaluation is killed
@@ -210,7 +211,11 @@ def evaluate_model(settings: EvaluationSettings) -> Path:
     benchmarks = [replace(each, pairs=each.pairs[: settings.limit]) for each in loaded]
     if len({each.name for each in benchmarks}) < len(benchmarks):
         raise UserError(f"--benchmarks {' '.join(settings.benchmarks)}: two would write to one file, rename one")
-    made_with = asdict(settings) | {"out": None, "questions": fingerprint([each.pairs for each in benchmarks])}
+    made_with = asdict(settings) | {
+        "out": None,
+        "engine_cache_gb": None,
+        "questions": fingerprint([each.pairs for each in benchmarks]),
+    }
     made_with["weights"] = distributed.run_on_rank0(lambda: checkpoint.weights_fingerprint(Path(model)))
     file = folder / "result.json"
     with batches.claim_folder(folder, made_with, file):
@@ -234,7 +239,8 @@ def ask_all(benchmarks: Sequence[Benchmark], settings: EvaluationSettings, folde
         asked[benchmark.name] = [Asked(pair.id, i, pair, encode(pair.question)) for i, pair in pairs]
     longest = max(len(question.prompt) for question in chain.from_iterable(asked.values()))
     size = settings.questions_per_batch * distributed.world_size()
-    capacity = Capacity(longest + settings.max_response_tokens, settings.questions_per_batch * max(settings.k, 1))
+    sequences = settings.questions_per_batch * max(settings.k, 1)
+    capacity = Capacity(longest + settings.max_response_tokens, sequences, engine_cache_gb=settings.engine_cache_gb)
     results = {}
     with engine.sampling_from(model, capacity) as sample:
 

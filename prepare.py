@@ -52,7 +52,7 @@ def prepare(config: Config, folder: Path, resumed: Path | None = None) -> tuple[
         model.checkpoint_activations(policy)
     prompt_lists = chain.from_iterable(question.prompts.values() for question in questions + eval_questions)
     longest = max(map(len, prompt_lists)) + config.sampling.max_response_tokens
-    capacity = Capacity(longest, sequences, plan.engine_memory)
+    capacity = Capacity(longest, sequences, plan.engine_memory, config.memory.engine_cache_gb)
     run = Run(
         config=config,
         folder=folder,

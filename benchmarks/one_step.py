@@ -45,6 +45,9 @@ def read_questions(data_dir: Path, name: str) -> list[Question]:
     if name == "svamp":
         cells = read_rows(find_file(data_dir, "SVAMP.json"))
         pairs = [(svamp_question(row), row["Answer"]) for row in cells]
+    elif name.startswith("gsm8k"):
+        rows = read_rows(find_file(data_dir, f"{name}.jsonl"))
+        pairs = [(row["question"], row["answer"].rpartition("####")[2].replace(",", "").strip()) for row in rows]
     else:
         pairs = [(row["input"], row["target"]) for row in read_rows(find_file(data_dir, f"{name}.jsonl"))]
     unique = {normalised(text): (" ".join(text.split()), Decimal(str(gold))) for text, gold in pairs}
@@ -141,6 +144,12 @@ def reworded(question: str) -> str:
     told = " ".join(capital(re.sub(r"^if\s+", "", fact, flags=re.I)) for fact in facts)
     text = f"{capital(asked)} This is what we know: {told}"
     return re.sub(r"\b(altogether|in all)\b", lambda found: OTHER_WORDS[found[0]], text)
+
+
+def rewordable(question: str) -> bool:
+    """Whether the rule fits: there are facts, then a question, and the rewording keeps every number."""
+    same_numbers = sorted(numbers(question)) == sorted(numbers(reworded(question)))
+    return question.endswith("?") and len(re.split(r"[.!?]\s+", question)) > 1 and same_numbers
 
 
 def capital(sentence: str) -> str:

@@ -1,15 +1,21 @@
-"""A real language model on real questions: does label-free RL teach SmolLM2-135M one-step word problems?
+"""A real language model on real questions: does label-free RL teach it anything, and which reward does?
 
     python benchmarks/real.py --data-dir DATA --model SmolLM2-135M-Instruct.Q4_1.gguf --sampler vllm      # two cores
     python benchmarks/real.py --data-dir DATA --model MODEL --methods gt majority I II III entropy --seeds 0 1 --jobs 6
+    python benchmarks/real.py --task gsm8k --data-dir DATA --model MODEL           # a GPU: see benchmarks/gsm8k.sh
     python benchmarks/real.py --jobs 0 --results FOLDER            # no new runs: the tables of a results.json
 
-DATA holds addsub.jsonl, singleeq.jsonl, singleop.jsonl, multiarith.jsonl (columns input and target) and SVAMP.json, in
-folders of any name. MODEL is a hub name, a folder, or a .gguf file (which needs the packages gguf and accelerate).
+DATA holds addsub.jsonl, singleeq.jsonl, singleop.jsonl, multiarith.jsonl (columns input and target) and SVAMP.json, for
+the other task gsm8k_train.jsonl and gsm8k_test.jsonl, in folders of any name. MODEL is a hub name, a folder, or a .gguf
+file (which needs the packages gguf and accelerate).
 
-    start model   imitation of one-line solutions, made by rule, of AddSub's and SingleEq's questions
-    training      one half of SingleOp, split by a hash of the question; I and III read a rewording, also made by rule
-    evaluation    the other half, MultiArith and SVAMP, sampled at temperature 1 and greedy, before and after
+    --task        singleop                                         gsm8k
+    start model   imitation of one-line solutions, made by rule,   the model as it is
+                  of AddSub's and SingleEq's questions
+    training      one half of SingleOp, by a hash of the question  GSM8K's training questions that the rule rewords
+    evaluation    the other half, MultiArith and SVAMP             GSM8K's test questions and SVAMP
+
+I and III read a rewording that is made by rule. Evaluations, sampled at temperature 1 and greedy, are before and after.
 
 Everything is kept in --out: the start model, each run, each evaluation. What is there is not made again, and what a
 kill has cut off goes on from its last checkpoint (imitation, minutes, begins again). --results gets one file,
@@ -17,6 +23,7 @@ results.json, which is written again and again meanwhile. In the end it writes e
 docs/results/real-NAME.csv, fills in those that docs/RESULTS.md shows, and draws the figure; the text stays.
 """
 
+import csv
 import json
 import os
 import random
@@ -29,6 +36,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any, Literal, NamedTuple
@@ -47,12 +55,14 @@ from one_step import (
     ELSEWHERE,
     IMITATED,
     TRAINED,
+    Question,
     bare_sum,
     exact,
     imitation_set,
     in_training,
     plain,
     read_questions,
+    rewordable,
     reworded,
 )
 from study import COLUMNS as OF_STUDY
@@ -68,7 +78,8 @@ from rewards import VARIANTS
 from store.jsonl import Record, changes, fingerprint, read_rows, to_lines, write_atomic
 from store.results import estimate, written
 
-BENCHMARKS = ("held-out", *ELSEWHERE)
+HOW = ("sampled", "greedy")
+COLOURS = {"sampled": "tab:blue", "greedy": "tab:orange"}
 READ = 20  # answers to read, of every model
 IMITATION_WARM_UP = 10  # steps
 SUMS = 8  # in a row of the drill: as long as a question with its solution
@@ -83,6 +94,7 @@ Example = tuple[list[int], list[bool]]  # tokens, and which of them are to be le
 
 @dataclass(frozen=True)
 class Settings:
+    task: Literal["singleop", "gsm8k"] = "singleop"
     data_dir: Path = Path("data")  # folder of the five files, searched through
     # where imitation starts: a hub name, a folder, or a .gguf file
     model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -102,6 +114,7 @@ class Settings:
     # of the evaluations before and after; where --jobs share a GPU: hf, as vLLM would take half of its memory
     eval_sampler: Literal["auto", "vllm", "hf"] = "auto"
     engine_memory: float = 0.5  # share of a GPU's memory for the vLLM of one run: divide it among --jobs
+    engine_cache_gb: float | None = None  # fixed size of the vLLM cache of a run or an evaluation, for --jobs on a GPU
     tokens_per_micro_batch: int = 2048  # activations are kept, not computed again: costs memory, changes no result
     compute_dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of training
     imitation_steps: int = 200
@@ -117,14 +130,25 @@ class Settings:
 # ---------------------------------------------------------------- start model
 
 
-def write_questions(settings: Settings, folder: Path) -> None:
-    """train.jsonl, with rewordings, and a file of each benchmark."""
-    folder.mkdir(parents=True, exist_ok=True)
+def question_sets(settings: Settings) -> dict[str, list[Question]]:
+    """What is trained on, and the benchmarks, the first of which is held out of the same set."""
+
+    def some(name: str) -> list[Question]:
+        return read_questions(settings.data_dir, name)[: settings.limit]
+
+    if settings.task == "gsm8k":
+        trained = [each for each in read_questions(settings.data_dir, "gsm8k_train") if rewordable(each[0])]
+        return {"train": trained, "held-out": some("gsm8k_test"), "svamp": some("svamp")}
     both_halves = exact(read_questions(settings.data_dir, TRAINED))
     sets = {"train": [each for each in both_halves if in_training(each[0])]}
     sets["held-out"] = [each for each in both_halves if not in_training(each[0])]
-    sets |= {name: read_questions(settings.data_dir, name)[: settings.limit] for name in ELSEWHERE}
-    for name, questions in sets.items():
+    return sets | {name: some(name) for name in ELSEWHERE}
+
+
+def write_questions(settings: Settings, folder: Path) -> None:
+    """train.jsonl, with rewordings, and a file of each benchmark."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, questions in question_sets(settings).items():
         rows = [{"question": text, "answer": plain(gold)} for text, gold in questions]
         if name == "train":
             rows = [row | {"rephrased": reworded(row["question"])} for row in rows]
@@ -199,7 +223,7 @@ def imitate(
 
 
 def make_start(settings: Settings) -> Path:
-    """The imitating model in --out/start; made once, whole or not at all."""
+    """The imitating model in --out/start, or the given one as it is; made once, whole or not at all."""
     folder, recipe = settings.out / "start", {"model": Path(settings.model).name}
     recipe |= {name: value for name, value in asdict(settings).items() if name.startswith("imitation")}
     if (folder / "imitation.json").is_file():
@@ -207,11 +231,12 @@ def make_start(settings: Settings) -> Path:
         if differing := changes(made, recipe):
             raise UserError(f"{folder} holds another start model, {differing}: name another --out")
         return folder
-    examples, counts = imitation_set(settings.data_dir)
+    imitates = settings.task == "singleop"
+    examples, counts = imitation_set(settings.data_dir) if imitates else ([], {})
     lm, tokenizer = load_start(settings.model)
     begin = time.perf_counter()
     lm.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
-    losses = imitate(lm, tokenizer, examples, settings)
+    losses = imitate(lm, tokenizer, examples, settings) if imitates else []
     note = {"recipe": recipe, "questions": counts, "losses": losses, "seconds": time.perf_counter() - begin}
     aside = settings.out / "start.unfinished"
     lm.save_pretrained(aside)
@@ -245,14 +270,18 @@ class Run(NamedTuple):
         flags |= {"eval-every": each.eval_every, "save-every": each.save_every, "keep": 1}
         flags |= {"activation-checkpointing": "off"}
         flags |= {name.replace("_", "-"): getattr(each, name) for name in PASSED_ON}
+        if each.engine_cache_gb:
+            flags["engine-cache-gb"] = each.engine_cache_gb
         words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         return [sys.executable, str(ROOT / "train.py"), *words, *each.train_flags.split()]
 
 
 def evaluation(settings: Settings, model: Path, name: str) -> list[str]:
-    files = [str(settings.out / "questions" / f"{benchmark}.jsonl") for benchmark in BENCHMARKS]
+    files = [str(file) for file in sorted((settings.out / "questions").glob("*.jsonl")) if file.stem != "train"]
     flags: Record = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
     flags |= {"k": settings.k, "temperature": 1.0, "max-response-tokens": settings.max_response_tokens}
+    if settings.engine_cache_gb:
+        flags["engine-cache-gb"] = settings.engine_cache_gb
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
     return [sys.executable, str(ROOT / "evaluate.py"), *words, "--benchmarks", *files]
 
@@ -348,6 +377,7 @@ def write_results(settings: Settings) -> None:
     out = settings.out
     evaluations = {file.parent.name: file for file in sorted(out.glob("evaluations/*/result.json"))}
     result = {
+        "task": settings.task,
         "imitation": json.loads((out / "start" / "imitation.json").read_text()),
         "questions": {file.stem: len(read_rows(file)) for file in sorted(out.glob("questions/*.jsonl"))},
         "evaluations": {name: evaluation_of(file) for name, file in evaluations.items()},
@@ -414,31 +444,70 @@ def imitation_table(result: Record) -> Table:
     return [["", *steps], *rows]
 
 
-def accuracy_cell(evaluations: Sequence[Record], benchmark: str, greedy: bool, before: Record | None) -> str:
-    """`43.2 ± 1.8`, percent: the mean over questions of the mean over seeds; with `before` its rise, in points."""
-    found = [each["benchmarks"][benchmark] for each in evaluations]
-    seeds = [each["values"]["greedy" if greedy else next(iter(each["values"]))] for each in found]
-    values = [fmean(of_question) for of_question in zip(*seeds, strict=True)]
-    if before:
-        was = before["benchmarks"][benchmark]["values"]
-        values = [a - b for a, b in zip(values, was["greedy" if greedy else next(iter(was))], strict=True)]
-    return written(estimate(values), "accuracy", "+" if before else "")
+def benchmarks_of(result: Record) -> list[str]:
+    return [name for name in sorted(result["questions"]) if name != "train"]
 
 
-def accuracy_table(result: Record, change: bool) -> Table:
-    """Before and after, or the change between them."""
-    start = result["evaluations"].get("start")
-    header = ["", "seeds", *(f"{name}, {how}" for name in BENCHMARKS for how in ("sampled", "greedy"))]
-    groups = {} if change or not start else {"before": [start]}
+def accuracy_cell(evaluations: Sequence[Record], benchmark: str, how: str) -> str:
+    """`43.2 ± 1.8`, percent: the mean over questions of the mean over seeds, and its error over questions."""
+    seeds = [values_of(each, benchmark, how) for each in evaluations]
+    return written(estimate([fmean(of_question) for of_question in zip(*seeds, strict=True)]), "accuracy")
+
+
+def values_of(evaluation: Record, benchmark: str, how: str) -> list[float]:
+    """Of every question; the sampled ones come first."""
+    values = evaluation["benchmarks"][benchmark]["values"]
+    return values["greedy" if how == "greedy" else next(iter(values))]
+
+
+def accuracy_table(result: Record) -> Table:
+    """Before and after."""
+    columns = [(name, how) for name in benchmarks_of(result) for how in HOW]
+    groups = {"before": [result["evaluations"]["start"]]} if "start" in result["evaluations"] else {}
     for row, runs in by_label(result).items():
         groups[row] = [result["evaluations"][name] for name in runs if name in result["evaluations"]]
     rows = []
     for row, group in groups.items():
-        if group and (start or not change):
-            compared = start if change else None
-            cells = [accuracy_cell(group, name, how, compared) for name in BENCHMARKS for how in (False, True)]
+        if group:
+            cells = [accuracy_cell(group, *column) for column in columns]
             rows.append([row, "" if row == "before" else str(len(group)), *cells])
-    return [header, *rows]
+    return [["", "seeds", *(f"{name}, {how}" for name, how in columns)], *rows]
+
+
+def seeds_table(result: Record, file: Path) -> Table:
+    """Each seed's change of accuracy in points, with its error over questions; rows of other machines' seeds stay."""
+    before = result["evaluations"].get("start")
+    rows = {}
+    if file.is_file():
+        with file.open(encoding="utf-8", newline="") as stream:
+            rows = {tuple(row[:4]): row for row in list(csv.reader(stream))[1:]}
+    for row, runs in by_label(result).items() if before else ():
+        for name in runs.keys() & result["evaluations"].keys():
+            for benchmark, how in product(benchmarks_of(result), HOW):
+                after = values_of(result["evaluations"][name], benchmark, how)
+                was = values_of(before, benchmark, how)
+                change = estimate([a - b for a, b in zip(after, was, strict=True)])
+                key = (row, str(runs[name]["seed"]), benchmark, how)
+                rows[key] = [*key, f"{100 * change['value']:+.1f}", f"{100 * (change['error'] or 0):.1f}"]
+    return [["name", "seed", "benchmark", "how", "change", "error over questions"], *rows.values()]
+
+
+def change_table(seeds: Table) -> Table:
+    """Mean change over seeds, ± the error over questions (of one seed), for several seeds ± the error over seeds."""
+    found: dict[str, dict[str, list[list[str]]]] = {}
+    for name, _, benchmark, how, *numbers in seeds[1:]:
+        found.setdefault(name, {}).setdefault(f"{benchmark}, {how}", []).append(numbers)
+    columns = list(dict.fromkeys(column for cells in found.values() for column in cells))
+    rows = []
+    for name, cells in found.items():
+        row = [name, str(max(map(len, cells.values())))]
+        for column in columns:
+            changes, errors = zip(*((float(a), float(b)) for a, b in cells[column]), strict=True)
+            over_seeds = estimate(changes)["error"]
+            shown = f"{fmean(changes):+.1f} ± {fmean(errors):.1f}"
+            row.append(shown if over_seeds is None else f"{shown} ± {over_seeds:.1f}")
+        rows.append(row)
+    return [["", "seeds", *columns], *rows]
 
 
 def training_table(result: Record) -> Table:
@@ -486,35 +555,42 @@ def rollouts_table(result: Record, methods: Sequence[str] = ("majority", "II")) 
     return [["question", "gold", *shown], *rows]
 
 
-def draw(change: Table, file: Path) -> None:
-    """Draw the table of changes: a panel for each benchmark, a point with its error for each method."""
+def draw(change: Table, seeds: Table, file: Path) -> None:
+    """Draw a panel for each benchmark: of each method the mean with its error over questions, and each seed."""
     header, *rows = change
+    benchmarks = list(dict.fromkeys(column.partition(",")[0] for column in header[2:]))
     figure = Figure(figsize=(12, 0.6 + 0.5 * len(rows)), layout="constrained")
-    axes = figure.subplots(1, len(BENCHMARKS), sharex=True, sharey=True)
-    for axis, benchmark in zip(axes, BENCHMARKS, strict=True):
+    axes = figure.subplots(1, len(benchmarks), sharex=True, sharey=True)
+    for axis, benchmark in zip(axes, benchmarks, strict=True):
         for how, marker, shift in (("sampled", "o", -0.12), ("greedy", "s", 0.12)):
-            column = header.index(f"{benchmark}, {how}")
-            values, errors = zip(*(map(float, row[column].split(" ± ")) for row in rows), strict=True)
-            heights = [i + shift for i in range(len(rows))]
-            axis.errorbar(values, heights, xerr=errors, fmt=marker, capsize=3, label=how)
+            for i, row in enumerate(rows):
+                value, error, *_ = map(float, row[header.index(f"{benchmark}, {how}")].split(" ± "))
+                style = {"fmt": marker, "color": COLOURS[how], "capsize": 3, "label": how if i == 0 else None}
+                axis.errorbar(value, i + shift, xerr=error, **style)
+                each = [float(seed[4]) for seed in seeds[1:] if [seed[0], *seed[2:4]] == [row[0], benchmark, how]]
+                if len(each) > 1:
+                    axis.plot(each, [i + shift] * len(each), "|", color=COLOURS[how], markersize=9)
         axis.axvline(0, color="grey", linewidth=0.8)
         axis.set_title(benchmark, fontsize=10)
         axis.grid(axis="x", alpha=0.25)
     axes[0].set_yticks(range(len(rows)), [f"{row[0].partition(',')[0]}, seeds: {row[1]}" for row in rows])
     axes[0].invert_yaxis()
     axes[0].legend(frameon=False)
-    figure.supxlabel("change of accuracy by training, points; bars: the standard error over questions", fontsize=10)
+    figure.supxlabel("change of accuracy, points; bars: error over questions, strokes: each seed", fontsize=10)
     figure.savefig(file, dpi=160)
 
 
 def report(result: Record, document: Path) -> None:
-    tables = {"imitation": imitation_table(result), "accuracy": accuracy_table(result, change=False)}
-    tables |= {"change": accuracy_table(result, change=True), "training": training_table(result)}
-    tables |= {"time": time_table(result), "rollouts": rollouts_table(result)}
+    prefix = "real" if result.get("task", "singleop") == "singleop" else result["task"]
+    seeds = seeds_table(result, document.parent / "results" / f"{prefix}-seeds.csv")
+    tables = {"accuracy": accuracy_table(result), "seeds": seeds, "change": change_table(seeds)}
+    tables |= {"training": training_table(result), "time": time_table(result), "rollouts": rollouts_table(result)}
+    if result["imitation"]["questions"]:
+        tables["imitation"] = imitation_table(result)
     for name, rows in tables.items():
-        publish(document, f"real-{name}", rows)
+        publish(document, f"{prefix}-{name}", rows)
     if len(tables["change"]) > 1:
-        draw(tables["change"], document.with_name("real.png"))
+        draw(tables["change"], seeds, document.with_name(f"{prefix}.png"))
 
 
 def main(settings: Settings) -> None:

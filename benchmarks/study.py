@@ -439,14 +439,14 @@ def draw_mask(results: dict[str, dict[str, list[History]]], file: Path) -> None:
 # A cell of several numbers, and what its columns are called in a CSV file.
 PARTS = {
     r"(\S+) \((\S+) to (\S+)\)": ("", " lowest", " highest"),
-    r"(\S+) ± (\S+)": ("", " error"),
+    r"(\S+) ± (\S+)(?: ± (\S+))?": ("", " error", " error over seeds"),
     r"(\S+) to (\S+)": (" first", " last"),
 }
 
 
 def alone(number: str, endings: Sequence[str]) -> list[str]:
     """Return the cells of a number that is alone: it is its own lowest and highest, and has no error."""
-    return [number if ending != " error" else "" for ending in endings]
+    return ["" if "error" in ending else number for ending in endings]
 
 
 def split_cells(name: str, cells: Sequence[str]) -> Table:
@@ -456,7 +456,9 @@ def split_cells(name: str, cells: Sequence[str]) -> Table:
         if any(found):
             split = zip(found, cells, strict=True)
             numbers = zip(*(each.groups() if each else alone(cell, endings) for each, cell in split), strict=True)
-            return [[name + ending, *column] for ending, column in zip(endings, numbers, strict=True)]
+            filled = [[number or "" for number in column] for column in numbers]
+            columns = zip(endings, filled, strict=True)
+            return [[name + ending, *column] for ending, column in columns if any(column) or "seeds" not in ending]
     return [[name, *cells]]
 
 

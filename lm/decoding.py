@@ -31,7 +31,8 @@ class Capacity(NamedTuple):
 
     sequence_tokens: int  # of the longest prompt and response together
     sequences: int
-    engine_memory: float = 0.5  # share of the memory for vLLM, see config.Sampling
+    engine_memory: float = 0.5  # share of the memory for vLLM, see config.Memory
+    engine_cache_gb: float | None = None  # likewise
 
 
 def draw(logits: Tensor, uniforms: Tensor, temperature: float, top_p: float = 1.0) -> tuple[Tensor, Tensor]:

@@ -58,6 +58,11 @@ class VLLMSampler:
         settings["max_model_len"] = capacity.sequence_tokens
         if self.on_gpu:
             settings |= {"enable_sleep_mode": True, "gpu_memory_utilization": capacity.engine_memory}
+            if capacity.engine_cache_gb:  # then the share only says how much must be free at the start
+                settings |= {
+                    "kv_cache_memory_bytes": int(capacity.engine_cache_gb * 1e9),
+                    "gpu_memory_utilization": 0.01,
+                }
             # by itself vLLM keeps graphs and room for 1,024 at once
             settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
         else:
