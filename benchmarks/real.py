@@ -166,7 +166,10 @@ def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     del config.quantization_config  # save_pretrained refuses a model that records one
     lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     lm.load_state_dict(quantised.state_dict())
-    return lm, AutoTokenizer.from_pretrained(**where)
+    tokenizer = AutoTokenizer.from_pretrained(**where)
+    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}  # Qwen's base model ends a text with the second
+    lm.generation_config.eos_token_id = sorted(ends - {None})
+    return lm, tokenizer
 
 
 def drill(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Example:

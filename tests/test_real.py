@@ -26,6 +26,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import one_step  # noqa: E402
 import real  # noqa: E402
+import study  # noqa: E402
 from overlap import digits  # noqa: E402
 
 # ---------------------------------------------------------------- published rows
@@ -101,6 +102,40 @@ def test_a_published_question_loses_a_number_in_its_rewording_or_is_in_both_halv
     imitated, counts = one_step.imitation_set(SMALL_SETS)
     assert not {one_step.normalised(text) for text, _ in imitated} & (train | held_out)
     assert counts["imitated"] == len(imitated) > 400 and counts["singleeq: asked elsewhere, dropped"] > 0
+
+
+def test_a_gold_of_gsm8k_is_read_with_its_solution_or_its_comma_and_what_cannot_be_reworded_is_trained_on(tmp_path):
+    facts = "Tom has 1,200 cards. He buys 3 packs of 10."
+    rows = [
+        {"question": f"{facts} How many has he now?", "answer": "3*10=<<3*10=30>>30 and 1,230.\n#### 1,230"},
+        {"question": "How much is twice 4?", "answer": "8\n#### 8"},  # no facts
+        {"question": f"{facts} Find how many he has.", "answer": "#### 1230"},  # no question
+    ]
+    for name in ("train", "test"):
+        (tmp_path / f"gsm8k_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "SVAMP.json").write_text((FIXTURES / "SVAMP.json").read_text())
+    settings = real.Settings(task="gsm8k", data_dir=tmp_path, out=tmp_path / "out", limit=2)
+    real.write_questions(settings, tmp_path / "out" / "questions")
+    (trained,) = read_rows(tmp_path / "out" / "questions" / "train.jsonl")
+    assert trained["answer"] == "1230"
+    assert trained["rephrased"] == f"How many has he now? This is what we know: {facts}"
+    assert len(read_rows(tmp_path / "out" / "questions" / "held-out.jsonl")) == 2
+
+
+def test_seeds_of_another_machine_are_lost_or_the_errors_over_seeds_and_questions_are_mixed(tmp_path):
+    file = tmp_path / "real-seeds.csv"
+    cells = {("0", "sampled"): "+3.0,1.0", ("0", "greedy"): "+1.0,2.0", ("1", "sampled"): "+5.0,1.4"}
+    lines = [f"II,{seed},held-out,{how},{numbers}" for (seed, how), numbers in cells.items()]
+    file.write_text("\n".join(["name,seed,benchmark,how,change,error over questions", *lines]) + "\n")
+    empty = {"questions": {}, "evaluations": {"start": {}}, "runs": {}}
+    seeds = real.seeds_table(empty, file)
+    assert len(seeds) == 4
+    table = real.change_table(seeds)
+    # (3 + 5) / 2; the seeds' errors over questions, on average; |5 - 3| / sqrt(2) / sqrt(2)
+    assert table[1] == ["II", "2", "+4.0 ± 1.2 ± 1.0", "+1.0 ± 2.0"]
+    study.write_csv(table, tmp_path / "change.csv")
+    names = '"held-out, sampled","held-out, sampled error","held-out, sampled error over seeds"'
+    assert (tmp_path / "change.csv").read_text().startswith(f"name,seeds,{names}")
 
 
 # ---------------------------------------------------------------- a whole run
