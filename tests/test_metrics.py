@@ -156,8 +156,8 @@ HEALTHY |= {"eval_agreement": 0.7}
         ({"truncated": 0.6}, "responses run into the limit"),
         ({"response_tokens": 4.0}, "responses shrink"),
         ({"entropy": 2.0}, "entropy explodes"),
-        ({"eval_agreement": 0.6}, None),  # a wording was learnt
-        ({"eval_agreement": 0.5}, "the policy leaves its first answers"),
+        ({"eval_agreement": 0.5}, None),  # a wording was learnt
+        ({"eval_agreement": 0.4}, "the policy leaves its first answers"),
     ],
 )
 def test_the_alarm_names_the_sign_and_is_silent_in_health(late, sign):
@@ -173,8 +173,8 @@ def test_silent_decay_is_not_seen_by_the_last_evaluation_of_a_run():
     rest = {key: value for key, value in HEALTHY.items() if key != "eval_agreement"}
     trained = [{"eval_agreement": 0.5} | rest, *[rest] * 9, {"eval_agreement": 0.7} | rest, *[rest] * 9]
     assert detect_collapse(trained) == {}
-    sign = {"the policy leaves its first answers": "eval_agreement 0.70 -> 0.50"}
-    assert detect_collapse([*trained, {"step": 20, "eval_agreement": 0.5}]) == sign
+    sign = {"the policy leaves its first answers": "eval_agreement 0.70 -> 0.40"}
+    assert detect_collapse([*trained, {"step": 20, "eval_agreement": 0.4}]) == sign
 
 
 def test_a_resumed_run_takes_its_later_answers_for_its_first(tmp_path):
