@@ -20,7 +20,7 @@ code=0
 # takes 13 GB beside the activations of 4,096 tokens (3 GB), seven of them 112 of 141 GB, while their engines sleep.
 # Layers are not compiled: a minute for each run costs more than it gains.
 timeout --signal TERM "${SECONDS_LEFT:-530}" python benchmarks/real.py --task gsm8k --data-dir "$data" \
-    --model "$stage/model.gguf" --methods gt majority I II III random format --jobs 7 --steps 24 --save-every 8 \
+    --model "$stage/model.gguf" --methods gt majority I II III random format --jobs 8 --steps 24 --save-every 8 \
     --eval-every 12 --limit 150 --questions-per-step 8 --rollouts 8 --max-response-tokens 400 --sampler vllm \
     --eval-sampler vllm --engine-cache-gb 3 --tokens-per-micro-batch 4096 "--train-flags=--fit off --compile off" \
     --out "$stage/out" --results "$results" "$@" || code=$?
