@@ -513,6 +513,27 @@ def change_table(seeds: Table) -> Table:
     return [["", "seeds", *columns], *rows]
 
 
+def answers_a_step(run: Record) -> int:
+    """How many responses a step samples: in II and III the teacher answers too, in I and III two wordings."""
+    variant = (VARIANTS | BASELINES)[run["method"]]
+    return run["questions_per_step"] * run["rollouts"] * (len(variant.policy_views) + len(variant.teacher_views))
+
+
+def equal_table(result: Record) -> Table:
+    """Held-out accuracy, sampled, in training: after as many sampled answers as every run has an evaluation at."""
+    measured = {}
+    for name, run in result["runs"].items():
+        evaluated = {each["step"]: each["eval_accuracy"] for each in run["metrics"] if "eval_accuracy" in each}
+        measured[name] = {step * answers_a_step(run): accuracy for step, accuracy in evaluated.items()}
+    budget = max(set.intersection(*(set(each) for each in measured.values())), default=0) if measured else 0
+    rows = []
+    for row, runs in by_label(result).items() if budget else ():
+        step = budget // answers_a_step(next(iter(runs.values())))
+        changes = [measured[name][budget] - measured[name][0] for name in runs]
+        rows.append([row, str(len(runs)), str(step), f"{100 * fmean(changes):+.1f}"])
+    return [["", "seeds", f"step at which {budget:,} answers were sampled", "change of accuracy, points"], *rows]
+
+
 def training_table(result: Record) -> Table:
     """Means of the first and the last five steps, of all seeds."""
     rows = []
@@ -590,8 +611,10 @@ def report(result: Record, document: Path) -> None:
     tables |= {"training": training_table(result), "time": time_table(result), "rollouts": rollouts_table(result)}
     if result["imitation"]["questions"]:
         tables["imitation"] = imitation_table(result)
+    tables["equal"] = equal_table(result)
     for name, rows in tables.items():
-        publish(document, f"{prefix}-{name}", rows)
+        if len(rows) > 1:
+            publish(document, f"{prefix}-{name}", rows)
     if len(tables["change"]) > 1:
         draw(tables["change"], seeds, document.with_name(f"{prefix}.png"))
 

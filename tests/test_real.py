@@ -214,3 +214,17 @@ def test_a_run_of_another_papers_method_has_no_place_in_the_tables():
     of = {"lr": 1e-5, "steps": 1, "questions_per_step": 2, "rollouts": 2, "metrics": [{"step": 0}]}
     runs = {name: of | {"method": name} for name in ("empo", "II", "rent")}
     assert [list(names) for names in real.by_label({"runs": runs}).values()] == [["II"], ["empo"], ["rent"]]
+
+
+def test_methods_that_sample_more_are_compared_at_the_same_step():
+    def run(method: str, questions: int) -> dict:
+        of = {"method": method, "lr": 1e-5, "steps": 60, "questions_per_step": questions, "rollouts": 8}
+        rows = [{"step": step, "eval_accuracy": 0.4 + step / 1000} for step in (0, 20, 40, 60)]
+        return of | {"metrics": rows}
+
+    asked = {"majority": 8, "I": 4, "II": 8, "III": 4}
+    table = real.equal_table({"runs": {name: run(name, questions) for name, questions in asked.items()}})
+    assert table[0][2] == "step at which 2,560 answers were sampled"
+    steps = {row[0].partition(",")[0]: (row[2], row[3]) for row in table[1:]}
+    assert steps == {"majority": ("40", "+4.0"), "I": ("40", "+4.0"), "II": ("20", "+2.0"), "III": ("20", "+2.0")}
+    assert len(real.equal_table({"runs": {}})) == 1
