@@ -5,7 +5,6 @@ model agrees with itself on one wrong answer. Every number here is a mean over t
 any, are only ever used for measuring.
 """
 
-import json
 import resource
 import time
 from collections import Counter, defaultdict
@@ -26,7 +25,7 @@ from lm.memory import attention_widths
 from lm.record import Rollout
 from rewards import Group, Variant, View, matches, rollouts_of
 from rollout import Run, generate_rollouts
-from store.jsonl import Record, write_atomic
+from store.jsonl import Record, read_rows, to_lines, write_atomic
 from store.log import Records
 
 # ---------------------------------------------------------------- time and memory
@@ -271,14 +270,18 @@ def first_agreement(folder: Path, answered: Sequence[Record]) -> float:
     It needs no gold. Sharpening raises it, and decay lowers it, even where rewards, votes and lengths hide that. The
     first answers are kept in the folder.
     """
-    file = folder / "first-answers.json"
+    file = folder / "first-answers.jsonl"
     greedy = {row["question"]: row["answer"] for row in answered if row["greedy"]}
-    first: dict[str, str | None] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    first = {row["question"]: row["answer"] for row in read_rows(file, is_answer)} if file.exists() else {}
     if first.keys() != greedy.keys():  # the first evaluation, or the first on another benchmark
         first = greedy
-        write_atomic(file, json.dumps(first, ensure_ascii=False) + "\n")
+        write_atomic(file, to_lines([{"question": question, "answer": answer} for question, answer in first.items()]))
     sampled = [row for row in answered if not row["greedy"]]
     return fmean(matches([first[row["question"]] for row in sampled], [row["answer"] for row in sampled], "math"))
+
+
+def is_answer(row: Record) -> bool:
+    return isinstance(row.get("question"), str) and isinstance(row.get("answer", 0), str | None)
 
 
 def preflight(run: Run) -> str:

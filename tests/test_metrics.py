@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import metrics
+from config import UserError
 from data import Pair
 from grpo import assign_advantages
 from metrics import compare_with_gold, detect_collapse, gold_metrics, group_metrics, label_metrics, label_records
@@ -189,6 +190,9 @@ def test_a_resumed_run_takes_its_later_answers_for_its_first(tmp_path):
     assert metrics.first_agreement(tmp_path, evaluated(later, later)) == 0
     assert metrics.first_agreement(tmp_path, evaluated(later, {"1+1?": "2.0", "4+4?": "8"})) == 1  # 2.0 is 2
     assert metrics.first_agreement(tmp_path, evaluated({"5+5?": "10"}, {"5+5?": "10"})) == 1  # another benchmark
+    (tmp_path / "first-answers.jsonl").write_text('{"question": "5+5?", "answer": 10}\n')
+    with pytest.raises(UserError, match="first-answers.jsonl"):
+        metrics.first_agreement(tmp_path, evaluated({"5+5?": "10"}, {"5+5?": "10"}))
 
 
 def test_steps_after_the_checkpoint_are_not_logged_twice(tmp_path):
