@@ -22,6 +22,7 @@ NUMBER = r"\d{1,3}(?:,\d{3})+(?:\.\d+)?|\d*\.\d+|\d+"
 DECIMALS = 2  # more of them are the source's rounding: 19.833333333333332 miles
 OTHER_WORDS = {"altogether": "in total", "in all": "altogether"}  # of rewordings
 CONDITION = re.compile(r"(?:if|suppose)\s+(.+?),\s*((?:how|what)\b.+)", re.I)  # and what is asked under it
+TITLE = re.compile(r"\b(?:Mrs?|Ms|Dr)\.$")  # its full stop ends no sentence
 Question = tuple[str, Decimal]  # its text, its gold answer
 
 
@@ -147,9 +148,11 @@ def reworded(question: str) -> str:
 
 
 def rewordable(question: str) -> bool:
-    """Whether the rule fits: there are facts, then a question, and the rewording keeps every number."""
-    same_numbers = sorted(numbers(question)) == sorted(numbers(reworded(question)))
-    return question.endswith("?") and len(re.split(r"[.!?]\s+", question)) > 1 and same_numbers
+    """Tell whether the rule fits: clear facts, then a question, and every number kept."""
+    *facts, asked = re.split(r"(?<=[.!?])\s+", question)
+    is_clear = bool(facts) and asked.endswith("?") and not TITLE.search(facts[-1])
+    unconditional = not any(re.match(r"if\s", fact, re.I) for fact in facts)  # the rule would drop that word
+    return is_clear and unconditional and sorted(numbers(question)) == sorted(numbers(reworded(question)))
 
 
 def capital(sentence: str) -> str:

@@ -46,7 +46,7 @@ import torch.nn.functional as F
 import tyro
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -65,6 +65,7 @@ from one_step import (
     rewordable,
     reworded,
 )
+from pack_model import load_start
 from study import COLUMNS as OF_STUDY
 from study import Table, publish
 
@@ -153,23 +154,6 @@ def write_questions(settings: Settings, folder: Path) -> None:
         if name == "train":
             rows = [row | {"rephrased": reworded(row["question"])} for row in rows]
         write_atomic(folder / f"{name}.jsonl", to_lines(rows))
-
-
-def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """In float32; a .gguf file becomes an ordinary model, as if it had never been quantised."""
-    if not name.endswith(".gguf"):
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32), tokenizer
-    where = {"pretrained_model_name_or_path": str(Path(name).parent), "gguf_file": Path(name).name}
-    quantised = AutoModelForCausalLM.from_pretrained(**where, dtype=torch.float32)
-    config = quantised.config
-    del config.quantization_config  # save_pretrained refuses a model that records one
-    lm = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    lm.load_state_dict(quantised.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(**where)
-    ends = {tokenizer.eos_token_id, tokenizer.pad_token_id}  # Qwen's base model ends a text with the second
-    lm.generation_config.eos_token_id = sorted(ends - {None})
-    return lm, tokenizer
 
 
 def drill(tokenizer: PreTrainedTokenizerBase, rng: random.Random) -> Example:
