@@ -1,6 +1,7 @@
 """A model in a third of its size, for a machine that can download nothing: groups of 32 weights in few bits each.
 
     python benchmarks/pack_model.py MODEL FOLDER --bits 4       # MODEL: hub name, folder or .gguf file
+    python benchmarks/pack_model.py MODEL FOLDER --bits 0       # no weights: it is read as one of random weights
     python benchmarks/real.py --model FOLDER ...                # reads it, with torch and transformers alone
 
 A group keeps its lowest value and its step in float16: 5 bits a weight in all, 9 with --bits 8. Of several roundings
@@ -58,7 +59,7 @@ def load_start(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
 def read_packed(folder: Path) -> PreTrainedModel:
     tensors = load_file(folder / PACKED)
     lm: PreTrainedModel = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-    for name, parameter in lm.named_parameters():
+    for name, parameter in lm.named_parameters() if tensors else ():
         parameter.data.copy_(unpacked(tensors, name).reshape(parameter.shape))
     lm.generation_config = GenerationConfig.from_pretrained(folder)
     return lm
@@ -103,21 +104,23 @@ def tie(lm: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def pack(model: Positional[str], folder: Positional[Path], bits: Literal[4, 8] = 4) -> None:
+def pack(model: Positional[str], folder: Positional[Path], bits: Literal[0, 4, 8] = 4) -> None:
     lm, tokenizer = load_start(model)
     tie(lm)
     tensors: dict[str, Tensor] = {}
     lost = total = 0.0
-    for name, weight in lm.named_parameters():
+    for name, weight in lm.named_parameters() if bits else ():
         tensors |= {name + part: tensor for part, tensor in packed(weight, bits).items()}
-        lost += (unpacked(tensors, name).reshape(weight.shape) - weight).square().sum().item()
-        total += weight.square().sum().item()
+        if weight.dim() > 1:
+            lost += (unpacked(tensors, name).reshape(weight.shape) - weight).square().sum().item()
+            total += weight.square().sum().item()
     folder.mkdir(parents=True, exist_ok=True)
     for part in (lm.config, lm.generation_config, tokenizer):
         part.save_pretrained(folder)
     save_file(tensors, folder / PACKED)
     size = (folder / PACKED).stat().st_size / 2**20
-    print(f"{lm.num_parameters() / 1e6:.1f}M parameters in {size:.1f} MiB, relative error {(lost / total) ** 0.5:.4f}")
+    error = (lost / max(total, 1e-9)) ** 0.5
+    print(f"{lm.num_parameters() / 1e6:.1f}M parameters in {size:.1f} MiB, relative error of the matrices {error:.4f}")
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ SUMS = 8  # in a row of the drill: as long as a question with its solution
 WRITE_EVERY = 20  # seconds
 COLUMNS = {name: key for name, key in OF_STUDY.items() if not key.startswith("eval")}  # of the table of training
 PHASES = ("evaluation", "rollout", "sync", "teacher", "reward", "reference", "update", "metrics")
-PASSED_ON = ("steps", "questions_per_step", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
+PASSED_ON = ("steps", "rollouts", "lr", "max_response_tokens", "sampler", "engine_memory")
 PASSED_ON += ("tokens_per_micro_batch", "compute_dtype")  # settings that train.py gets under the same names
 
 Example = tuple[list[int], list[bool]]  # tokens, and which of them are to be learnt
@@ -107,9 +107,11 @@ class Settings:
     rollouts: int = 8
     lr: float = 1e-5
     max_response_tokens: int = 64
-    eval_every: int = 10  # steps between evaluations on the held-out half; 0: only before and after
-    save_every: int = 10  # steps between checkpoints, from which a killed run goes on
+    same_rollouts: bool = False  # I and III, which read two wordings, ask half as many questions a step
+    eval_every: int = 10  # steps between evaluations in training, on the held-out set; 0: none
+    save_every: int = 10  # steps between checkpoints, from which a killed run goes on; 0: only at the end
     k: int = 4  # sampled answers a question in the evaluations before and after
+    eval_batch: int = 64  # questions answered together in them
     limit: int = 300  # questions of MultiArith, and of SVAMP
     sampler: Literal["auto", "vllm", "hf"] = "auto"  # of training
     # of the evaluations before and after; where --jobs share a GPU: hf, as vLLM would take half of its memory
@@ -243,8 +245,13 @@ class Run(NamedTuple):
     def name(self, settings: Settings) -> str:
         """Of its folder: whatever makes it another run."""
         each = settings
-        parts = [self.method, f"lr{each.lr:g}", f"{each.steps}x{each.questions_per_step}x{each.rollouts}"]
+        parts = [self.method, f"lr{each.lr:g}", f"{each.steps}x{self.questions(each)}x{each.rollouts}"]
         return "-".join([*parts, *re.findall(r"[\w.]+", each.train_flags), f"seed{self.seed}"])
+
+    def questions(self, settings: Settings) -> int:
+        """Return how many questions a step asks."""
+        wordings = len((VARIANTS | BASELINES)[self.method].policy_views) if settings.same_rollouts else 1
+        return settings.questions_per_step // wordings
 
     def folder(self, settings: Settings) -> Path:
         return settings.out / "runs" / self.name(settings)
@@ -253,9 +260,10 @@ class Run(NamedTuple):
         """The same one begins the run and goes on with it."""
         each, questions = settings, settings.out / "questions"
         flags = {"variant": self.method, "seed": self.seed, "model": each.out / "start", "out": self.folder(each)}
-        flags |= {"data": questions / "train.jsonl", "eval-data": questions / "held-out.jsonl", "resume": "auto"}
-        flags |= {"eval-every": each.eval_every, "save-every": each.save_every, "keep": 1}
-        flags |= {"activation-checkpointing": "off"}
+        flags |= {"data": questions / "train.jsonl", "resume": "auto", "save-every": each.save_every, "keep": 1}
+        flags |= {"questions-per-step": self.questions(each), "activation-checkpointing": "off"}
+        if each.eval_every:
+            flags |= {"eval-data": questions / "held-out.jsonl", "eval-every": each.eval_every}
         flags |= {name.replace("_", "-"): getattr(each, name) for name in PASSED_ON}
         if each.engine_cache_gb:
             flags["engine-cache-gb"] = each.engine_cache_gb
@@ -267,6 +275,7 @@ def evaluation(settings: Settings, model: Path, name: str) -> list[str]:
     files = [str(file) for file in sorted((settings.out / "questions").glob("*.jsonl")) if file.stem != "train"]
     flags: Record = {"model": model, "out": settings.out / "evaluations" / name, "sampler": settings.eval_sampler}
     flags |= {"k": settings.k, "temperature": 1.0, "max-response-tokens": settings.max_response_tokens}
+    flags["questions-per-batch"] = settings.eval_batch
     if settings.engine_cache_gb:
         flags["engine-cache-gb"] = settings.engine_cache_gb
     words = [word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
@@ -309,9 +318,9 @@ def train_and_evaluate(run: Run, settings: Settings, processes: Processes) -> st
     folder, name = run.folder(settings), run.name(settings)
     policy = folder / "policy"
     if not policy.is_dir():
-        if not is_finished(folder, settings.steps):
+        if not is_finished(folder, settings):
             processes.run(run.command(settings), settings.out / "logs" / f"{name}.txt")
-        if not is_finished(folder, settings.steps):
+        if not is_finished(folder, settings):
             return f"{name}: stopped"
         Path(newest_policy(str(folder))).rename(policy)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -324,10 +333,12 @@ def evaluate_once(name: str, model: Path, settings: Settings, processes: Process
     return f"{name}: done"
 
 
-def is_finished(folder: Path, steps: int) -> bool:
-    """Its last evaluation is written."""
+def is_finished(folder: Path, settings: Settings) -> bool:
+    """Tell whether its last checkpoint is written, and the evaluation after it, if there is one."""
     file = folder / "metrics.jsonl"
-    return file.is_file() and any(row["step"] == steps and "eval_accuracy" in row for row in read_rows(file))
+    evaluated = file.is_file() and any(row["step"] == settings.steps for row in read_rows(file))
+    saved = (folder / "checkpoints" / f"step-{settings.steps:06d}").is_dir()
+    return saved and (evaluated or not settings.eval_every)
 
 
 def run_all(settings: Settings) -> list[str]:
@@ -523,7 +534,7 @@ def training_table(result: Record) -> Table:
     rows = []
     for row, runs in by_label(result).items():
         histories = [run["metrics"] for run in runs.values()]
-        steps = min(max(each["step"] for each in history) for history in histories)
+        steps = min(sum("reward" in each for each in history) for history in histories)
         cells = []
         for key in COLUMNS.values():
             of_seeds = [[each[key] for each in history if key in each] for history in histories]

@@ -62,6 +62,7 @@ class VLLMSampler:
                 settings |= {
                     "kv_cache_memory_bytes": int(capacity.engine_cache_gb * 1e9),
                     "gpu_memory_utilization": 0.01,
+                    "max_model_len": self.round_length(lm),
                 }
             # by itself vLLM keeps graphs and room for 1,024 at once
             settings["max_num_seqs"] = min(1024, math.ceil(capacity.sequences / distributed.world_size()))
@@ -73,6 +74,11 @@ class VLLMSampler:
             # PyTorch goes on counting what an engine that sleeps has given back.
             self.sleeping_bytes = torch.cuda.memory_allocated() - before if self.on_gpu else 0
             self._sleep()
+
+    def round_length(self, lm: PreTrainedModel) -> int:
+        """Return the longest sequence, rounded up: vLLM compiles anew for every other length."""
+        known = getattr(lm.config.get_text_config(), "max_position_embeddings", self.capacity.sequence_tokens)
+        return int(min(256 * math.ceil(self.capacity.sequence_tokens / 256), known))
 
     @contextmanager
     def loaded(self, lm: PreTrainedModel) -> Iterator[Sample]:

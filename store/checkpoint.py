@@ -43,7 +43,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 HARMLESS = {"--out", "--resume", "--config", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb"}
 HARMLESS |= {"--eval-data", "--eval-every", "--eval-samples", "--eval-question-column", "--eval-answer-column"}
 HARMLESS |= {"--preflight", "--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
-HARMLESS |= {"--stop-on-collapse", "--engine-memory", "--tokens-per-micro-batch", "--fit", "--compile"}
+HARMLESS |= {"--stop-on-collapse", "--engine-memory", "--engine-cache-gb"}
+HARMLESS |= {"--tokens-per-micro-batch", "--fit", "--compile"}
 
 
 @dataclass

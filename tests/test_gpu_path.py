@@ -238,6 +238,7 @@ def test_an_engine_asks_the_machine_and_not_the_weights(monkeypatch):
     assert seen["max_num_seqs"] == 4 and "kv_cache_memory_bytes" not in seen
     VLLMSampler(tiny_lm(), [EOS], torch.bfloat16, Capacity(32, 4, engine_cache_gb=8))
     assert seen["kv_cache_memory_bytes"] == 8e9 and seen["gpu_memory_utilization"] == 0.01  # neighbours hold the rest
+    assert seen["max_model_len"] == 256, "of one length, and compiled once for all of them"
 
 
 def test_an_engine_of_the_same_architecture_has_the_same_path(tmp_path, monkeypatch):
