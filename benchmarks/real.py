@@ -25,6 +25,7 @@ docs/results/real-NAME.csv, fills in those that docs/RESULTS.md shows, and draws
 
 import csv
 import json
+import math
 import os
 import random
 import re
@@ -124,6 +125,7 @@ class Settings:
     imitation_batch: int = 8
     imitation_lr: float = 2e-4
     train_flags: str = ""  # more flags for train.py
+    train_seconds: float = math.inf  # after which runs save, and are evaluated as they are
     attempts: int = 2  # at a command that fails, before its run is given up
     out: Path = ROOT / "runs" / "real"
     results: Path | None = None  # folder of results.json (None: --out)
@@ -289,20 +291,25 @@ class Processes:
         self.settings, self.stopped, self.running = settings, False, set[subprocess.Popen[bytes]]()
         threads = max(1, (os.cpu_count() or 1) // max(settings.jobs, 1))
         self.environment = {"OMP_NUM_THREADS": str(threads)} | os.environ
+        self.end_of_training = time.monotonic() + settings.train_seconds
 
-    def run(self, command: list[str], log: Path) -> None:
+    def run(self, command: list[str], log: Path, end: float = math.inf) -> None:
         """What it says goes to the end of a file. One that fails is tried again: on a GPU that several processes share,
-        vLLM does not start while another one is just taking or returning memory."""
+        vLLM does not start while another one is just taking or returning memory. At its `end` it is told to stop."""
         log.parent.mkdir(parents=True, exist_ok=True)
         for _ in range(self.settings.attempts):
-            if self.stopped:
+            if self.stopped or time.monotonic() > end:
                 return
             with log.open("ab") as stream:
                 process = subprocess.Popen(command, stdout=stream, stderr=stream, env=self.environment)
                 self.running.add(process)
-                code = process.wait()
+                try:
+                    code = process.wait(None if end == math.inf else max(0.0, end - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.terminate()
+                    code = process.wait()
                 self.running.discard(process)
-            if code == 0 or self.stopped:
+            if code == 0 or self.stopped or time.monotonic() > end:
                 return
         raise UserError(f"exit code {code}, see the end of {log}")
 
@@ -319,8 +326,9 @@ def train_and_evaluate(run: Run, settings: Settings, processes: Processes) -> st
     policy = folder / "policy"
     if not policy.is_dir():
         if not is_finished(folder, settings):
-            processes.run(run.command(settings), settings.out / "logs" / f"{name}.txt")
-        if not is_finished(folder, settings):
+            processes.run(run.command(settings), settings.out / "logs" / f"{name}.txt", processes.end_of_training)
+        is_late = time.monotonic() > processes.end_of_training and (folder / "checkpoints" / "latest").is_dir()
+        if processes.stopped or not (is_late or is_finished(folder, settings)):
             return f"{name}: stopped"
         Path(newest_policy(str(folder))).rename(policy)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -418,8 +426,13 @@ def run_of(file: Path) -> Record:
 
 
 def label(run: Record) -> str:
-    """Of the row that seeds share: `II, lr 1e-05, 50 steps of 8 x 8`."""
-    return f"{run['method']}, lr {run['lr']:g}, {run['steps']} steps of {run['questions_per_step']} x {run['rollouts']}"
+    """Of the row that seeds share: `II, lr 1e-05, 50 steps of 8 x 8`; of a run that was cut, the steps taken."""
+    steps = steps_done(run)
+    return f"{run['method']}, lr {run['lr']:g}, {steps} steps of {run['questions_per_step']} x {run['rollouts']}"
+
+
+def steps_done(run: Record) -> int:
+    return sum("reward" in each for each in run["metrics"])
 
 
 def by_label(result: Record) -> dict[str, dict[str, Record]]:
@@ -534,13 +547,13 @@ def training_table(result: Record) -> Table:
     rows = []
     for row, runs in by_label(result).items():
         histories = [run["metrics"] for run in runs.values()]
-        steps = min(sum("reward" in each for each in history) for history in histories)
         cells = []
         for key in COLUMNS.values():
             of_seeds = [[each[key] for each in history if key in each] for history in histories]
             ends = [(fmean(each[:5]), fmean(each[-5:])) for each in of_seeds if each]
             cells.append(" to ".join(f"{fmean(side):.2f}" for side in zip(*ends, strict=True)) if ends else "-")
         warned = sum(any(detect_collapse(each[:i]) for i in range(len(each))) for each in histories)
+        steps = min(map(steps_done, runs.values()))
         rows.append([row, str(len(runs)), str(steps), *cells, str(warned)])
     return [["", "seeds", "steps done", *COLUMNS, "warned"], *rows]
 

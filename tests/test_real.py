@@ -25,6 +25,7 @@ SMALL_SETS = ROOT.parent / "shared" / "data" / "small"
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import one_step  # noqa: E402
+import pack_model  # noqa: E402
 import real  # noqa: E402
 import study  # noqa: E402
 from overlap import digits  # noqa: E402
@@ -110,6 +111,8 @@ def test_a_gold_of_gsm8k_is_read_with_its_solution_or_its_comma_and_what_cannot_
         {"question": f"{facts} How many has he now?", "answer": "3*10=<<3*10=30>>30 and 1,230.\n#### 1,230"},
         {"question": "How much is twice 4?", "answer": "8\n#### 8"},  # no facts
         {"question": f"{facts} Find how many he has.", "answer": "#### 1230"},  # no question
+        {"question": f"{facts} How many has Mr. Poe now?", "answer": "#### 1230"},  # the rule would begin with Poe
+        {"question": f"If he works, he earns 3. {facts} How many?", "answer": "#### 1230"},  # it would drop the if
     ]
     for name in ("train", "test"):
         (tmp_path / f"gsm8k_{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -120,6 +123,18 @@ def test_a_gold_of_gsm8k_is_read_with_its_solution_or_its_comma_and_what_cannot_
     assert trained["answer"] == "1230"
     assert trained["rephrased"] == f"How many has he now? This is what we know: {facts}"
     assert len(read_rows(tmp_path / "out" / "questions" / "held-out.jsonl")) == 2
+
+
+@pytest.mark.skipif(not SMALL_SETS.exists(), reason="the published data sets are not here")
+def test_a_question_of_gsm8k_loses_a_number_in_its_rewording_or_is_evaluated_too(tmp_path):
+    sets = real.question_sets(real.Settings(task="gsm8k", data_dir=SMALL_SETS.parent, limit=2000))
+    assert len(sets["train"]) == 6968 and len(sets["held-out"]) == 1319
+    reworded = {text: one_step.reworded(text) for text, _ in sets["train"]}
+    for text, other in reworded.items():
+        assert digits(text) == digits(other) and one_step.normalised(text) != one_step.normalised(other), text
+    assert len(set(reworded.values())) == len(reworded)
+    asked = {one_step.normalised(text) for text, _ in sets["held-out"]}
+    assert not asked & {one_step.normalised(text) for text, _ in sets["train"]}
 
 
 def test_seeds_of_another_machine_are_lost_or_the_errors_over_seeds_and_questions_are_mixed(tmp_path):
@@ -136,6 +151,36 @@ def test_seeds_of_another_machine_are_lost_or_the_errors_over_seeds_and_question
     study.write_csv(table, tmp_path / "change.csv")
     names = '"held-out, sampled","held-out, sampled error","held-out, sampled error over seeds"'
     assert (tmp_path / "change.csv").read_text().startswith(f"name,seeds,{names}")
+
+
+@pytest.mark.parametrize("bits, bound", [(4, 0.1), (8, 0.006)])
+def test_a_packed_model_is_another_one_or_lies_about_its_size(tmp_path, bits, bound):
+    lm = tiny_lm("qwen2", tied=False, hidden_size=64)
+    lm.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    pack_model.pack(str(tmp_path / "model"), tmp_path / "packed", bits)
+    read, tokenizer = pack_model.load_start(str(tmp_path / "packed"))
+    head = lm.get_output_embeddings().weight
+    assert read.get_input_embeddings().weight is read.get_output_embeddings().weight, "tied, with the output's values"
+    assert (read.get_output_embeddings().weight - head).norm() < bound * head.norm()
+    before, after = dict(lm.named_parameters()), dict(read.named_parameters())
+    assert before.keys() - after.keys() == {"lm_head.weight"}
+    for name in after.keys() - {"model.embed_tokens.weight"}:
+        assert (after[name] - before[name]).norm() <= bound * before[name].norm(), name
+    assert read.generation_config.eos_token_id == lm.generation_config.eos_token_id
+    assert tokenizer("1+1")["input_ids"] == byte_tokenizer()("1+1")["input_ids"]
+    weights = read.num_parameters()
+    assert (tmp_path / "packed" / "packed.safetensors").stat().st_size < (bits + 1) / 8 * weights + 8000
+
+
+def test_a_model_without_weights_is_taken_for_a_trained_one(tmp_path):
+    tiny_lm("qwen2", tied=True).save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(FileNotFoundError):
+        (tmp_path / "described").mkdir()
+        pack_model.read_packed(tmp_path / "described")
+    pack_model.pack(str(tmp_path / "model"), tmp_path / "random", 0)  # asked for by name
+    assert pack_model.load_start(str(tmp_path / "random"))[0].num_parameters()
 
 
 # ---------------------------------------------------------------- a whole run
@@ -195,7 +240,7 @@ def test_a_killed_run_begins_again_or_what_is_there_is_made_twice(place):
     settings = tyro.cli(real.Settings, args=flags(place))
     real.main(settings)
     assert note.stat().st_mtime_ns == imitated, "once"
-    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(13))
+    assert [row["step"] for row in read_rows(run / "metrics.jsonl")] == list(range(12))
     assert (run / "policy").is_dir() and not (run / "checkpoints").exists()
 
     document = (place / "RESULTS.md").read_text()
@@ -228,3 +273,15 @@ def test_methods_that_sample_more_are_compared_at_the_same_step():
     steps = {row[0].partition(",")[0]: (row[2], row[3]) for row in table[1:]}
     assert steps == {"majority": ("40", "+4.0"), "I": ("40", "+4.0"), "II": ("20", "+2.0"), "III": ("20", "+2.0")}
     assert len(real.equal_table({"runs": {}})) == 1
+
+
+@pytest.mark.slow
+def test_a_run_whose_time_is_up_is_lost_or_has_no_evaluation(place):
+    settings = tyro.cli(real.Settings, args=[*flags(place), "--steps", "100000", "--save-every", "0"])
+    real.main(replace(settings, jobs=1, train_seconds=25, methods=("I",), same_rollouts=True))
+    result = json.loads((place / "results" / "results.json").read_text())
+    (name,) = result["runs"]
+    done = real.steps_done(result["runs"][name])
+    assert name.startswith("I-lr1e-05-100000x1x2") and 0 < done < 100000, "a question in two wordings"
+    assert name in result["evaluations"]
+    assert f"| I, lr 1e-05, {done} steps of 1 x 2 | 1 |" in (place / "RESULTS.md").read_text()
