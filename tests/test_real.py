@@ -275,13 +275,34 @@ def test_methods_that_sample_more_are_compared_at_the_same_step():
     assert len(real.equal_table({"runs": {}})) == 1
 
 
-@pytest.mark.slow
-def test_a_run_whose_time_is_up_is_lost_or_has_no_evaluation(place):
-    settings = tyro.cli(real.Settings, args=[*flags(place), "--steps", "100000", "--save-every", "0"])
-    real.main(replace(settings, jobs=1, train_seconds=25, methods=("I",), same_rollouts=True))
-    result = json.loads((place / "results" / "results.json").read_text())
-    (name,) = result["runs"]
-    done = real.steps_done(result["runs"][name])
-    assert name.startswith("I-lr1e-05-100000x1x2") and 0 < done < 100000, "a question in two wordings"
-    assert name in result["evaluations"]
-    assert f"| I, lr 1e-05, {done} steps of 1 x 2 | 1 |" in (place / "RESULTS.md").read_text()
+def test_a_run_whose_time_is_up_is_lost(tmp_path, monkeypatch):
+    """It is told to stop, saves, and is evaluated as it is; one that has saved nothing is not."""
+    settings = real.Settings(out=tmp_path, train_seconds=4)
+    runs = {saves: real.Run("II", saves) for saves in (0, 1)}
+    policy = runs[1].folder(settings) / "checkpoints" / "step-000003" / "policy"
+    saving = (
+        f"p = pathlib.Path({str(policy)!r}); p.mkdir(parents=True); (p.parents[1] / 'latest').symlink_to('step-000003')"
+    )
+    script = "import pathlib, signal, sys, time\ndef stop(*_):\n    {}\n    sys.exit(143)\n"
+    script += "signal.signal(signal.SIGTERM, stop)\ntime.sleep(60)"
+    command = {0: script.format("pass"), 1: script.format(saving)}
+    monkeypatch.setattr(real.Run, "command", lambda run, _: [sys.executable, "-c", command[run.seed]])
+    monkeypatch.setattr(real, "evaluate_once", lambda name, model, *_: f"{name}: evaluated {model.name}")
+    said = [real.train_and_evaluate(runs[saves], settings, real.Processes(settings)) for saves in (0, 1)]
+    assert [each.partition(": ")[2] for each in said] == ["stopped", "evaluated policy"]
+    assert (runs[1].folder(settings) / "policy").is_dir()
+
+
+def test_a_question_in_two_wordings_makes_a_method_train_on_twice_as_many_rollouts(tmp_path):
+    settings = real.Settings(out=tmp_path, questions_per_step=8, same_rollouts=True, eval_every=0)
+    for method, asked in {"II": "8", "III": "4"}.items():
+        command = real.Run(method, 0).command(settings)
+        assert command[command.index("--questions-per-step") + 1] == asked and "--eval-data" not in command
+        assert real.Run(method, 0).name(settings) == f"{method}-lr1e-05-50x{asked}x8-seed0"
+
+
+def test_a_run_that_was_cut_has_a_place_among_those_that_were_not():
+    of = {"method": "II", "lr": 1e-5, "steps": 3, "questions_per_step": 2, "rollouts": 2}
+    metrics = [{"step": step, "reward": 0.5} for step in range(3)] + [{"step": 3, "eval_accuracy": 0.5}]
+    assert real.label(of | {"metrics": metrics}) == "II, lr 1e-05, 3 steps of 2 x 2"
+    assert real.label(of | {"metrics": metrics[:2]}) == "II, lr 1e-05, 2 steps of 2 x 2"
