@@ -353,6 +353,7 @@ def run_all(settings: Settings) -> list[str]:
     """Everything that is not there yet; results.json is written again and again meanwhile. Returns what failed."""
     start, processes, failed = make_start(settings), Processes(settings), list[str]()
     runs = [Run(method, seed) for seed in settings.seeds for method in settings.methods]
+    write_results(settings)  # whenever it is killed, there are tables
     with ThreadPoolExecutor(settings.jobs) as pool:
         left = {pool.submit(evaluate_once, "start", start, settings, processes)}
         left |= {pool.submit(train_and_evaluate, run, settings, processes) for run in runs}
