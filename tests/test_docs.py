@@ -52,9 +52,6 @@ FOREIGN = {
     "--fewshot_as_multiturn",
     "--confirm_run_unsafe_code",
     "--local_model_path",
-    "--scenario",
-    "--release_version",
-    "--evaluate",
 }
 
 
