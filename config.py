@@ -200,6 +200,8 @@ class RunSettings:
     resume: str | None = None
     config: str | None = None  # file of settings, such as another run's config.json: they hold where no flag is given
     save_every: int = 20  # steps between checkpoints; 0: only at the end
+    # what a checkpoint holds. policy: a third or less on the disk, to be evaluated; no run goes on from it
+    save: Literal["all", "policy"] = "all"
     keep: int = 2  # checkpoints to keep, the newest; 0: all
     keep_every: int = 0  # steps between checkpoints that are kept besides, such as 50; 0: none
     seed: int = 0  # of everything random

@@ -4,8 +4,8 @@
 #     bash benchmarks/gsm8k.sh STAGE RESULTS DATA [more flags of real.py]
 #
 # STAGE    a folder that outlasts the call. In it lie model (of benchmarks/pack_model.py) and, where vLLM is not
-#          installed, a folder site with its packages. What is made is kept there or in the machine's memory, and a
-#          second call goes on: a run, an evaluation is not made twice.
+#          installed, a folder site with its packages. What is made is kept there, and a second call goes on: no run
+#          and no evaluation that has ended is made twice.
 # RESULTS  gets results.json, written again every 20 seconds, and in the end logs.txt
 # DATA     holds gsm8k_train.jsonl, gsm8k_test.jsonl and SVAMP.json
 #
@@ -30,29 +30,27 @@
 # A process in a session of its own outlives its call.
 #
 # Predicted seconds, of which nothing has run on a GPU: start of seven runs and an evaluation 50 (130 without what was
-# compiled before), 20 steps of 18 (policy 6, teacher 2, reference 1, update 7, loads of weights 2), checkpoints 20,
+# compiled before), 20 steps of 18 (policy 6, teacher 2, reference 1, update 7, loads of weights 2), checkpoints 10,
 # evaluations 110. Where it takes longer, runs are cut for the evaluations' sake.
 set -euo pipefail
 stage=$1 results=$2 data=$3 seconds=${SECONDS_LEFT:-600}
 shift 3
 cd "$(dirname "$0")/.."
 export PYTHONPATH=$stage/site${PYTHONPATH:+:$PYTHONPATH} VLLM_CACHE_ROOT=$stage/vllm-cache PYTHONUNBUFFERED=1
-# Seven last checkpoints take 46 GB, for seconds: in memory if there is room, as a disk would take a minute.
-free=$(df --output=avail -BG /dev/shm 2>/dev/null | tail -1 | tr -dc 0-9)
-[ "${free:-0}" -ge 56 ] && out=/dev/shm/gsm8k || out=$stage/out
-out=${RUNS:-$out}
+out=${RUNS:-$stage/out}
 mkdir -p "$results"
 code=0
 # 494M parameters: a trainer with reference or teacher takes 18.5 GB in the update, seven of them 130 of 150, while their
 # engines sleep (with micro-batches of 4,096 tokens it would be 150). A token of the cache takes 12 KB: 4 GB hold the 600
 # sequences of an evaluation. Layers are not compiled: a minute for each run costs more than it gains. In the foreground,
-# as real.py tells its runs to stop by itself: told twice, they would not save.
+# as real.py tells its runs to stop by itself: told twice, they would not save. They save the policy alone, 2 GB, once:
+# with teacher and optimizer the last checkpoints would take 46 GB of the disk, and one every 8 steps twice that.
 timeout --foreground --signal TERM --kill-after 60 "$seconds" python benchmarks/real.py --task gsm8k \
     --data-dir "$data" --model "$stage/model" --methods III II gt majority I random format --same-rollouts --jobs 8 \
     --steps 20 --train-seconds $((seconds > 300 ? seconds - 150 : seconds)) --save-every 0 --eval-every 0 --limit 150 \
     --eval-batch 150 --max-response-tokens 400 --sampler vllm --eval-sampler vllm --engine-cache-gb 4 \
-    --tokens-per-micro-batch 2048 "--train-flags=--fit off --compile off" --out "$out" --results "$results" "$@" ||
-    code=$?
+    --tokens-per-micro-batch 2048 "--train-flags=--fit off --compile off --save policy" --out "$out" \
+    --results "$results" "$@" || code=$?
 for log in "$out"/logs/*.txt; do
     echo "== $log"
     tail -c 200000 "$log"

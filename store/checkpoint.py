@@ -40,10 +40,10 @@ from store.jsonl import changes, fingerprint
 MOMENTS = ("exp_avg", "exp_avg_sq")  # as AdamW calls them
 
 # Flags that may differ from those of the checkpoint. The last row changes rounding, as other processes do.
-HARMLESS = {"--out", "--resume", "--config", "--save-every", "--keep", "--keep-every", "--tensorboard", "--wandb"}
+HARMLESS = {"--out", "--resume", "--config", "--save", "--save-every", "--keep", "--keep-every", "--tensorboard"}
 HARMLESS |= {"--eval-data", "--eval-every", "--eval-samples", "--eval-question-column", "--eval-answer-column"}
 HARMLESS |= {"--preflight", "--data-dir", "--activation-checkpointing", "--offload-optimizer", "--offload-teacher"}
-HARMLESS |= {"--stop-on-collapse", "--engine-memory", "--engine-cache-gb"}
+HARMLESS |= {"--stop-on-collapse", "--engine-memory", "--engine-cache-gb", "--wandb"}
 HARMLESS |= {"--tokens-per-micro-batch", "--fit", "--compile"}
 
 
@@ -72,17 +72,18 @@ def save(folder: Path, step: int, training: Training, keep: int = 0, keep_every:
         finite = all(bool(distributed.local_shard(weight).isfinite().all()) for weight in model.parameters())
         if not all(distributed.all_gather([finite])):
             raise UserError(f"the {name}'s weights are not finite after {step} steps, and are not saved: lower --lr")
+    whole = training.settings.get("run", {}).get("save") != "policy"
     final = folder / f"step-{step:06d}"
     aside = folder / f"{final.name}.incomplete"
     try:
         distributed.run_on_rank0(partial(begin, aside))
-        for name, model in training.models().items():
+        for name, model in training.models().items() if whole else [("policy", training.policy)]:
             weights = gathered(model.lm.state_dict(keep_vars=True))
             distributed.run_on_rank0(partial(model.lm.save_pretrained, aside / name, state_dict=weights))
             distributed.run_on_rank0(partial(training.tokenizer.save_pretrained, aside / name))
         adam = training.optimizer.state  # of the weights that have had a gradient
         states = {name: adam[weight] for name, weight in training.policy.lm.named_parameters() if weight in adam}
-        for moment in MOMENTS:
+        for moment in MOMENTS if whole else ():
             moments = gathered({name: state[moment] for name, state in states.items()})
             distributed.run_on_rank0(partial(save_file, moments, aside / "optimizer" / f"{moment}.safetensors"))
         trainer = {"step": step, "settings": training.settings, "questions": training.questions}

@@ -139,6 +139,16 @@ def test_only_the_last_and_every_nth_checkpoint_stay(tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
+def test_a_run_goes_on_from_a_checkpoint_of_the_policy_alone_with_a_fresh_optimizer(tmp_path, finished):
+    run = train.train(small(tmp_path / "run", "--steps", "2", "--save", "policy"))
+    kept = {path.relative_to(run / "checkpoints" / "step-000002").parts[0] for path in run.glob("checkpoints/step-*/*")}
+    assert kept == {"policy", "optimizer", "trainer.json", "manifest.json"}
+    weights = "checkpoints/latest/policy/model.safetensors"
+    assert (run / weights).read_bytes() == (finished / weights).read_bytes()
+    with pytest.raises(UserError, match="none of 1 checkpoints"):
+        train.train(small(run, "--steps", "3", "--resume", "auto"))
+
+
 def test_a_data_file_that_changed_under_a_run_is_refused(tmp_path):
     rows, file = word_problems()[:12], tmp_path / "data.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
