@@ -5,7 +5,6 @@ A score has one decimal there and two in the abstract, so each sum comes with wh
 
 import csv
 import math
-import re
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
