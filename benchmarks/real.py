@@ -553,7 +553,7 @@ def training_table(result: Record) -> Table:
             of_seeds = [[each[key] for each in history if key in each] for history in histories]
             ends = [(fmean(each[:5]), fmean(each[-5:])) for each in of_seeds if each]
             cells.append(" to ".join(f"{fmean(side):.2f}" for side in zip(*ends, strict=True)) if ends else "-")
-        warned = sum(any(detect_collapse(each[:i]) for i in range(len(each))) for each in histories)
+        warned = sum(any(detect_collapse(each[: i + 1]) for i in range(len(each))) for each in histories)
         steps = min(map(steps_done, runs.values()))
         rows.append([row, str(len(runs)), str(steps), *cells, str(warned)])
     return [["", "seeds", "steps done", *COLUMNS, "warned"], *rows]

@@ -331,7 +331,7 @@ def survival_table(results: dict[str, dict[str, list[History]]]) -> Table:
 
 def first_warning(history: History) -> int | None:
     """The step at which the alarm of metrics.py goes off."""
-    return next((int(history[n - 1]["step"]) for n in range(1, len(history)) if detect_collapse(history[:n])), None)
+    return next((int(history[n - 1]["step"]) for n in range(1, len(history) + 1) if detect_collapse(history[:n])), None)
 
 
 def alarm_table(results: dict[str, dict[str, list[History]]]) -> Table:
