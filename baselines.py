@@ -13,6 +13,8 @@ p_i is the share of rollout i's answer among all rollouts of a vote, those witho
     harmonic-II     the same, of the policy's vote and the teacher's          ours, after DCRL, arXiv 2603.16223
     cuma            agreement with an absolute majority; without one, 0       CuMa, arXiv 2511.04902
     two-rewards     agreement and self-certainty, normalised apart            Two is better than one, arXiv 2605.22620
+    ddrl            +1, -1 or 0, see `ddrl_reward`                            DDRL, arXiv 2604.21327
+    disagreement    below 0 for disagreement with the vote, else 0            half of TTPO, arXiv 2608.27448
     semi            gold where it is known, elsewhere the own majority        semi-supervised, arXiv 2512.13106
     ttrl, intuitor, rent     other names of majority, self-certainty and entropy
 
@@ -154,6 +156,28 @@ def vote_and_certainty(group: Group) -> list[float]:
     return [one + other for one, other in zip(agreed, certain, strict=True)]
 
 
+def disagreement(group: Group) -> list[float]:
+    """Pay the standardised agreement where it is below 0, if at least two rollouts agree with the label (TTPO)."""
+    agrees = agreement(group)
+    if sum(agrees) < 2:
+        return [0.0] * len(agrees)
+    return [min(value, 0.0) for value in standardised(agrees)]
+
+
+def ddrl_reward(group: Group) -> list[float]:
+    """Pay half of the rollouts, those with the commonest and the rarest answers: 1 for agreement, else -1 (DDRL).
+
+    At most a half of this half has the commonest answers. The ambiguous ones between get 0.
+    """
+    names = match_to_vote(group.vote, group.answers, group.match)
+    counts = [0 if name is None else group.vote.counts[name] for name in names]
+    by_count = sorted(range(len(counts)), key=counts.__getitem__, reverse=True)  # of equals, the first comes first
+    half = len(counts) // 2
+    common = min(max(counts), half // 2)
+    kept = {*by_count[:common], *by_count[common - half :]}
+    return [2 * agrees - 1 if i in kept else 0.0 for i, agrees in enumerate(agreement(group))]
+
+
 CROSSED = VARIANTS["I"].label_of
 VIEWS: dict[str, tuple[View, ...]] = {"original": X, "rephrased": ("x'",), "both": BOTH}
 
@@ -172,6 +196,8 @@ BASELINES: dict[str, Variant] = {
     "cuma":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, select_label=absolute_majority),
     "two-rewards":   Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, vote_and_certainty,
                              needs_token_stats=True),
+    "ddrl":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, ddrl_reward, fixed_advantages=True),
+    "disagreement":  Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, disagreement, fixed_advantages=True),
     "semi":          Variant(X,    (), {"x": ("policy", "x")},  "init", 0.005, semi_supervised=True),
     "ttrl":          VARIANTS["majority"],
     "intuitor":      VARIANTS["self-certainty"],

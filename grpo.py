@@ -49,10 +49,10 @@ def group_advantages(rewards: Tensor, group_size: int, scale_by_std: bool = True
     return centred.masked_fill(all_equal, 0.0).flatten()
 
 
-def assign_advantages(groups: Sequence[Group], rewards: Sequence[Sequence[float]]) -> None:
-    """Give each rollout its reward, and its advantage within its group; `rewards` has G numbers for each group."""
+def assign_advantages(groups: Sequence[Group], rewards: Sequence[Sequence[float]], fixed: bool = False) -> None:
+    """Give each rollout its reward, of G for each group, and its advantage: in its group, or if `fixed` the reward."""
     flat = list(chain.from_iterable(rewards))
-    advantages = group_advantages(torch.tensor(flat), group_size=len(rewards[0])).tolist()
+    advantages = flat if fixed else group_advantages(torch.tensor(flat), group_size=len(rewards[0])).tolist()
     for rollout, reward, advantage in zip(rollouts_of(groups), flat, advantages, strict=True):
         rollout.reward = reward
         rollout.advantage = advantage

@@ -135,6 +135,7 @@ class Variant:
     reward: Callable[[Group], list[float]] = agreement
     needs_token_stats: bool = False  # the reward reads the policy's entropy or self-certainty of each rollout
     select_label: Callable[[Group], str | None] | None = None  # None: the winner of the vote that labels
+    fixed_advantages: bool = False  # rewards are the advantages as they are, not normalised within their group
     semi_supervised: bool = False  # where a question has a gold answer, that is the label instead of the vote's
 
     def __post_init__(self) -> None:

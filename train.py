@@ -100,7 +100,7 @@ def train_step(run: Run, step: int) -> tuple[dict[str, float], Records]:
             run.policy, rollouts, run.plan.tokens_per_micro_batch, run.device, config.sampling.temperature
         )
     rewards = distributed.run_on_rank0(lambda: [variant.reward(group) for group in groups])
-    assign_advantages(groups, rewards)
+    assign_advantages(groups, rewards, variant.fixed_advantages)
     clock.lap("reward")
 
     # 5. The policy takes an optimizer step for each mini-batch (by default one, the whole step).       Eqs. 4-6

@@ -16,6 +16,8 @@ import train
 from baselines import (
     BASELINES,
     clear_winner,
+    ddrl_reward,
+    disagreement,
     empo_reward,
     format_reward,
     harmonic_winner,
@@ -26,8 +28,8 @@ from baselines import (
     vote_shares,
 )
 from data import Pair
-from grpo import group_advantages
-from rewards import VARIANTS, Group, Match, Variant, View, label_groups, majority_vote
+from grpo import assign_advantages
+from rewards import VARIANTS, Group, Match, Variant, View, X, label_groups, majority_vote, rollouts_of
 
 ANSWERS = st.lists(st.sampled_from(["1", "2", "3", "4", None]), min_size=2, max_size=24)
 
@@ -36,6 +38,10 @@ def labelled_by(answers: list[str | None], other: list[str | None], match: Match
     """A group whose label is by another vote."""
     vote = majority_vote(other, match)
     return replace(group_of(answers, match=match), label_vote=vote, label=vote.label)
+
+
+def labelled_by_itself(answers: list[str | None]) -> Group:
+    return labelled_by(answers, answers)
 
 
 def with_stats(group: Group, **stats: list[float]) -> Group:
@@ -176,6 +182,44 @@ def test_the_reward_of_larger_scale_outweighs_the_other(answers, rng):
     assert BASELINES["two-rewards"].reward(group) == pytest.approx(expected, abs=1e-9)
 
 
+def ddrl(answers: list[str | None]) -> list[float]:
+    """As its select_top_k_per_prompt_cnt selects half of the votes, and its estimator `dae` pays the selected."""
+    k, counter = len(answers) // 2, Counter(answer for answer in answers if answer)
+    label, most = counter.most_common(1)[0] if counter else ("None", 0)
+    ranked = sorted([(i, counter[answer]) for i, answer in enumerate(answers)], key=lambda pair: pair[1], reverse=True)
+    high = min(most, k // 2)
+    advantages = dict.fromkeys(range(len(answers)), 0.0)  # what is not selected is not trained on
+    for i, _ in ranked[:high] + ranked[-(k - high) :]:
+        advantages[i] = ((1.0 if answers[i] == label else 0.0) - 0.5) * 2
+    return [advantages[i] for i in range(len(answers))]
+
+
+@settings(max_examples=300)
+@given(ANSWERS)
+def test_ddrl_drops_what_is_neither_common_nor_rare(answers):
+    assert ddrl_reward(labelled_by_itself(answers)) == ddrl(answers)
+
+
+def test_ddrl_trains_on_unanimous_groups_and_against_silent_ones():
+    assert ddrl_reward(labelled_by_itself(["1"] * 4 + ["2"] * 3 + ["3"])) == [1, 1, 0, 0, 0, 0, -1, -1]
+    assert ddrl_reward(labelled_by_itself(["1"] * 4)) == [1, 0, 0, 1]
+    assert ddrl_reward(labelled_by_itself([None] * 4)) == [0, 0, -1, -1]
+
+
+@given(ANSWERS)
+def test_disagreement_is_punished_as_in_ttpo_and_agreement_never_paid(answers):
+    """As its _generate_all_items computes the advantages that its loss of negative samples reads."""
+    counter = Counter(answer for answer in answers if answer)
+    label, count = counter.most_common(1)[0] if counter else (None, 0)
+    total, positive = len(answers), count if count >= 2 else 0  # its min_consensus_count
+    share = positive / total
+    deviation = math.sqrt((positive * (1 - share) ** 2 + (total - positive) * share**2) / total)
+    unbiased = math.sqrt((total - 1) / total)  # ours divides by n - 1
+    penalty = -share / (deviation + 1e-6) * unbiased if deviation else 0.0
+    expected = [penalty if answer != label or answer is None else 0.0 for answer in answers]
+    assert disagreement(labelled_by_itself(answers)) == pytest.approx(expected, rel=1e-4)
+
+
 def test_the_coin_is_fair_the_same_on_every_rank_and_not_always_the_same_for_a_text():
     groups = [group_of([str(i), "1", "1", "1"]) for i in range(2000)]
     thrown = [random_reward(group) for group in groups]
@@ -191,11 +235,12 @@ def test_the_format_is_paid_whatever_is_in_the_box():
 @pytest.mark.parametrize("name", sorted(BASELINES))
 @pytest.mark.parametrize("answers", [["7"] * 4, [None] * 4], ids=["unanimous", "silent"])
 def test_a_group_that_agrees_or_is_silent_teaches_nothing(name, answers):
-    if name == "random":
+    if name in ("random", "ddrl"):
         return
     row = BASELINES[name]
-    rewards = [row.reward(group) for group in labelled(row, [answers], [None])]
-    assert group_advantages(torch.tensor(rewards).flatten(), 4).abs().max() == 0
+    groups = labelled(row, [answers], [None])
+    assign_advantages(groups, [row.reward(group) for group in groups], row.fixed_advantages)
+    assert [rollout.advantage for rollout in rollouts_of(groups)] == [0.0] * 4 * len(groups)
 
 
 # ---------------------------------------------------------------- through a step
@@ -226,6 +271,16 @@ def test_gold_never_reaches_a_row_that_does_not_ask_for_it():
             continue
         answers: list[list[str | None]] = [["3", "3", "1"]]
         assert labelled(row, answers, ["1"]) == labelled(row, answers, [None])
+
+
+def test_fixed_advantages_are_normalised_all_the_same():
+    for fixed in (False, True):
+        row = Variant(X, (), {}, "init", 0.0, lambda group: [0.5] * len(group.rollouts), fixed_advantages=fixed)
+        seen, _ = train.train_step(tiny_run(row, PAIRS, ScriptedSampler(says)), 0)
+        assert (seen["grad_norm"] > 0) == fixed and seen["reward"] == 0.5
+    group = group_of(["1", "2", "3"])
+    assign_advantages([group], [[1.0, -1.0, 0.0]], fixed=True)
+    assert [(rollout.reward, rollout.advantage) for rollout in group.rollouts] == [(1, 1), (-1, -1), (0, 0)]
 
 
 def test_more_votes_than_rollouts_change_the_label_and_not_what_is_trained_on():

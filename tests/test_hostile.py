@@ -109,8 +109,8 @@ def diverge(monkeypatch: pytest.MonkeyPatch, in_steps: Callable[[int], bool]) ->
     """The advantages of these steps are not finite."""
     assign, calls = train.assign_advantages, iter(range(1000))
 
-    def broken(groups: list[Group], rewards: list[list[float]]) -> None:
-        assign(groups, rewards)
+    def broken(groups: list[Group], rewards: list[list[float]], fixed: bool) -> None:
+        assign(groups, rewards, fixed)
         if in_steps(next(calls)):
             for rollout in rollouts_of(groups):
                 rollout.advantage = float("inf")
@@ -132,8 +132,8 @@ def test_a_run_that_skips_every_step_ends_with_exit_code_0(tmp_path, monkeypatch
 def test_one_mini_batch_without_a_gradient_counts_as_a_step_without_one(tmp_path, monkeypatch):
     assign = train.assign_advantages
 
-    def half_broken(groups: list[Group], rewards: list[list[float]]) -> None:
-        assign(groups, rewards)
+    def half_broken(groups: list[Group], rewards: list[list[float]], fixed: bool) -> None:
+        assign(groups, rewards, fixed)
         for rollout in groups[0].rollouts:
             rollout.advantage = float("inf")
 
