@@ -144,7 +144,10 @@ def absolute_majority(group: Group) -> str | None:
 
 
 def standardised(values: Sequence[float]) -> list[float]:
-    """Move values to mean 0 and deviation 1; equal ones to 0."""
+    """Move values to mean 0 and deviation 1; equal ones to 0.
+
+    Without PyTorch, unlike `grpo.group_advantages`: mistakes in flags are answered from this file before its import.
+    """
     deviation = stdev(values) or 1.0
     return [(value - fmean(values)) / deviation for value in values]
 

@@ -326,6 +326,11 @@ SIGNS: dict[str, tuple[str, Callable[[float, float], bool]]] = {
 }
 
 
+def mean_of(key: str, steps: Sequence[dict[str, float]]) -> float:
+    """Average a metric over the steps that have it: the row of the last evaluation has none of a step."""
+    return fmean([step[key] for step in steps if key in step] or [0.0])
+
+
 def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
     """Find signs that the policy games its reward, by the last steps against the first: {sign: what was seen}.
 
@@ -336,9 +341,8 @@ def detect_collapse(history: Sequence[dict[str, float]]) -> dict[str, str]:
         return {}
     seen = {}
     for sign, (key, is_alarming) in SIGNS.items():
-        values = [step[key] for step in history if key in step] or [0.0]
-        first = fmean(values[:WINDOW])
-        now = fmean(values[-WINDOW:])
+        first = mean_of(key, history[:WINDOW])
+        now = mean_of(key, history[-WINDOW:])
         if is_alarming(first, now):
             seen[sign] = f"{key} {first:.2f} -> {now:.2f}"
     agreement = [step["eval_agreement"] for step in history if "eval_agreement" in step] or [0.0]

@@ -135,9 +135,13 @@ def in_training(question: str) -> bool:
     return digest(normalised(question))[-1] % 2 == 0
 
 
+def sentences(text: str) -> list[str]:
+    return re.split(r"(?<=[.!?])\s+", text.strip())
+
+
 def reworded(question: str) -> str:
     """The same problem in another order: what is asked comes first, then the facts, with a few other words."""
-    *facts, asked = re.split(r"(?<=[.!?])\s+", question.strip())
+    *facts, asked = sentences(question)
     if found := CONDITION.fullmatch(asked):
         facts, asked = [*facts, f"{found[1]}."], found[2]
     if not facts:
@@ -149,7 +153,7 @@ def reworded(question: str) -> str:
 
 def rewordable(question: str) -> bool:
     """Tell whether the rule fits: clear facts, then a question, and every number kept."""
-    *facts, asked = re.split(r"(?<=[.!?])\s+", question)
+    *facts, asked = sentences(question)
     is_clear = bool(facts) and asked.endswith("?") and not TITLE.search(facts[-1])
     unconditional = not any(re.match(r"if\s", fact, re.I) for fact in facts)  # the rule would drop that word
     return is_clear and unconditional and sorted(numbers(question)) == sorted(numbers(reworded(question)))

@@ -68,7 +68,7 @@ from one_step import (
 )
 from pack_model import load_start
 from study import COLUMNS as OF_STUDY
-from study import Table, publish
+from study import Table, askings, publish
 
 from baselines import BASELINES
 from config import UserError, exit_on_user_error
@@ -524,8 +524,7 @@ def change_table(seeds: Table) -> Table:
 
 def answers_a_step(run: Record) -> int:
     """How many responses a step samples: in II and III the teacher answers too, in I and III two wordings."""
-    variant = (VARIANTS | BASELINES)[run["method"]]
-    return run["questions_per_step"] * run["rollouts"] * (len(variant.policy_views) + len(variant.teacher_views))
+    return run["questions_per_step"] * run["rollouts"] * askings((VARIANTS | BASELINES)[run["method"]])
 
 
 def equal_table(result: Record) -> Table:

@@ -38,7 +38,7 @@ from baselines import BASELINES, choose_variant
 from config import parse
 from embedded.word_problems import word_problems
 from metrics import detect_collapse
-from rewards import VARIANTS
+from rewards import VARIANTS, Variant
 from store import curves
 from store.jsonl import read_rows
 
@@ -287,15 +287,23 @@ def collapse_step(history: History) -> int | None:
     return next((step for step, _ in measured if step > low[-1]), None)
 
 
+@cache
+def answers_a_question(flags: str) -> int:
+    config = parse(flags.format(runs=".").split())
+    return askings(choose_variant(config.method)) * config.votes
+
+
+def askings(variant: Variant) -> int:
+    """How often a step samples answers to a question: each voter in each of its wordings."""
+    return len(variant.policy_views) + len(variant.teacher_views)
+
+
 def at_equal_answers(flags: str, history: History) -> float | None:
     """Sampled accuracy when the run has asked for as many answers as plain majority voting has at its end.
 
     A step of majority asks each question in one wording, I in two; II also asks the teacher, and III both in two.
     """
-    config = parse(flags.format(runs=".").split())
-    variant = choose_variant(config.method)
-    askings = len(variant.policy_views) + len(variant.teacher_views)
-    step = STEPS * parse([]).votes / (askings * config.votes)
+    step = STEPS * answers_a_question("--variant majority") / answers_a_question(flags)
     return next((record[SAMPLED] for record in history if SAMPLED in record and record["step"] == step), None)
 
 
